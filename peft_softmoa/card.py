@@ -1,0 +1,81 @@
+"""The model card of an adapter: what it is and how to load it.
+
+PEFT writes a card of its own before it saves the adapter's config. A card that is still PEFT's empty form is replaced;
+one that somebody has written keeps its text and gets the section at its end.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
+HEADING = "## Soft mixture of adapters"
+# What PEFT's form says wherever nobody has filled it in.
+PLACEHOLDER = "[More Information Needed]"
+
+SECTION = """{heading}
+
+This is an adapter for `{base_model}`, made with [PEFT](https://github.com/huggingface/peft) and its plugin
+`peft-softmoa`. Each adapted block ({targets}) has {num_experts} small experts with {num_slots} slot(s) each in parallel
+to it (bottleneck {r}, activation {activation}, normalized routing: {normalize}). Every slot is a soft average of all
+tokens; every token gets a soft average of the experts' outputs. The base model is unchanged.
+
+```python
+import peft_softmoa  # registers the method with PEFT: without this import the adapter cannot be loaded
+from {library} import {loader}
+
+{call}
+```
+
+The method: U. Cappellazzo, D. Falavigna, A. Brutti, *Efficient Fine-tuning of Audio Spectrogram Transformers via Soft
+Mixture of Adapters*, Interspeech 2024, [arXiv:2402.00828](https://arxiv.org/abs/2402.00828).
+"""
+
+
+def write_model_card(config: dict[str, Any], folder: str | os.PathLike) -> None:
+    """Write `README.md` next to an adapter, or complete the one that is there.
+
+    Args:
+        config (dict): the fields of the adapter's `SoftMoAConfig`.
+        folder (str or PathLike): the adapter's folder.
+    """
+    path = os.path.join(folder, "README.md")
+    card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData())
+    if HEADING not in card.text:
+        empty = PLACEHOLDER in card.text
+        card.text = _section(config) if empty else f"{card.text.rstrip()}\n\n{_section(config)}"
+    card.data["library_name"] = "peft"
+    card.data["tags"] = sorted({*(card.data.tags or []), *TAGS})
+    if config["label_names"] and not card.data.pipeline_tag:
+        card.data["pipeline_tag"] = "audio-classification"
+    # The Hub takes ids of models here, not folders of one computer.
+    if os.path.isdir(card.data.get("base_model") or ""):
+        card.data["base_model"] = None
+    card.data["tags"] = [tag for tag in card.data["tags"] if not os.path.isdir(tag.partition("base_model:adapter:")[2])]
+    card.save(path)
+
+
+def _section(config: dict[str, Any]) -> str:
+    base_model = config["base_model_name_or_path"] or "the base model"
+    if config["label_names"]:
+        library, loader = "transformers", "pipeline"
+        call = 'classifier = pipeline("audio-classification", model="path/or/id/of/this/adapter")'
+    else:
+        library, loader = "peft", "PeftModel"
+        call = 'model = PeftModel.from_pretrained(base_model, "path/or/id/of/this/adapter")'
+    targets = config["target_modules"] or "chosen by the placement"
+    if not isinstance(targets, str):
+        targets = ", ".join(f"`{target}`" for target in sorted(targets))
+    names = ("num_experts", "num_slots", "r", "activation", "normalize")
+    return SECTION.format(
+        heading=HEADING,
+        base_model=os.path.basename(base_model.rstrip("/")) if os.path.isdir(base_model) else base_model,
+        targets=targets,
+        library=library,
+        loader=loader,
+        call=call,
+        **{name: config[name] for name in names},
+    )

@@ -1,0 +1,101 @@
+"""The classification head that an adapter brings with it.
+
+PEFT saves a trained head as it is, but on loading it expects the base model to have one of the same size, which a
+checkpoint with other classes does not. Each adapter that names its classes gets a head of its own size here; the
+base model's head stays as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional, cast
+
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+# Attribute of the model that keeps the label maps of its config while an adapter's are in their place.
+BASE_LABELS = "_softmoa_base_labels"
+
+
+def check_head(model: nn.Module, modules_to_save: list[str], label_names: list[str]) -> None:
+    """Check that an adapter which names its classes can have its own head.
+
+    Args:
+        model (nn.Module): the base model.
+        modules_to_save (list[str]): names of the modules that are trained whole.
+        label_names (list[str]): the adapter's classes.
+
+    Raises:
+        ValueError: if none of the modules holds the model's classification head.
+    """
+    saved = [module for name, module in model.named_modules() if name.rpartition(".")[2] in modules_to_save]
+    if not any(_classifiers(module, len(_base_labels(model))) for module in saved):
+        raise ValueError(
+            f"`label_names` gives {len(label_names)} classes, but `modules_to_save={modules_to_save}` matches no "
+            f"classification head in {type(model).__name__}, that is, no linear layer with "
+            f"{len(_base_labels(model))} outputs."
+        )
+
+
+def fit_heads(model: nn.Module, adapter_name: str, label_names: list[str]) -> None:
+    """Give an adapter a fresh head of its own size, unless the base model's head has the same classes.
+
+    Args:
+        model (nn.Module): the model, with the adapter.
+        adapter_name (str): name of the adapter.
+        label_names (list[str]): its classes.
+    """
+    base_labels = _base_labels(model)
+    if list(base_labels.values()) == label_names:
+        return
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            for path in _classifiers(wrapper.modules_to_save[adapter_name], len(base_labels)):
+                name = f"{adapter_name}.{path}".rstrip(".")
+                old = cast(nn.Linear, wrapper.modules_to_save.get_submodule(name))
+                new = nn.Linear(
+                    old.in_features,
+                    len(label_names),
+                    bias=old.bias is not None,
+                    device=old.weight.device,
+                    dtype=old.weight.dtype,
+                )
+                parent, _, child = name.rpartition(".")
+                setattr(wrapper.modules_to_save.get_submodule(parent), child, new)
+                new.train(old.training).requires_grad_(old.weight.requires_grad)
+
+
+def name_labels(model: nn.Module, label_names: Optional[list[str]]) -> None:
+    """Make the model's config name an adapter's classes, or its own again.
+
+    Args:
+        model (nn.Module): the model; nothing happens if it has no config with labels.
+        label_names (list[str], optional): the classes of the active adapter. Default: the base model's own.
+    """
+    config: Any = getattr(model, "config", None)
+    if label_names is None:
+        if hasattr(model, BASE_LABELS):
+            _set_labels(config, getattr(model, BASE_LABELS))
+            delattr(model, BASE_LABELS)
+        return
+    if not hasattr(model, BASE_LABELS):
+        setattr(model, BASE_LABELS, dict(config.id2label))
+    _set_labels(config, dict(enumerate(label_names)))
+
+
+def _set_labels(config: Any, id2label: dict[int, str]) -> None:
+    config.id2label = id2label
+    config.label2id = {label: index for index, label in id2label.items()}
+
+
+def _base_labels(model: nn.Module) -> dict[int, str]:
+    default = getattr(getattr(model, "config", None), "id2label", None)
+    return getattr(model, BASE_LABELS, default) or {}
+
+
+def _classifiers(module: nn.Module, num_labels: int) -> list[str]:
+    """Paths of the linear layers that give one output per class."""
+    return [
+        path
+        for path, child in module.named_modules()
+        if isinstance(child, nn.Linear) and child.out_features == num_labels
+    ]

@@ -1,0 +1,168 @@
+"""SoftMoAModel: puts mixtures into a model."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from .config import SoftMoAConfig
+from .head import check_head, fit_heads, name_labels
+from .layer import CANNOT_MERGE, SoftMoALayer
+from .placement import block_widths, find_architecture, placed_blocks
+
+
+class SoftMoAModel(BaseTuner):
+    """
+    Creates a soft mixture of adapters from a pretrained model. The method is described in
+    https://arxiv.org/abs/2402.00828
+
+    Args:
+        model (`torch.nn.Module`): The model to which the adapter tuner layers will be attached.
+        config ([`SoftMoAConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+
+    Returns:
+        `torch.nn.Module`: The model with its adapter.
+
+    Example:
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_softmoa import SoftMoAConfig
+        >>> from transformers import AutoModelForAudioClassification
+
+        >>> model = AutoModelForAudioClassification.from_pretrained("MIT/ast-finetuned-audioset-10-10-0.4593")
+        >>> model = get_peft_model(model, SoftMoAConfig(num_experts=7, r=6, modules_to_save=["classifier"]))
+        ```
+
+    **Attributes**:
+        - **model** ([`~torch.nn.Module`]) -- The model to be adapted.
+        - **peft_config** ([`SoftMoAConfig`]): The configuration of the adapter.
+    """
+
+    prefix: str = "softmoa_"
+    tuner_layer_cls = SoftMoALayer
+    target_module_mapping: dict[str, list[str]] = {}
+    peft_config: dict[str, SoftMoAConfig]  # type: ignore[assignment]
+
+    def _prepare_adapter_config(self, peft_config: SoftMoAConfig, model_config: dict[str, Any]) -> SoftMoAConfig:
+        if peft_config.target_modules is None:
+            architecture = find_architecture(model_config["model_type"])
+            peft_config.target_modules = placed_blocks(architecture, peft_config.placement)
+            if peft_config.layers_to_transform is not None and not peft_config.layers_pattern:
+                peft_config.layers_pattern = architecture.layers
+        return peft_config
+
+    def _prepare_model(self, peft_config: SoftMoAConfig, model: nn.Module) -> None:
+        """Check all targets before the first is replaced, so that an error leaves the model as it was."""
+        modules = dict(model.named_modules())
+        adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+        targets = [
+            name
+            for name in modules
+            if name and not name.startswith(adapted) and self._check_target_module_exists(peft_config, name)
+        ]
+        for name in targets:
+            outer = next((other for other in targets if name.startswith(f"{other}.")), None)
+            if outer is not None:
+                raise ValueError(
+                    f"`target_modules` matches '{name}' and also '{outer}', which contains it. Write it so that it "
+                    "matches one of them, or name the other in `exclude_modules`."
+                )
+            block_widths(name, modules[name])
+        if peft_config.label_names is not None:
+            check_head(model, peft_config.modules_to_save or [], peft_config.label_names)
+
+    def _create_and_replace(
+        self,
+        peft_config: SoftMoAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if isinstance(target, SoftMoALayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = SoftMoALayer(target, adapter_name, peft_config, name=current_key)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own method copies the weight of the child, which a block or a head does not have.
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        label_names = self.peft_config[adapter_name].label_names
+        if label_names is not None:
+            fit_heads(model, adapter_name, label_names)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._name_labels()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._name_labels()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._name_labels(enabled)
+
+    def unload(self) -> nn.Module:
+        """Give the base model back as it was, with its own head and labels.
+
+        Returns:
+            `torch.nn.Module`: the base model.
+        """
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.set_adapter([])
+        self._name_labels(enabled=False)
+        return super().unload()
+
+    def unmerge_adapter(self) -> None:
+        """Impossible: raises ValueError."""
+        raise ValueError(CANNOT_MERGE)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_MERGE)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SoftMoAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        given = {key for key in remapped if f".{cls.prefix}" in key}
+        expected = {
+            f"{name}.{container}.{adapter_name}.{parameter}"
+            for name, layer in model.named_modules()
+            if isinstance(layer, SoftMoALayer)
+            for container in layer.adapter_layer_names
+            if adapter_name in getattr(layer, container)
+            for parameter, _ in getattr(layer, container)[adapter_name].named_parameters()
+        }
+        # FSDP wraps modules, and its state has the names without the wrapping.
+        expected = {key.replace("_fsdp_wrapped_module.", "") for key in expected}
+        for problem, keys in (("lacks", expected - given), ("has, against its config,", given - expected)):
+            if keys:
+                raise ValueError(
+                    f"The adapter does not fit its config: it {problem} {len(keys)} tensors: "
+                    f"{', '.join(sorted(keys)[:4])}{', …' if len(keys) > 4 else ''}. Load it with the "
+                    "adapter_config.json that it was saved with, onto the base model that it was trained on."
+                )
+        return remapped
+
+    def _name_labels(self, enabled: bool = True) -> None:
+        """Let the model's config name the classes of the head that is in use."""
+        active = [self.peft_config[name].label_names for name in self.active_adapters] if enabled else []
+        name_labels(self.model, next(filter(None, active), None))

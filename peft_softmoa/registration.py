@@ -1,0 +1,87 @@
+"""How a third-party method enters PEFT's registry.
+
+PEFT names its methods in the enum `PeftType` and has no way to add one from outside, while
+`register_peft_method` accepts only names that are members. This module adds the member and registers
+the tuner; everything else in PEFT then treats it like a built-in method.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import peft
+from packaging.version import Version
+from peft import mapping
+from peft.utils import PeftType
+
+OLDEST_PEFT = "0.20.0"
+NEWEST_TESTED_PEFT = "0.21.2"
+
+
+def _unsupported(reason: str) -> ImportError:
+    return ImportError(
+        f"peft-softmoa cannot register its tuner with peft {peft.__version__}: {reason}. It needs "
+        f"peft >= {OLDEST_PEFT} and is tested up to {NEWEST_TESTED_PEFT}: "
+        f"pip install 'peft>={OLDEST_PEFT},<={NEWEST_TESTED_PEFT}'"
+    )
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Add a member to the closed enum `PeftType`, or return it if it is there.
+
+    The other members, their order and their values stay as they are.
+
+    Args:
+        name (str): name and value of the member, upper case.
+
+    Returns:
+        PeftType: the member.
+
+    Raises:
+        ImportError: if the installed PEFT's enum cannot be extended; it names the versions that can.
+    """
+    if Version(peft.__version__) < Version(OLDEST_PEFT):
+        raise _unsupported("it is too old")
+    if not (issubclass(PeftType, str) and issubclass(PeftType, enum.Enum)):
+        raise _unsupported("its PeftType is no longer an enum of strings")
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    # Later Pythons keep a second list of the values, which `in` reads.
+    getattr(PeftType, "_hashable_values_", []).append(name)
+    # The metaclass refuses to set members; `type` does not.
+    type.__setattr__(PeftType, name, member)
+    if PeftType(name) is not member or member not in list(PeftType):
+        raise _unsupported("its PeftType cannot be extended")
+    return member
+
+
+SOFTMOA = add_peft_type("SOFTMOA")
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Register the tuner under `PeftType.SOFTMOA` and the prefix `softmoa_`; doing it again changes nothing.
+
+    Args:
+        config_cls (type): the configuration class.
+        model_cls (type): the tuner class.
+
+    Raises:
+        ImportError: if another library has registered this method.
+    """
+    present = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(SOFTMOA)
+    if present is None:
+        peft.utils.register_peft_method(name="softmoa", prefix="softmoa_", config_cls=config_cls, model_cls=model_cls)
+    elif present.__module__ == config_cls.__module__:
+        # A reloaded module brings new classes under the old names.
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[SOFTMOA] = config_cls
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[SOFTMOA] = model_cls
+    else:
+        raise _unsupported(f"{present.__module__}.{present.__qualname__} has registered SOFTMOA already")

@@ -1,0 +1,106 @@
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+SAMPLING_RATE = 16_000
+MEL_BINS = 128
+FRAMES = 64
+
+
+def tiny_ast_config(**overrides):
+    return ASTConfig(
+        **{
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "max_length": FRAMES,
+            "num_mel_bins": MEL_BINS,
+            "frequency_stride": 16,
+            "time_stride": 16,
+            "num_labels": 5,
+            **overrides,
+        }
+    )
+
+
+@pytest.fixture
+def tiny_ast():
+    """A tiny AST with random weights and five classes."""
+    torch.manual_seed(0)
+    return ASTForAudioClassification(tiny_ast_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """The same model saved with its feature extractor, as a checkpoint on the Hub would be."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    ASTForAudioClassification(tiny_ast_config()).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=FRAMES, num_mel_bins=MEL_BINS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def spectrograms():
+    return torch.randn(3, FRAMES, MEL_BINS, generator=torch.Generator().manual_seed(1))
+
+
+def write_tone(path, pitch=440.0, seconds=0.5, sampling_rate=SAMPLING_RATE, **options):
+    """Write a sine tone and return its samples."""
+    samples = (0.3 * np.sin(2 * np.pi * pitch * np.arange(int(seconds * sampling_rate)) / sampling_rate)).astype("f4")
+    soundfile.write(path, samples, sampling_rate, **options)
+    return samples
+
+
+@pytest.fixture(scope="session")
+def tones_folder(tmp_path_factory):
+    """A labelled folder: low and high tones in folds 1 and 2, with a metadata.csv."""
+    folder = tmp_path_factory.mktemp("tones")
+    lines = ["file_name,label,fold"]
+    for fold in (1, 2):
+        for label, pitch in (("low", 200), ("high", 2000)):
+            for index in range(4):
+                name = f"{fold}-{label}-{index}.wav"
+                write_tone(folder / name, pitch * (1 + index / 10))
+                lines.append(f"{name},{label},{fold}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_parquet(folder, source, class_label=True):
+    """A folder with a metadata.csv as a Parquet file with an Audio column, in the form in which datasets writes it."""
+    folder.mkdir()
+    with open(source / "metadata.csv") as file:
+        rows = list(csv.DictReader(file))
+    names = sorted({row["label"] for row in rows})
+    label_feature = {"_type": "ClassLabel", "names": names} if class_label else {"dtype": "string", "_type": "Value"}
+    features = {"audio": {"_type": "Audio"}, "label": label_feature, "fold": {"dtype": "int64", "_type": "Value"}}
+    clips = [{"bytes": (source / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
+    table = pa.table(
+        {
+            "audio": pa.array(clips, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+            "label": [names.index(row["label"]) if class_label else row["label"] for row in rows],
+            "fold": [int(row["fold"]) for row in rows],
+        }
+    )
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(metadata), folder / "train.parquet", row_group_size=100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def esc10_folder():
+    folder = os.environ.get("SOFTMOA_ESC10")
+    if not folder:
+        pytest.skip("needs real audio: set SOFTMOA_ESC10 to a folder with the ESC-10 recordings and their metadata.csv")
+    return Path(folder)

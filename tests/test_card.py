@@ -1,0 +1,73 @@
+import re
+
+import pytest
+import torch
+from conftest import tiny_ast_config
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from transformers import ASTForAudioClassification, AutoFeatureExtractor
+
+from peft_softmoa import SoftMoAConfig
+from peft_softmoa.card import HEADING
+
+
+def save(folder, base_model="MIT/ast-finetuned-audioset-10-10-0.4593", **options):
+    model = ASTForAudioClassification(tiny_ast_config())
+    model.name_or_path = model.config._name_or_path = base_model
+    model = get_peft_model(model, SoftMoAConfig(num_experts=3, **options))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_card_of_an_adapter(tmp_path):
+    save(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == "MIT/ast-finetuned-audioset-10-10-0.4593"
+    assert {"peft-softmoa", "soft-moa", "audio", "transformers"} <= set(card.data.tags)
+    assert "base_model:adapter:MIT/ast-finetuned-audioset-10-10-0.4593" in card.data.tags
+    assert "import peft_softmoa" in card.text and "PeftModel.from_pretrained" in card.text
+    assert "adapter for `MIT/ast-finetuned-audioset-10-10-0.4593`" in card.text
+    assert "3 small experts with 1 slot(s)" in card.text and "(`attention`)" in card.text
+    assert "2402.00828" in card.text
+    assert "More Information Needed" not in card.text
+    assert card.data.pipeline_tag is None
+
+
+def test_card_of_a_classifier_shows_the_pipeline(tmp_path):
+    save(tmp_path, modules_to_save=["classifier"], label_names=["a", "b"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "audio-classification"
+    assert 'pipeline("audio-classification"' in card.text
+
+
+def test_a_card_that_somebody_wrote_is_kept_and_completed_once(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Birds\n\nTrained on our garden.\n")
+    model = save(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.startswith("# Birds\n\nTrained on our garden.")
+    assert card.text.count(HEADING) == 1
+    assert card.data.license == "mit" and "soft-moa" in card.data.tags
+
+
+def test_no_local_path_in_the_card(tmp_path):
+    (tmp_path / "secret" / "ast").mkdir(parents=True)
+    save(tmp_path / "adapter", base_model=str(tmp_path / "secret" / "ast"))
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "secret" not in text and "adapter for `ast`" in text
+    assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_code_in_the_card_runs(tmp_path, base_folder, classifier):
+    model = ASTForAudioClassification.from_pretrained(base_folder)
+    options = {"modules_to_save": ["classifier"], "label_names": ["a", "b"]} if classifier else {}
+    get_peft_model(model, SoftMoAConfig(**options)).save_pretrained(tmp_path)
+    AutoFeatureExtractor.from_pretrained(base_folder).save_pretrained(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL).group(1)
+    names = {"base_model": ASTForAudioClassification.from_pretrained(base_folder)}
+    exec(code.replace("path/or/id/of/this/adapter", str(tmp_path)), names)
+    loaded = names["classifier"].model if classifier else names["model"]
+    assert any(".softmoa_" in name for name, _ in loaded.named_parameters())
+    assert isinstance(loaded, torch.nn.Module)

@@ -1,0 +1,106 @@
+import dataclasses
+import json
+import re
+
+import pytest
+from peft import PeftConfig, PeftType
+
+from peft_softmoa import SoftMoAConfig
+
+
+def test_defaults_are_the_papers():
+    config = SoftMoAConfig()
+    expected = {
+        "num_experts": 7,
+        "num_slots": 1,
+        "r": 6,
+        "placement": "attention",
+        "normalize": False,
+        "activation": "gelu",
+        "dropout": 0.0,
+        "scaling": 1.0,
+        "init_weights": True,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.peft_type is PeftType.SOFTMOA
+
+
+def test_every_field_has_its_help():
+    own = {field.name for field in dataclasses.fields(SoftMoAConfig)} - {
+        field.name for field in dataclasses.fields(PeftConfig)
+    }
+    assert len(own) == 15
+    for field in dataclasses.fields(SoftMoAConfig):
+        assert field.metadata.get("help"), field.name
+
+
+def test_survives_saving(tmp_path):
+    config = SoftMoAConfig(
+        num_experts=3,
+        num_slots=2,
+        r=4,
+        placement="both",
+        normalize=True,
+        activation="relu",
+        dropout=0.1,
+        scaling=0.5,
+        target_modules=["attention", "mlp"],
+        exclude_modules=["layers.0.mlp"],
+        modules_to_save=["classifier"],
+        layers_to_transform=[0, 1],
+        layers_pattern="layers",
+        label_names=["a", "b"],
+    )
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SOFTMOA"
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    assert SoftMoAConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "field, value, allowed",
+    [
+        ("num_experts", 0, "a positive integer"),
+        ("num_experts", True, "a positive integer"),
+        ("num_slots", -1, "a positive integer"),
+        ("num_slots", 1.5, "a positive integer"),
+        ("r", 0, "a positive integer"),
+        ("r", "6", "a positive integer"),
+        ("placement", "everywhere", "one of attention, ffn, both"),
+        ("activation", "gulu", "one of gelu,"),
+        ("activation", "prelu", "one of gelu,"),
+        ("dropout", 1.0, "a number in [0, 1)"),
+        ("dropout", -0.1, "a number in [0, 1)"),
+        ("dropout", float("nan"), "a number in [0, 1)"),
+        ("scaling", float("inf"), "a finite number"),
+        ("scaling", "1", "a finite number"),
+        ("normalize", 1, "True or False"),
+        ("init_weights", "gaussian", "True or False"),
+        ("label_names", [], "distinct class names"),
+        ("label_names", ["a", "a"], "distinct class names"),
+        ("label_names", "ab", "distinct class names"),
+    ],
+)
+def test_bad_values_name_field_value_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError, match=f"`{field}` must be .*{re.escape(allowed)}.*got {re.escape(repr(value))}"):
+        SoftMoAConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "options, field",
+    [
+        ({"target_modules": ".*attention", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"target_modules": ".*attention", "layers_pattern": "layers"}, "layers_pattern"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"label_names": ["a", "b"]}, "modules_to_save"),
+    ],
+)
+def test_fields_that_do_not_go_together(options, field):
+    with pytest.raises(ValueError, match=f"`{field}` must be"):
+        SoftMoAConfig(**options)
+
+
+def test_names_of_modules_become_sets_as_in_peft():
+    config = SoftMoAConfig(target_modules=["a", "b"], exclude_modules=("c",))
+    assert config.target_modules == {"a", "b"} and config.exclude_modules == {"c"}
+    assert SoftMoAConfig(target_modules=".*a").target_modules == ".*a"

@@ -1,0 +1,117 @@
+import pytest
+import torch
+from torch import nn
+
+from peft_softmoa import SoftMoAConfig, SoftMoALayer
+from peft_softmoa.mixture import soft_mixture
+
+CONFIG = SoftMoAConfig(num_experts=3, num_slots=2, r=4, scaling=0.5, init_weights=False)
+
+
+class Attention(nn.Module):
+    """Returns a tuple, as attention blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(6, 6)
+
+    def forward(self, hidden_states, attention_mask=None, scale=1.0):
+        return scale * self.projection(hidden_states), "weights", 3
+
+
+def make(base_layer, config=CONFIG):
+    torch.manual_seed(0)
+    return SoftMoALayer(base_layer, "default", config, name="encoder.block")
+
+
+def mixture(layer, tokens, adapter_name="default"):
+    return soft_mixture(tokens, layer.softmoa_router[adapter_name], layer.softmoa_experts[adapter_name])
+
+
+def test_adds_the_scaled_mixture_to_a_linear_layer():
+    layer = make(nn.Linear(6, 9))
+    tokens = torch.randn(2, 5, 6)
+    expected = layer.base_layer(tokens) + 0.5 * mixture(layer, tokens)
+    assert torch.equal(layer(tokens), expected)
+    assert torch.equal(layer(input=tokens), expected)
+
+
+def test_adds_it_to_the_first_item_of_a_tuple_and_passes_the_rest_on():
+    layer = make(Attention())
+    tokens = torch.randn(2, 5, 6)
+    expected = 2.0 * layer.base_layer.projection(tokens) + 0.5 * mixture(layer, tokens)
+    for output in (layer(tokens, None, scale=2.0), layer(hidden_states=tokens, scale=2.0)):
+        assert isinstance(output, tuple) and output[1:] == ("weights", 3)
+        assert torch.equal(output[0], expected)
+
+
+def test_plain_rows_are_one_token_per_sample():
+    layer = make(nn.Linear(6, 9))
+    rows = torch.randn(4, 6)
+    assert torch.equal(layer(rows), layer(rows.unsqueeze(1)).squeeze(1))
+    assert layer(rows).shape == (4, 9)
+
+
+def test_active_adapters_add_up():
+    layer = make(Attention())
+    layer.update_layer("other", SoftMoAConfig(num_experts=2, r=3, init_weights=False))
+    tokens = torch.randn(2, 5, 6)
+    base = layer.base_layer(tokens)[0]
+    first, second = 0.5 * mixture(layer, tokens), mixture(layer, tokens, "other")
+    assert torch.equal(layer(tokens)[0], base + first)
+    layer.set_adapter(["default", "other"])
+    assert torch.equal(layer(tokens)[0], base + first + second)
+    layer.set_adapter("other")
+    assert torch.equal(layer(tokens)[0], base + second)
+    layer.set_adapter([])
+    assert torch.equal(layer(tokens)[0], base)
+
+
+def test_disabled_adapters_change_nothing():
+    layer = make(Attention())
+    layer.enable_adapters(False)
+    tokens = torch.randn(2, 5, 6)
+    assert torch.equal(layer(tokens)[0], layer.base_layer(tokens)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_and_output_have_the_dtype_of_the_block(dtype):
+    layer = make(nn.Linear(6, 9).to(dtype))
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    assert layer(torch.randn(2, 5, 6, dtype=dtype)).dtype == dtype
+
+
+def test_weights_are_on_the_device_of_the_block():
+    with torch.device("meta"):
+        layer = make(Attention())
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
+    layer = make(Attention().to("meta"))
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7), (6,), (2, 1, 5, 6)])
+def test_tokens_of_the_wrong_shape(shape):
+    layer = make(Attention())
+    with pytest.raises(ValueError, match=r"'encoder.block' takes tokens of shape \(batch, tokens, 6\).*got \("):
+        layer(torch.randn(shape))
+
+
+def test_a_call_without_tokens():
+    layer = make(Attention())
+    with pytest.raises(ValueError, match=r"'encoder.block' was called without tokens.*\['query'\]"):
+        layer(query=torch.randn(2, 5, 6))
+
+
+def test_merging_is_refused():
+    layer = make(nn.Linear(6, 6))
+    weight = layer.base_layer.weight.clone()
+    for merge in (layer.merge, layer.unmerge):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge()
+    assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
+
+
+def test_fresh_layer_is_an_exact_no_op():
+    layer = make(Attention(), SoftMoAConfig(num_experts=3, r=4))
+    tokens = torch.randn(2, 5, 6)
+    assert torch.equal(layer(tokens)[0], layer.base_layer(tokens)[0])

@@ -1,0 +1,282 @@
+import copy
+
+import pytest
+import torch
+from conftest import tiny_ast_config
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers import ASTConfig, ASTForAudioClassification, ASTModel, Wav2Vec2Config, Wav2Vec2Model
+
+from peft_softmoa import SoftMoAConfig, SoftMoALayer
+
+
+def adapted(model):
+    return [name for name, module in model.named_modules() if isinstance(module, SoftMoALayer)]
+
+
+def adapter_parameters(model):
+    return {name: parameter for name, parameter in model.named_parameters() if ".softmoa_" in name}
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(inputs).logits
+
+
+@pytest.mark.parametrize("placement, factor", [("attention", 1), ("ffn", 1), ("both", 2)])
+def test_parameter_count_of_the_paper(placement, factor):
+    with torch.device("meta"):
+        model = ASTModel(ASTConfig())
+    model = get_peft_model(model, SoftMoAConfig(placement=placement))
+    assert model.get_nb_trainable_parameters()[0] == factor * 903_672
+
+
+@pytest.mark.parametrize(
+    "placement, blocks", [("attention", ["attention"]), ("ffn", ["mlp"]), ("both", ["attention", "mlp"])]
+)
+def test_placement_chooses_and_the_config_says_what(tiny_ast, placement, blocks):
+    config = SoftMoAConfig(placement=placement)
+    model = get_peft_model(tiny_ast, config)
+    prefix = "audio_spectrogram_transformer.layers"
+    assert adapted(model.get_base_model()) == [f"{prefix}.{layer}.{block}" for layer in range(2) for block in blocks]
+    assert config.target_modules == set(blocks)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"placement": "both"}, {"normalize": True, "num_slots": 2}, {"target_modules": ["q_proj"]}]
+)
+def test_starts_as_a_no_op_and_trains_every_adapter_tensor_and_nothing_else(tiny_ast, spectrograms, options):
+    before = logits(tiny_ast, spectrograms)
+    model = get_peft_model(tiny_ast, SoftMoAConfig(**options))
+    assert torch.equal(logits(model, spectrograms), before)
+
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(spectrograms, labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]) != (".softmoa_" in name), name
+    assert not torch.equal(logits(model, spectrograms), before)
+
+
+@pytest.mark.parametrize("make", [ASTModel, ASTForAudioClassification])
+def test_layers_to_transform(make):
+    model = get_peft_model(make(tiny_ast_config()), SoftMoAConfig(placement="both", layers_to_transform=[1]))
+    assert len(adapted(model)) == 2 and all(".layers.1." in name for name in adapted(model))
+
+
+def test_exclude_modules(tiny_ast):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(placement="both", exclude_modules=["layers.0.mlp"]))
+    assert [name.split("layers.")[1] for name in adapted(model)] == ["0.attention", "1.attention", "1.mlp"]
+
+
+@pytest.mark.parametrize(
+    "target_modules, count",
+    [(["q_proj", "v_proj"], 4), (r".*layers\.0\.(mlp|attention)", 2), (["layers.1.mlp.fc2"], 1), ("all-linear", 13)],
+)
+def test_named_targets(tiny_ast, spectrograms, target_modules, count):
+    before = logits(tiny_ast, spectrograms)
+    model = get_peft_model(tiny_ast, SoftMoAConfig(target_modules=target_modules, init_weights=False))
+    assert len(adapted(model)) == count
+    assert not torch.equal(logits(model, spectrograms), before)
+
+
+def test_tokens_of_two_dimensions():
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = get_peft_model(mlp, SoftMoAConfig(target_modules=["0", "2"], init_weights=False))
+    assert len(adapted(model)) == 2
+    assert model(torch.randn(5, 4)).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_modules": ["nowhere"]}, "nowhere.*not found"),
+        ({"target_modules": ["attention", "projection"]}, "'.*projection', a Conv2d, which cannot be adapted"),
+        ({"target_modules": ["mlp", "fc2"]}, "'.*0.mlp.fc2' and also '.*0.mlp', which contains it"),
+        ({"label_names": ["a", "b"], "modules_to_save": ["layernorm"]}, "no classification head.*5 outputs"),
+    ],
+)
+def test_what_cannot_be_adapted_leaves_the_model_as_it_was(tiny_ast, spectrograms, options, message):
+    before, names = logits(tiny_ast, spectrograms), list(tiny_ast.state_dict())
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny_ast, SoftMoAConfig(**options))
+    assert list(tiny_ast.state_dict()) == names and not hasattr(tiny_ast, "peft_config")
+    assert torch.equal(logits(tiny_ast, spectrograms), before)
+    assert all(parameter.requires_grad for parameter in tiny_ast.parameters())
+
+
+def test_embeddings_cannot_be_adapted():
+    model = nn.ModuleDict({"words": nn.Embedding(5, 4), "linear": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match="'words', a Embedding, which cannot be adapted"):
+        get_peft_model(model, SoftMoAConfig(target_modules=["linear", "words"]))
+    assert not adapted(model)
+
+
+def test_unknown_architecture_asks_for_target_modules():
+    config = Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8,),
+        conv_stride=(4,),
+        conv_kernel=(8,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    model = Wav2Vec2Model(config)
+    with pytest.raises(ValueError, match="No `placement` is known for models of type 'wav2vec2'.*`target_modules`"):
+        get_peft_model(model, SoftMoAConfig())
+    model = get_peft_model(model, SoftMoAConfig(target_modules=["attention", "feed_forward"]))
+    assert len(adapted(model)) == 2
+    assert model(torch.randn(2, 800)).last_hidden_state.isfinite().all()
+
+
+def test_merging_is_refused_and_changes_nothing(tiny_ast, spectrograms):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(init_weights=False))
+    before, names = logits(model, spectrograms), list(model.state_dict())
+    for method in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
+        with pytest.raises(ValueError, match="cannot be merged.*depends on the input"):
+            method()
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model, spectrograms), before)
+    assert not model.supports_lora_conversion()
+
+
+def test_unload_gives_the_base_model_back(tiny_ast, spectrograms):
+    state, before = copy.deepcopy(tiny_ast.state_dict()), logits(tiny_ast, spectrograms)
+    kinds = [type(module) for module in tiny_ast.modules()]
+    model = get_peft_model(
+        tiny_ast,
+        SoftMoAConfig(placement="both", init_weights=False, modules_to_save=["classifier"], label_names=["a", "b"]),
+    )
+    assert logits(model, spectrograms).shape == (3, 2)
+    base = model.unload()
+    assert base is tiny_ast
+    assert [type(module) for module in base.modules()] == kinds
+    assert list(base.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
+    assert base.config.num_labels == 5
+    assert torch.equal(logits(base, spectrograms), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    again = get_peft_model(base, SoftMoAConfig())
+    assert torch.equal(logits(again, spectrograms), before)
+
+
+def test_disable_adapter(tiny_ast, spectrograms):
+    before = logits(tiny_ast, spectrograms)
+    model = get_peft_model(tiny_ast, SoftMoAConfig(init_weights=False, modules_to_save=["classifier"]))
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].dense.bias.add_(1)
+    changed = logits(model, spectrograms)
+    assert not torch.equal(changed, before)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, spectrograms), before)
+    assert torch.equal(logits(model, spectrograms), changed)
+
+
+def test_adapter_weights_follow_pefts_dtype_rules(tiny_ast, spectrograms):
+    base = tiny_ast.to(torch.bfloat16)
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = get_peft_model(copy.deepcopy(base), SoftMoAConfig(init_weights=False), autocast_adapter_dtype=autocast)
+        assert {parameter.dtype for parameter in adapter_parameters(model).values()} == {dtype}
+        output = logits(model, spectrograms.to(torch.bfloat16))
+        assert output.dtype == torch.bfloat16 and output.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_under_autocast(tiny_ast, spectrograms, dtype):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(placement="both", init_weights=False))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(spectrograms, labels=torch.tensor([0, 1, 2])).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in adapter_parameters(model).values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_ast, spectrograms, use_reentrant):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(placement="both", init_weights=False)).train()
+
+    def gradients():
+        model.zero_grad()
+        model(spectrograms, labels=torch.tensor([0, 1, 2])).loss.backward()
+        return [parameter.grad.clone() for parameter in adapter_parameters(model).values()]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    for given, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+def test_several_adapters(tiny_ast, spectrograms):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(init_weights=False))
+    first = logits(model, spectrograms)
+    model.add_adapter("second", SoftMoAConfig(num_experts=2, r=3, placement="both", init_weights=False))
+    assert torch.equal(logits(model, spectrograms), first)
+    model.set_adapter("second")
+    second = logits(model, spectrograms)
+    assert not torch.equal(second, first)
+    assert all(parameter.requires_grad == (".second." in name) for name, parameter in adapter_parameters(model).items())
+    model.set_adapter("default")
+    assert torch.equal(logits(model, spectrograms), first)
+    model.delete_adapter("default")
+    assert model.active_adapter == "second"
+    assert torch.equal(logits(model, spectrograms), second)
+    assert all(".second." in name for name in adapter_parameters(model))
+
+
+def test_status_of_layers_and_model(tiny_ast):
+    model = get_peft_model(tiny_ast, SoftMoAConfig())
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "SOFTMOA"} and status.num_adapter_layers == 2
+    assert status.trainable_params == sum(parameter.numel() for parameter in adapter_parameters(model).values())
+    layer = model.get_layer_status()[0]
+    assert layer.module_type == "softmoa.SoftMoALayer" and layer.devices == {"default": ["cpu"]}
+
+
+def test_injection_without_a_peft_model(tiny_ast, spectrograms):
+    before = logits(tiny_ast, spectrograms)
+    model = inject_adapter_in_model(SoftMoAConfig(), tiny_ast)
+    assert model is tiny_ast and len(adapted(model)) == 2
+    assert torch.equal(logits(model, spectrograms), before)
+
+
+def saved_adapter(tiny_ast, folder):
+    model = get_peft_model(copy.deepcopy(tiny_ast), SoftMoAConfig(init_weights=False))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_experts": 6}, r"'.*softmoa_router.default.slots' has shape \(32, 7\).*config gives \(32, 6\)"),
+        ({"r": 7}, r"'.*softmoa_experts.default.down_weight' has shape \(7, 32, 6\).*config gives \(7, 32, 7\)"),
+        ({"normalize": True}, "lacks 2 tensors: .*softmoa_router.default.scale"),
+        ({"placement": "both", "target_modules": None}, "lacks 10 tensors: .*mlp.softmoa_experts"),
+        ({"layers_to_transform": [0]}, "against its config, 5 tensors: .*layers.1.attention"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config(tiny_ast, tmp_path, change, message):
+    saved_adapter(tiny_ast, tmp_path)
+    config = SoftMoAConfig.from_pretrained(tmp_path)
+    for name, value in change.items():
+        setattr(config, name, value)
+    state = copy.deepcopy(tiny_ast.state_dict())
+    with pytest.raises(ValueError, match=f"The adapter does not fit its config: .*{message}"):
+        PeftModel.from_pretrained(tiny_ast, tmp_path, config=config)
+    for name, tensor in tiny_ast.state_dict().items():
+        if ".softmoa_" not in name:
+            assert torch.equal(tensor, state[name.replace(".base_layer", "")])
+
+
+def test_loading_onto_another_adapter_name(tiny_ast, spectrograms, tmp_path):
+    expected = logits(saved_adapter(tiny_ast, tmp_path), spectrograms)
+    model = PeftModel.from_pretrained(tiny_ast, tmp_path, adapter_name="other")
+    assert torch.equal(logits(model, spectrograms), expected)
