@@ -1,0 +1,459 @@
+"""From rows of a dataset to batches: choose rows, decode, mix to mono, resample, extract features.
+
+Audio is decoded with soundfile and resampled with soxr, over columns that datasets does not decode: its own decoder
+needs a system FFmpeg.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Optional, Union
+
+import fsspec
+import numpy as np
+import torch
+from datasets import Audio, ClassLabel, IterableDataset, load_dataset, load_dataset_builder
+from tqdm.auto import tqdm
+from transformers import SequenceFeatureExtractor
+
+logger = logging.getLogger(__name__)
+
+METADATA = "metadata.csv"
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used.
+
+    Args:
+        name (str): the file.
+        reason (str): what is wrong with it.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+class Survey(NamedTuple):
+    """What a pass over the labels has found: the number of rows and the labels, in order."""
+
+    num_rows: int
+    labels: tuple[str, ...]
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def load_rows(
+    name: str,
+    split: str,
+    *,
+    audio_column: str = "audio",
+    columns: Optional[Sequence[str]] = None,
+    config_name: Optional[str] = None,
+    revision: Optional[str] = None,
+    token: Union[str, bool, None] = None,
+    cache_dir: Optional[str] = None,
+    streaming: bool = True,
+) -> IterableDataset:
+    """Rows of one split, with the audio not decoded.
+
+    A local folder with a `metadata.csv`, whose column `file_name` holds paths relative to it, is one split, `train`; a
+    folder with a folder of that kind per split has these splits. Everything else is left to
+    `datasets.load_dataset`: an id on the Hub, or a local folder with Parquet files.
+
+    Args:
+        name (str): id on the Hub or local folder.
+        split (str): name of the split.
+        audio_column (str): name of the column with the audio. Default: `"audio"`.
+        columns (Sequence[str], optional): the columns to read, which spares Parquet files the reading of the others.
+            Default: all.
+        config_name (str, optional): configuration of the dataset.
+        revision (str, optional): branch, tag or commit on the Hub.
+        token (str or bool, optional): access token for the Hub. Default: the one that is logged in.
+        cache_dir (str, optional): where downloads go. Default: the Hugging Face cache.
+        streaming (bool): read while training instead of downloading first. Default: True.
+
+    Returns:
+        IterableDataset: the rows.
+
+    Raises:
+        ValueError: if the split does not exist, a column is missing, or the dataset cannot be read without FFmpeg.
+    """
+    folder = _metadata_folder(name, split)
+    if folder is not None:
+        path = str(folder / METADATA)
+        rows = load_dataset("csv", data_files=path, split="train", streaming=streaming, cache_dir=cache_dir)
+        rows = rows if streaming else rows.to_iterable_dataset()
+        _check_columns(rows, ["file_name"], path)
+        rows = rows.map(_local_audio, fn_kwargs={"folder": str(folder), "audio_column": audio_column})
+    else:
+        options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        builder = load_dataset_builder(name, config_name, **options)
+        if builder.__module__.endswith("audiofolder"):
+            raise ValueError(
+                f"'{name}' is a folder of audio files without a {METADATA}. Give it one, with the columns file_name "
+                "and label; for a dataset on the Hub, its Parquet copy may do: revision 'refs/convert/parquet'."
+            )
+        if builder.info.splits and split not in builder.info.splits:
+            raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(builder.info.splits)}.")
+        if columns is not None and hasattr(builder.config, "columns"):
+            _check_columns(load_dataset(name, config_name, split=split, streaming=True, **options), columns, name)
+            options["columns"] = list(columns)
+        rows = load_dataset(name, config_name, split=split, streaming=streaming, **options)
+        rows = rows if streaming else rows.to_iterable_dataset()
+        if isinstance((rows.features or {}).get(audio_column), Audio):
+            rows = rows.cast_column(audio_column, Audio(decode=False))
+    if columns is not None:
+        _check_columns(rows, columns, name)
+        rows = rows.select_columns(list(columns))
+    return rows
+
+
+def select_rows(rows: IterableDataset, selection: str, name: str = "the dataset") -> IterableDataset:
+    """Rows in which a column has one of some values, as for cross-validation by folds.
+
+    Args:
+        rows (IterableDataset): all rows.
+        selection (str): column and values, such as `"fold=1,2,3"`.
+        name (str): name of the dataset, for errors.
+
+    Returns:
+        IterableDataset: the rows whose value, as a string, is among them.
+
+    Raises:
+        ValueError: if the selection has another form or names a column that does not exist.
+    """
+    column, values = parse_selection(selection)
+    _check_columns(rows, [column], name)
+    return rows.filter(_has_value, input_columns=[column], fn_kwargs={"values": values})
+
+
+def parse_selection(selection: str) -> tuple[str, tuple[str, ...]]:
+    """Split `"fold=1,2,3"` into the column and its values.
+
+    Args:
+        selection (str): column and values.
+
+    Returns:
+        tuple[str, tuple[str, ...]]: the column and the values, as strings.
+
+    Raises:
+        ValueError: if the selection has another form.
+    """
+    column, equals, values = selection.partition("=")
+    chosen = tuple(value.strip() for value in values.split(",") if value.strip())
+    if not (column.strip() and equals and chosen):
+        raise ValueError(f"A selection of rows has the form column=value,value, such as fold=1,2,3; got '{selection}'.")
+    return column.strip(), chosen
+
+
+def class_names(rows: IterableDataset, label_column: str) -> Optional[list[str]]:
+    """Names of the classes that the dataset declares for its labels.
+
+    Args:
+        rows (IterableDataset): the rows.
+        label_column (str): name of the column with the labels.
+
+    Returns:
+        list[str], optional: the names, in order; None if the labels are plain values.
+    """
+    feature = (rows.features or {}).get(label_column)
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def survey_rows(rows: IterableDataset, label_column: str, name: str = "the dataset") -> Survey:
+    """Count the rows and collect their labels in one pass, without reading audio.
+
+    Args:
+        rows (IterableDataset): the rows, best without their audio.
+        label_column (str): name of the column with the labels.
+        name (str): name of the dataset, for the progress bar and errors.
+
+    Returns:
+        Survey: the number of rows and the sorted names of the labels that occur.
+
+    Raises:
+        ValueError: if the column is missing or there are no rows.
+    """
+    _check_columns(rows, [label_column], name)
+    names = class_names(rows, label_column)
+    labels = set()
+    num_rows = 0
+    for row in tqdm(rows.select_columns([label_column]), desc=f"Reading labels of {name}", unit=" rows", leave=False):
+        labels.add(_label_name(row[label_column], names, name))
+        num_rows += 1
+    if num_rows == 0:
+        raise ValueError(f"No rows are left of {name}: check the split and the selection of rows.")
+    return Survey(num_rows, tuple(sorted(labels)))
+
+
+# --- audio --------------------------------------------------------------------------------------------------------
+
+
+def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling_rate: int) -> np.ndarray:
+    """Decode one audio file to mono at a sampling rate.
+
+    Args:
+        audio (str, PathLike, bytes or dict): path or URL, content, or an undecoded row of datasets, which is a dict
+            with `path` and `bytes`.
+        sampling_rate (int): in Hz.
+
+    Returns:
+        np.ndarray: `(samples,)` float32, the mean of all channels.
+
+    Raises:
+        AudioError: if the file is missing, unreadable, truncated or empty, or has samples that are not finite.
+        ImportError: if soundfile or soxr is not installed.
+    """
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise ImportError("Decoding audio needs soundfile and soxr: pip install 'peft-softmoa[audio]'") from error
+    if isinstance(audio, dict):
+        name, content = audio.get("path") or "a clip without a name", audio.get("bytes")
+    elif isinstance(audio, bytes):
+        name, content = "a clip without a name", audio
+    else:
+        name, content = os.fspath(audio), None
+    try:
+        if content is None:
+            with fsspec.open(name, "rb") as file:
+                content = file.read()
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            declared, log, source_rate = file.frames, file.extra_info, file.samplerate
+    except (OSError, ValueError, soundfile.LibsndfileError) as error:
+        raise AudioError(name, f"unreadable ({error})") from error
+    if len(samples) < declared or _is_cut(content, log):
+        raise AudioError(name, "truncated")
+    if len(samples) == 0:
+        raise AudioError(name, "no samples")
+    if not np.isfinite(samples).all():
+        raise AudioError(name, "samples that are not finite")
+    return soxr.resample(samples.mean(axis=1), source_rate, sampling_rate)
+
+
+class ExtractFeatures:
+    """From a batch of undecoded rows to a batch of model inputs, without the rows whose audio cannot be used.
+
+    Args:
+        feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
+        label_names (Sequence[str]): the classes, in the order of the model's outputs.
+        audio_column (str): name of the column with the audio. Default: `"audio"`.
+        label_column (str): name of the column with the labels. Default: `"label"`.
+        class_names (Sequence[str], optional): names of the classes, if the labels are indices.
+        max_length_seconds (float, optional): longer clips are cut to this length. Default: they are not.
+        random_crop (bool): cut at a random place, for training, or else at the start. Default: False.
+        seed (int): of the random places. Default: 0.
+        on_bad_audio ("skip" or "raise"): what happens to audio that cannot be used. Default: `"skip"`, which counts
+            it and names it in one warning at the end of the pass.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: SequenceFeatureExtractor,
+        label_names: Sequence[str],
+        *,
+        audio_column: str = "audio",
+        label_column: str = "label",
+        class_names: Optional[Sequence[str]] = None,
+        max_length_seconds: Optional[float] = None,
+        random_crop: bool = False,
+        seed: int = 0,
+        on_bad_audio: Literal["skip", "raise"] = "skip",
+    ) -> None:
+        if max_length_seconds is not None and not max_length_seconds > 0:
+            raise ValueError(f"`max_length_seconds` must be positive, got {max_length_seconds}.")
+        if on_bad_audio not in ("skip", "raise"):
+            raise ValueError(f"`on_bad_audio` must be 'skip' or 'raise', got '{on_bad_audio}'.")
+        self.feature_extractor: Any = feature_extractor
+        self.label_ids = {name: index for index, name in enumerate(label_names)}
+        self.audio_column = audio_column
+        self.label_column = label_column
+        self.class_names = class_names
+        self.max_length_seconds = max_length_seconds
+        self.generator = torch.Generator().manual_seed(seed) if random_crop else None
+        self.on_bad_audio = on_bad_audio
+        self.skipped: dict[str, str] = {}
+        self._reported = 0
+
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+        """Decode and extract.
+
+        Args:
+            rows (dict[str, list]): a batch with the two columns.
+
+        Returns:
+            dict[str, list]: the model's inputs and `labels`.
+
+        Raises:
+            AudioError: for audio that cannot be used, if `on_bad_audio="raise"`.
+            ValueError: for a label that is not among the classes.
+        """
+        batch: dict[str, list] = {name: [] for name in [self.feature_extractor.model_input_names[0], "labels"]}
+        for audio, value in zip(rows[self.audio_column], rows[self.label_column]):
+            name = str(audio["path"] if isinstance(audio, dict) else audio)
+            label = _label_name(value, self.class_names, name)
+            if label not in self.label_ids:
+                raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
+            try:
+                inputs = self._extract(audio, name)
+            except AudioError as error:
+                if self.on_bad_audio == "raise":
+                    raise
+                self.skipped.setdefault(error.name, error.reason)
+                continue
+            for key, features in inputs.items():
+                batch.setdefault(key, []).append(features[0])
+            batch["labels"].append(self.label_ids[label])
+        return batch
+
+    def _extract(self, audio: Any, name: str) -> Any:
+        rate = self.feature_extractor.sampling_rate
+        waveform = decode_audio(audio, rate)
+        if self.max_length_seconds is not None:
+            excess = len(waveform) - round(self.max_length_seconds * rate)
+            if excess > 0:
+                start = 0 if self.generator is None else int(torch.randint(excess + 1, (), generator=self.generator))
+                waveform = waveform[start : start + len(waveform) - excess]
+        try:
+            return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
+        except ValueError as error:
+            raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
+
+    def report(self, num_rows: int) -> None:
+        """Name in one warning the audio that was skipped since the last report.
+
+        Args:
+            num_rows (int): how many rows there were in all.
+        """
+        news = list(self.skipped.items())[self._reported :]
+        self._reported = len(self.skipped)
+        if news:
+            names = "; ".join(f"{name}: {reason}" for name, reason in news)
+            logger.warning(f"Skipped {len(news)} of {num_rows} audio files that cannot be used: {names}")
+
+
+def audio_stream(
+    rows: IterableDataset,
+    extract: ExtractFeatures,
+    *,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+    name: str = "the dataset",
+) -> IterableDataset:
+    """Stream of model inputs, one by one: shuffled if asked, decoded, and turned into features.
+
+    Args:
+        rows (IterableDataset): undecoded rows, from `load_rows`.
+        extract (ExtractFeatures): what is done with them.
+        shuffle_buffer (int): how many undecoded rows are held to draw from; 0 keeps the order. Default: 0.
+        seed (int): of the shuffling, which differs from epoch to epoch. Default: 0.
+        name (str): name of the dataset, for errors.
+
+    Returns:
+        IterableDataset: the model's inputs and `labels`.
+
+    Raises:
+        ValueError: if the dataset has no such audio or label column.
+    """
+    columns = [extract.audio_column, extract.label_column]
+    _check_columns(rows, columns, name)
+    rows = rows.select_columns(columns)
+    if shuffle_buffer:
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    return rows.map(extract, batched=True, batch_size=8, remove_columns=columns)
+
+
+class SizedStream(torch.utils.data.IterableDataset):
+    """A stream whose number of rows is known, so that the Trainer can count epochs and show progress.
+
+    Args:
+        stream (IterableDataset): the stream.
+        num_rows (int): its number of rows; skipped audio is among them.
+        extract (ExtractFeatures): reports, after each pass, the audio that it has skipped.
+    """
+
+    def __init__(self, stream: IterableDataset, num_rows: int, extract: ExtractFeatures) -> None:
+        self.stream = stream
+        self.num_rows = num_rows
+        self.extract = extract
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from self.stream
+        self.extract.report(self.num_rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch.
+
+        Args:
+            epoch (int): its number.
+        """
+        self.stream.set_epoch(epoch)
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _metadata_folder(name: str, split: str) -> Optional[Path]:
+    """The folder whose metadata.csv lists a split; None if the dataset is not of that kind."""
+    root = Path(name)
+    if (root / METADATA).is_file():
+        if split != "train":
+            raise ValueError(f"'{name}' has one {METADATA}, so its only split is 'train', not '{split}'.")
+        return root
+    splits = sorted(path.parent.name for path in root.glob(f"*/{METADATA}")) if root.is_dir() else []
+    if splits and split not in splits:
+        raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(splits)}.")
+    return root / split if splits else None
+
+
+def _local_audio(row: dict[str, Any], folder: str, audio_column: str) -> dict[str, Any]:
+    return {audio_column: {"path": os.path.join(folder, row["file_name"]), "bytes": None}}
+
+
+def _has_value(value: Any, values: Sequence[str]) -> bool:
+    return str(value) in values
+
+
+def _check_columns(rows: IterableDataset, columns: Sequence[str], name: str) -> None:
+    # A stream that has been mapped does not know its columns before its first row; without rows there are none.
+    present = list(rows.column_names or next(iter(rows), []))
+    for column in columns if present else ():
+        if column not in present:
+            raise ValueError(f"{name} has no column '{column}'; its columns are: {', '.join(present)}.")
+
+
+def _label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
+    if names is None:
+        if value is None:
+            raise ValueError(f"{where}: a row has no label.")
+        return str(value)
+    if value is None or not 0 <= value < len(names):
+        raise ValueError(f"{where}: label {value} is no index of the {len(names)} classes {', '.join(names)}.")
+    return names[value]
+
+
+def _is_cut(content: bytes, log: str) -> bool:
+    """Whether the content of a file ends before its format says; libsndfile reads what is there and only logs it."""
+    if content.startswith(b"OggS"):
+        # The last page of an Ogg stream has the end-of-stream bit, and its length in a table of segments.
+        page = content.rfind(b"OggS")
+        segments = content[page + 27 : page + 27 + content[page + 26]] if len(content) > page + 26 else b""
+        return not (segments and content[page + 5] & 4 and len(content) >= page + 27 + len(segments) + sum(segments))
+    for declared, actual in re.findall(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log):
+        # Writers that stream do not know the length, and declare zero or about the largest number, signed or not.
+        if int(actual) < int(declared) < 2**31 - 2**12:
+            return True
+    return False

@@ -1,0 +1,67 @@
+"""Classification metrics behind evaluate's interface; `evaluate.load` would download their scripts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from transformers import EvalPrediction
+
+_FEATURES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+
+
+class Accuracy(evaluate.Metric):
+    """Share of correct predictions: `(1/n) Σ_i [p_i = y_i]`.
+
+    `compute(predictions=..., references=...)` takes class indices and returns `{"accuracy": float}`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of correct predictions.",
+            citation="",
+            inputs_description="predictions, references: class indices.",
+            features=_FEATURES,
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+class MacroF1(evaluate.Metric):
+    """Mean of the classes' F1 scores, over the classes that occur: `(1/C) Σ_c 2·TP_c / (2·TP_c + FP_c + FN_c)`.
+
+    `compute(predictions=..., references=...)` takes class indices and returns `{"f1_macro": float}`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean of the F1 scores of all classes among predictions or references.",
+            citation="",
+            inputs_description="predictions, references: class indices.",
+            features=_FEATURES,
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        predicted, true = np.asarray(predictions), np.asarray(references)
+        scores = []
+        for label in np.union1d(predicted, true):
+            hits = np.sum((predicted == label) & (true == label))
+            # 2·TP + FP + FN: each side counts its hits once.
+            scores.append(2 * hits / (np.sum(predicted == label) + np.sum(true == label)))
+        return {"f1_macro": float(np.mean(scores))}
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy and macro F1 of logits, for the Trainer's `compute_metrics`.
+
+    Args:
+        prediction (EvalPrediction): logits `(n, C)` and class indices `(n,)`.
+
+    Returns:
+        dict[str, float]: `accuracy` and `f1_macro`.
+    """
+    metrics = evaluate.combine([Accuracy(), MacroF1()])
+    return metrics.compute(predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids)

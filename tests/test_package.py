@@ -1,0 +1,52 @@
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft_softmoa
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "peft_softmoa"
+
+
+def test_import_loads_no_data_or_plotting_library():
+    script = """
+import sys, peft
+before = set(sys.modules)
+import peft_softmoa
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+assert "peft_softmoa.training" not in sys.modules
+assert not new & {"datasets", "evaluate", "matplotlib", "soundfile", "soxr"}, new
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_imports_point_one_way():
+    """routing, experts -> mixture -> layer -> model; the core never imports training."""
+    rank = {name: index for index, name in enumerate(
+        ["registration", "routing", "experts", "card", "head", "placement", "mixture", "config", "layer", "model"]
+    )}  # fmt: skip
+    for name, position in rank.items():
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                assert rank[node.module] < position, f"{name} imports {node.module}"
+    assert set(rank) == {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+
+
+def test_version_is_the_one_of_the_project():
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert peft_softmoa.__version__ == version
+
+
+def test_is_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_public_names_have_docstrings():
+    import peft_softmoa.training
+
+    for module in (peft_softmoa, peft_softmoa.training):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
