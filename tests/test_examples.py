@@ -1,0 +1,204 @@
+"""The example scripts, run as users run them: in processes of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SAMPLING_RATE, write_parquet
+from loopback_hub import loopback_hub
+from train_audio_classification import main
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TRAIN = EXAMPLES / "train_audio_classification.py"
+
+
+def training_options(base, dataset, output, **arguments):
+    defaults = {
+        "model_name_or_path": base,
+        "dataset_name": dataset,
+        "train_rows": "fold=1",
+        "eval_split_name": "train",
+        "eval_rows": "fold=2",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "output_dir": output,
+    }
+    return [part for key, value in {**defaults, **arguments}.items() for part in (f"--{key}", str(value))]
+
+
+def train(base, dataset, output, environment=(), **arguments):
+    return subprocess.run(
+        [sys.executable, str(TRAIN), *training_options(base, dataset, output, **arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **dict(environment)},
+    )
+
+
+def test_trains_evaluates_and_saves_everything(base_folder, tones_folder, tmp_path):
+    result = train(base_folder, tones_folder, tmp_path / "out", num_train_epochs=15, eval_on_start=True)
+    assert result.returncode == 0, result.stderr
+    assert "trainable params: " in result.stdout
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "preprocessor_config.json"} <= files
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["label_names"] == ["high", "low"] and config["modules_to_save"] == ["classifier"]
+    assert "import peft_softmoa" in (tmp_path / "out" / "README.md").read_text()
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_accuracy" in entry]
+    assert [entry["epoch"] for entry in evaluations] == list(range(16))
+    assert evaluations[-1]["eval_accuracy"] == evaluations[-1]["eval_f1_macro"] == 1.0
+    # Training goes on from a checkpoint, and only if that is asked for.
+    again = train(base_folder, tones_folder, tmp_path / "out")
+    assert again.returncode != 0 and "already holds a model" in again.stderr
+    more = train(
+        base_folder, tones_folder, tmp_path / "out", num_train_epochs=16,
+        resume_from_checkpoint=max((tmp_path / "out").glob("checkpoint-*")),
+    )  # fmt: skip
+    assert more.returncode == 0, more.stderr
+
+
+def test_accelerate_launch(base_folder, tones_folder, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(TRAIN),
+         "--model_name_or_path", str(base_folder), "--dataset_name", str(tones_folder), "--eval_strategy", "no",
+         "--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none",
+         "--output_dir", str(tmp_path / "out")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_bad_audio_is_named_once(base_folder, tones_folder, tmp_path):
+    folder = tmp_path / "tones"
+    folder.mkdir()
+    lines = (tones_folder / "metadata.csv").read_text()
+    for path in tones_folder.glob("*.wav"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "broken.wav").write_bytes(b"no audio")
+    (folder / "cut.wav").write_bytes((folder / "1-low-0.wav").read_bytes()[:999])
+    (folder / "metadata.csv").write_text(f"{lines}broken.wav,low,1\ncut.wav,high,1\n")
+    result = train(base_folder, folder, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    warnings = [line for line in result.stdout.splitlines() if "Skipped" in line]
+    assert len(warnings) == 1 and "Skipped 2 of 10" in warnings[0]
+    assert "broken.wav: unreadable" in warnings[0] and "cut.wav: truncated" in warnings[0]
+    result = train(base_folder, folder, tmp_path / "out2", on_bad_audio="raise")
+    assert result.returncode != 0
+    assert re.search(r"AudioError: .*(broken.wav: unreadable|cut.wav: truncated)", result.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"label_column_name": "genre"}, "has no column 'genre'; its columns are: .*label"),
+        ({"audio_column_name": "sound", "form": "parquet"}, "has no column 'sound'; its columns are: audio, label"),
+        ({"train_rows": "label=low"}, "labels that the training rows do not have: high. Training has: low"),
+        ({"eval_rows": "fold=1"}, "share rows: choose different ones with --train_rows and --eval_rows"),
+        ({"eval_rows": "fold=7"}, "No rows are left of .*evaluation"),
+        ({"eval_split_name": "validation"}, "its only split is 'train', not 'validation'"),
+        ({"num_experts": 0}, "`num_experts` must be a positive integer, got 0"),
+        ({"placement": "everywhere"}, "`placement` must be one of attention, ffn, both, got 'everywhere'"),
+        ({"on_bad_audio": "ignore"}, "invalid choice: 'ignore'"),
+    ],
+)
+def test_bad_input(base_folder, tones_folder, tmp_path, capsys, arguments, message):
+    form = arguments.get("form")
+    dataset = write_parquet(tmp_path / "parquet", tones_folder) if form == "parquet" else tones_folder
+    arguments = {key: value for key, value in arguments.items() if key != "form"}
+    with pytest.raises((ValueError, SystemExit)) as error:
+        main(training_options(base_folder, dataset, tmp_path / "out", **arguments))
+    assert re.search(message, str(error.value) + capsys.readouterr().err)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_push(base_folder, tones_folder, tmp_path):
+    with loopback_hub() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        result = train(
+            base_folder, tones_folder, tmp_path / "out", environment, max_steps=2, save_strategy="steps", save_steps=1,
+            push_to_hub=True, hub_model_id="user/tones", hub_token="hf_secret",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        files = hub.repos["user/tones"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "preprocessor_config.json"} <= set(files)
+    assert b"import peft_softmoa" in files["README.md"]
+    assert not any("checkpoint" in name or name.endswith((".bin", ".pt")) for name in files)
+    assert not any(b"hf_secret" in content for content in files.values())
+    assert "hf_secret" not in result.stdout + result.stderr
+
+
+def test_demo(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "demo.py")], capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        env={**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    before, after = re.search(r"(\d+)% before, (\d+)% after", result.stdout).groups()
+    assert int(before) < 50 and int(after) > 75
+    assert re.search(r"Trainable parameters: [\d,]+\n", result.stdout)
+    assert re.search(r"Size of the adapter on disk: \d+ KiB", result.stdout)
+    assert re.search(r"A fresh WAV file with a siren: the reloaded adapter says siren", result.stdout)
+    assert "it/s]" in result.stderr  # the progress bar
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_ast(folder):
+    """A small AST for clips of five seconds, with random weights."""
+    import torch
+
+    torch.manual_seed(0)
+    frames = 498
+    config = ASTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_length=frames,
+        frequency_stride=16,
+        time_stride=16,
+        initializer_range=0.05,
+    )
+    ASTForAudioClassification(config).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=frames).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.real_audio
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_learns_real_sounds(esc10_folder, tmp_path, form):
+    """Folds 1 to 4 for training, fold 5 for evaluation; ten classes, so that chance is 10 %."""
+    dataset = esc10_folder if form == "folder" else write_parquet(tmp_path / "parquet", esc10_folder)
+    result = train(
+        write_ast(tmp_path / "base"),
+        dataset,
+        tmp_path / "out",
+        train_rows="fold=1,2,3,4",
+        eval_rows="fold=5",
+        num_train_epochs=4,
+        per_device_train_batch_size=32,
+        save_strategy="no",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Skipped" not in result.stdout
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    print(f"{form}: {metrics['eval_accuracy']:.1%}")
+    assert metrics["eval_accuracy"] > 0.4
+
+
+def test_sounds_are_what_they_say():
+    from sounds import SOUNDS, synthesise
+
+    for label in SOUNDS:
+        first, second = (synthesise(label, np.random.default_rng(seed)) for seed in (0, 1))
+        assert first.dtype == np.float32 and np.isfinite(first).all() and 0.05 < np.abs(first).max() < 1
+        assert len(first) != len(second) and 0.7 * SAMPLING_RATE <= len(first) <= 1.5 * SAMPLING_RATE
+        assert np.array_equal(first, synthesise(label, np.random.default_rng(0)))
