@@ -17,10 +17,14 @@ import peft_softmoa  # noqa: F401 - registers the method, so that pipeline() can
 from peft_softmoa.training import decode_audio
 
 
-def write_base_model(folder: Path) -> None:
-    """A tiny Audio Spectrogram Transformer with random weights, in place of a pretrained one."""
+def write_base_model(folder: Path, frames: int = 128) -> None:
+    """A tiny Audio Spectrogram Transformer with random weights, in place of a pretrained one.
+
+    Args:
+        folder (Path): where to.
+        frames (int): length of its input in frames of 10 ms. Default: 128.
+    """
     torch.manual_seed(0)
-    frames = 128  # of 10 ms
     config = ASTConfig(
         hidden_size=64,
         num_hidden_layers=2,

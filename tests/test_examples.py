@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SAMPLING_RATE, write_parquet
+from demo import write_base_model
 from loopback_hub import loopback_hub
+from sounds import SOUNDS, synthesise
 from train_audio_classification import main
-from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN = EXAMPLES / "train_audio_classification.py"
@@ -151,34 +152,14 @@ def test_demo(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def write_ast(folder):
-    """A small AST for clips of five seconds, with random weights."""
-    import torch
-
-    torch.manual_seed(0)
-    frames = 498
-    config = ASTConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_length=frames,
-        frequency_stride=16,
-        time_stride=16,
-        initializer_range=0.05,
-    )
-    ASTForAudioClassification(config).save_pretrained(folder)
-    ASTFeatureExtractor(max_length=frames).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.real_audio
 @pytest.mark.parametrize("form", ["folder", "parquet"])
 def test_learns_real_sounds(esc10_folder, tmp_path, form):
     """Folds 1 to 4 for training, fold 5 for evaluation; ten classes, so that chance is 10 %."""
     dataset = esc10_folder if form == "folder" else write_parquet(tmp_path / "parquet", esc10_folder)
+    write_base_model(tmp_path / "base", frames=498)
     result = train(
-        write_ast(tmp_path / "base"),
+        tmp_path / "base",
         dataset,
         tmp_path / "out",
         train_rows="fold=1,2,3,4",
@@ -195,8 +176,6 @@ def test_learns_real_sounds(esc10_folder, tmp_path, form):
 
 
 def test_sounds_are_what_they_say():
-    from sounds import SOUNDS, synthesise
-
     for label in SOUNDS:
         first, second = (synthesise(label, np.random.default_rng(seed)) for seed in (0, 1))
         assert first.dtype == np.float32 and np.isfinite(first).all() and 0.05 < np.abs(first).max() < 1

@@ -9,40 +9,34 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction
 
-_FEATURES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+
+class _ClassMetric(evaluate.Metric):
+    """A metric of predicted and true class indices."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions, references: class indices.",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
 
 
-class Accuracy(evaluate.Metric):
+class Accuracy(_ClassMetric):
     """Share of correct predictions: `(1/n) Σ_i [p_i = y_i]`.
 
     `compute(predictions=..., references=...)` takes class indices and returns `{"accuracy": float}`.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of correct predictions.",
-            citation="",
-            inputs_description="predictions, references: class indices.",
-            features=_FEATURES,
-        )
-
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-class MacroF1(evaluate.Metric):
-    """Mean of the classes' F1 scores, over the classes that occur: `(1/C) Σ_c 2·TP_c / (2·TP_c + FP_c + FN_c)`.
+class MacroF1(_ClassMetric):
+    """Mean of the classes' F1 scores, over the C classes that occur: `(1/C) Σ_c 2·TP_c / (2·TP_c + FP_c + FN_c)`.
 
     `compute(predictions=..., references=...)` takes class indices and returns `{"f1_macro": float}`.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Mean of the F1 scores of all classes among predictions or references.",
-            citation="",
-            inputs_description="predictions, references: class indices.",
-            features=_FEATURES,
-        )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predicted, true = np.asarray(predictions), np.asarray(references)

@@ -1,0 +1,47 @@
+"""The README's code is run, with a local checkpoint and dataset in place of those on the Hub."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from conftest import write_parquet, write_tone
+from peft import PeftConfig
+
+from peft_softmoa import SoftMoAConfig
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def code(name):
+    return re.search(rf"<!-- {name} -->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_quickstart_and_loading(base_folder, tones_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    local = {
+        "MIT/ast-finetuned-audioset-10-10-0.4593": str(base_folder),
+        "ashraq/esc50": str(write_parquet(tmp_path / "parquet", tones_folder, class_label=False)),
+        '"category"': '"label"',
+    }
+    quickstart = code("quickstart")
+    for there, here in local.items():
+        assert there in quickstart
+        quickstart = quickstart.replace(there, here)
+    exec(quickstart, {})
+    write_tone(tmp_path / "dog.wav")
+    capsys.readouterr()
+    exec(code("load"), {})
+    assert re.search(r"\[\{'score': [\d.]+, 'label': '(high|low)'\}, ", capsys.readouterr().out)
+
+
+def test_table_lists_every_field_with_its_default():
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", README, re.MULTILINE)
+    listed = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    own = {field.name: field.default for field in dataclasses.fields(SoftMoAConfig)}
+    for field in dataclasses.fields(PeftConfig):
+        del own[field.name]
+    assert set(listed) == set(own)
+    for name, default in own.items():
+        if default is not None:
+            shown = listed[name].strip("`")
+            assert shown == (f'"{default}"' if isinstance(default, str) else str(default)), name
