@@ -14,32 +14,32 @@ import soundfile
 SAMPLING_RATE = 16_000
 
 
-def hum(time, pitch, rng):
+def hum(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """A steady tone with harmonics."""
     return sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 6))
 
 
-def rise(time, pitch, rng):
+def rise(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """A tone whose pitch rises by an octave and a half."""
     return np.sin(2 * np.pi * pitch * (time + time**2 / time[-1] * 0.9))
 
 
-def fall(time, pitch, rng):
+def fall(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """A tone whose pitch falls by an octave and a half."""
     return np.sin(2 * np.pi * 2.8 * pitch * (time - time**2 / time[-1] * 0.32))
 
 
-def clicks(time, pitch, rng):
+def clicks(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """Short pulses at a steady rate."""
     return (np.mod(time * pitch / 30, 1) < 0.02) * rng.standard_normal(len(time)) * 3
 
 
-def rain(time, pitch, rng):
+def rain(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """Noise."""
     return rng.standard_normal(len(time))
 
 
-def siren(time, pitch, rng):
+def siren(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """A tone that wavers."""
     return np.sin(2 * np.pi * pitch * 2 * time + 12 * np.sin(2 * np.pi * 5 * time))
 

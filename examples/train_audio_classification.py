@@ -22,12 +22,14 @@ from typing import Literal, Optional
 
 import torch
 import transformers
+from datasets import IterableDataset
 from huggingface_hub import HfApi
 from peft import get_peft_model
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
     HfArgumentParser,
+    SequenceFeatureExtractor,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -231,7 +233,13 @@ def check_arguments(data_args: DataArguments, training_args: TrainingArguments) 
             )
 
 
-def read_rows(data_args, model_args, split, selection, labels_only=False):
+def read_rows(
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    split: str,
+    selection: Optional[str],
+    labels_only: bool = False,
+) -> IterableDataset:
     """Rows of a split, selected; with the columns that are needed."""
     columns = (
         [data_args.label_column_name] if labels_only else [data_args.audio_column_name, data_args.label_column_name]
@@ -252,7 +260,15 @@ def read_rows(data_args, model_args, split, selection, labels_only=False):
     return select_rows(rows, selection, data_args.dataset_name) if selection else rows
 
 
-def make_dataset(rows, num_rows, label_names, feature_extractor, data_args, training_args, training):
+def make_dataset(
+    rows: IterableDataset,
+    num_rows: int,
+    label_names: list[str],
+    feature_extractor: SequenceFeatureExtractor,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    training: bool,
+) -> SizedStream:
     """Stream of model inputs; shuffled and cut at random places in training."""
     extract = ExtractFeatures(
         feature_extractor,
@@ -262,7 +278,6 @@ def make_dataset(rows, num_rows, label_names, feature_extractor, data_args, trai
         class_names=class_names(rows, data_args.label_column_name),
         max_length_seconds=data_args.max_length_seconds,
         random_crop=training,
-        seed=training_args.seed,
         on_bad_audio=data_args.on_bad_audio,
     )
     stream = audio_stream(

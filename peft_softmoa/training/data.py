@@ -251,8 +251,8 @@ class ExtractFeatures:
         label_column (str): name of the column with the labels. Default: `"label"`.
         class_names (Sequence[str], optional): names of the classes, if the labels are indices.
         max_length_seconds (float, optional): longer clips are cut to this length. Default: they are not.
-        random_crop (bool): cut at a random place, for training, or else at the start. Default: False.
-        seed (int): of the random places. Default: 0.
+        random_crop (bool): cut at a random place, for training, or else at the start; torch's default generator draws
+            it. Default: False.
         on_bad_audio ("skip" or "raise"): what happens to audio that cannot be used. Default: `"skip"`, which counts
             it and names it in one warning at the end of the pass.
     """
@@ -267,7 +267,6 @@ class ExtractFeatures:
         class_names: Optional[Sequence[str]] = None,
         max_length_seconds: Optional[float] = None,
         random_crop: bool = False,
-        seed: int = 0,
         on_bad_audio: Literal["skip", "raise"] = "skip",
     ) -> None:
         if max_length_seconds is not None and not max_length_seconds > 0:
@@ -280,7 +279,7 @@ class ExtractFeatures:
         self.label_column = label_column
         self.class_names = class_names
         self.max_length_seconds = max_length_seconds
-        self.generator = torch.Generator().manual_seed(seed) if random_crop else None
+        self.random_crop = random_crop
         self.on_bad_audio = on_bad_audio
         self.skipped: dict[str, str] = {}
         self._reported = 0
@@ -322,7 +321,8 @@ class ExtractFeatures:
         if self.max_length_seconds is not None:
             excess = len(waveform) - round(self.max_length_seconds * rate)
             if excess > 0:
-                start = 0 if self.generator is None else int(torch.randint(excess + 1, (), generator=self.generator))
+                # The default generator, because the DataLoader seeds it in every worker and epoch.
+                start = int(torch.randint(excess + 1, ())) if self.random_crop else 0
                 waveform = waveform[start : start + len(waveform) - excess]
         try:
             return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
