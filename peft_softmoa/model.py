@@ -124,9 +124,10 @@ class SoftMoAModel(BaseTuner):
         Returns:
             `torch.nn.Module`: the base model.
         """
-        for module in self.model.modules():
+        for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
-                module.set_adapter([])
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
         self._name_labels(enabled=False)
         return super().unload()
 

@@ -1,13 +1,18 @@
 import copy
 
+import peft
 import pytest
 import torch
 from conftest import tiny_ast_config
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import ASTConfig, ASTForAudioClassification, ASTModel, Wav2Vec2Config, Wav2Vec2Model
+from transformers import ASTConfig, ASTModel, Wav2Vec2Config, Wav2Vec2Model
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
+
+OLD_PEFT = Version(peft.__version__) < Version("0.21")
+needs_new_peft = pytest.mark.skipif(OLD_PEFT, reason="PEFT 0.20 warns of missing tensors itself and asks no method")
 
 
 def adapted(model):
@@ -61,9 +66,14 @@ def test_starts_as_a_no_op_and_trains_every_adapter_tensor_and_nothing_else(tiny
     assert not torch.equal(logits(model, spectrograms), before)
 
 
-@pytest.mark.parametrize("make", [ASTModel, ASTForAudioClassification])
-def test_layers_to_transform(make):
-    model = get_peft_model(make(tiny_ast_config()), SoftMoAConfig(placement="both", layers_to_transform=[1]))
+def test_layers_to_transform(tiny_ast):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(placement="both", layers_to_transform=[1]))
+    assert len(adapted(model)) == 2 and all(".layers.1." in name for name in adapted(model))
+
+
+@pytest.mark.skipif(OLD_PEFT, reason="PEFT 0.20 does not find layers whose list is at the top of the model")
+def test_layers_to_transform_at_the_top_of_the_model():
+    model = get_peft_model(ASTModel(tiny_ast_config()), SoftMoAConfig(placement="both", layers_to_transform=[1]))
     assert len(adapted(model)) == 2 and all(".layers.1." in name for name in adapted(model))
 
 
@@ -258,9 +268,15 @@ def saved_adapter(tiny_ast, folder):
     [
         ({"num_experts": 6}, r"'.*softmoa_router.default.slots' has shape \(32, 7\).*config gives \(32, 6\)"),
         ({"r": 7}, r"'.*softmoa_experts.default.down_weight' has shape \(7, 32, 6\).*config gives \(7, 32, 7\)"),
-        ({"normalize": True}, "lacks 2 tensors: .*softmoa_router.default.scale"),
-        ({"placement": "both", "target_modules": None}, "lacks 10 tensors: .*mlp.softmoa_experts"),
-        ({"layers_to_transform": [0]}, "against its config, 5 tensors: .*layers.1.attention"),
+        pytest.param({"normalize": True}, "lacks 2 tensors: .*softmoa_router.default.scale", marks=needs_new_peft),
+        pytest.param(
+            {"placement": "both", "target_modules": None},
+            "lacks 10 tensors: .*mlp.softmoa_experts",
+            marks=needs_new_peft,
+        ),
+        pytest.param(
+            {"layers_to_transform": [0]}, "against its config, 5 tensors: .*layers.1.attention", marks=needs_new_peft
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_the_config(tiny_ast, tmp_path, change, message):
