@@ -34,7 +34,7 @@ def load_adapter(model, adapter):
     return model
 
 base, adapter, data, ways = sys.argv[1:]
-inputs, expected = torch.load(data)
+inputs, expected = torch.load(data, weights_only=True)
 torch.set_grad_enabled(False)
 for name, way in json.loads(ways).items():
     logits = eval(way).eval()(inputs).logits
