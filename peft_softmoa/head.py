@@ -61,7 +61,7 @@ def fit_heads(model: nn.Module, adapter_name: str, label_names: list[str]) -> No
                 )
                 parent, _, child = name.rpartition(".")
                 setattr(wrapper.modules_to_save.get_submodule(parent), child, new)
-                new.train(old.training).requires_grad_(old.weight.requires_grad)
+                new.requires_grad_(old.weight.requires_grad)
 
 
 def name_labels(model: nn.Module, label_names: Optional[list[str]]) -> None:

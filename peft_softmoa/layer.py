@@ -55,13 +55,12 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def update_layer(self, adapter_name: str, config: SoftMoAConfig, inference_mode: bool = False) -> None:
+    def update_layer(self, adapter_name: str, config: SoftMoAConfig) -> None:
         """Add an adapter to the block.
 
         Args:
             adapter_name (str): name of the new adapter.
             config (SoftMoAConfig): its configuration.
-            inference_mode (bool): whether the adapter starts frozen. Default: False.
         """
         router = SoftRouter(self.in_features, config.num_experts, config.num_slots, normalize=config.normalize)
         experts = BottleneckExperts(
@@ -77,7 +76,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_experts[adapter_name] = experts
         self.softmoa_scaling[adapter_name] = config.scaling
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and add the active mixtures.

@@ -51,7 +51,7 @@ class SoftMoAModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SoftMoAConfig, model_config: dict[str, Any]) -> SoftMoAConfig:
         if peft_config.target_modules is None:
-            architecture = find_architecture(model_config["model_type"])
+            architecture = find_architecture(model_config.get("model_type", "unknown"))
             peft_config.target_modules = placed_blocks(architecture, peft_config.placement)
             if peft_config.layers_to_transform is not None and not peft_config.layers_pattern:
                 peft_config.layers_pattern = architecture.layers
@@ -91,9 +91,6 @@ class SoftMoAModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = SoftMoALayer(target, adapter_name, peft_config, name=current_key)
-        if adapter_name not in self.active_adapters:
-            # adding an additional adapter: it is not automatically trainable
-            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -165,5 +162,7 @@ class SoftMoAModel(BaseTuner):
 
     def _name_labels(self, enabled: bool = True) -> None:
         """Let the model's config name the classes of the head that is in use."""
-        active = [self.peft_config[name].label_names for name in self.active_adapters] if enabled else []
-        name_labels(self.model, next(filter(None, active), None))
+        active = [self.peft_config[name] for name in self.active_adapters] if enabled else []
+        # transformers can hold adapters of other methods in the same dict.
+        label_names = [config.label_names for config in active if isinstance(config, SoftMoAConfig)]
+        name_labels(self.model, next(filter(None, label_names), None))

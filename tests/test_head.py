@@ -81,6 +81,7 @@ def test_loads_onto_models_with_other_and_with_the_same_classes(tiny_ast, spectr
         with torch.no_grad():
             assert torch.equal(loaded(spectrograms).logits, expected)
         assert labels(loaded) == ["cat", "dog", "owl"]
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 class WithPlainHead(nn.Module):

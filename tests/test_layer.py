@@ -111,6 +111,18 @@ def test_merging_is_refused():
     assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
 
 
+def test_every_choice_of_the_config_reaches_its_part():
+    config = SoftMoAConfig(
+        num_experts=3, num_slots=2, r=4, normalize=True, activation="relu", dropout=0.25, scaling=0.5
+    )
+    layer = make(nn.Linear(6, 9), config)
+    router, experts = layer.softmoa_router["default"], layer.softmoa_experts["default"]
+    assert router.slots.shape == (6, 3 * 2) and router.scale is not None
+    assert experts.down_weight.shape == (3, 6, 4) and experts.up_weight.shape == (3, 4, 9)
+    assert isinstance(experts.activation, nn.ReLU) and experts.dropout.p == 0.25
+    assert layer.softmoa_scaling == {"default": 0.5}
+
+
 def test_fresh_layer_is_an_exact_no_op():
     layer = make(Attention(), SoftMoAConfig(num_experts=3, r=4))
     tokens = torch.randn(2, 5, 6)
