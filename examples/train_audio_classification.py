@@ -9,14 +9,15 @@ For example, on ESC-50 with its fifth fold for evaluation:
         --train_rows fold=1,2,3,4 --eval_split_name train --eval_rows fold=5 \
         --num_train_epochs 10 --output_dir esc50-softmoa
 
-All arguments of `transformers.TrainingArguments` work too, and so does `accelerate launch`.
+The arguments of `transformers.TrainingArguments` are taken too, and `accelerate launch` works. It always trains, and
+evaluates unless `--eval_strategy no` is given.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -129,6 +130,9 @@ class AdapterArguments:
     activation: str = field(default="gelu", metadata={"help": "Activation of the experts."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' activations."})
     scaling: float = field(default=1.0, metadata={"help": "Factor on the mixture's output."})
+    target_modules: Optional[list[str]] = field(default=None, metadata={"help": "Modules to adapt, by name."})
+    exclude_modules: Optional[list[str]] = field(default=None, metadata={"help": "Modules not to adapt, by name."})
+    layers_to_transform: Optional[list[int]] = field(default=None, metadata={"help": "Indices of layers to adapt."})
 
 
 def main(arguments: Optional[list[str]] = None) -> Trainer:
@@ -140,6 +144,7 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
     logging.getLogger().setLevel(logging.WARNING)
     transformers.logging.set_verbosity_warning()
     check_arguments(data_args, training_args)
+    config = SoftMoAConfig(**vars(adapter_args), modules_to_save=["classifier"])
     set_seed(training_args.seed)
 
     # Rows, without their audio for a first look at the labels.
@@ -184,7 +189,7 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
         cache_dir=model_args.cache_dir,
         token=model_args.token,
     )
-    config = SoftMoAConfig(**vars(adapter_args), modules_to_save=["classifier"], label_names=label_names)
+    config = replace(config, label_names=label_names)
     model = get_peft_model(model, config, revision=model_args.model_revision)
     model.print_trainable_parameters()
 
@@ -214,13 +219,15 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
 def check_arguments(data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Refuse what would overwrite a model or evaluate on rows that were trained on."""
     folder = Path(training_args.output_dir)
-    present = [
-        path.name for pattern in ("*config.json", "*.safetensors", "checkpoint-*") for path in folder.glob(pattern)
-    ]
-    if present and not training_args.resume_from_checkpoint:
+    patterns = ("config.json", "adapter_*", "model*", "pytorch_model*", "checkpoint-*")
+    present = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    resume = training_args.resume_from_checkpoint
+    if resume and resume.lower() == "true":
+        training_args.resume_from_checkpoint = True  # the newest checkpoint in the folder
+    elif present and not (resume and Path(resume).resolve().parent == folder.resolve()):
         raise ValueError(
-            f"The output folder '{folder}' already holds a model ({', '.join(sorted(present))}). Choose another "
-            "--output_dir, or go on from a checkpoint with --resume_from_checkpoint."
+            f"The output folder '{folder}' already holds a model ({', '.join(present)}). Choose another --output_dir, "
+            "or go on from one of its checkpoints with --resume_from_checkpoint."
         )
     if training_args.eval_strategy != "no" and data_args.train_split_name == data_args.eval_split_name:
         column, values = parse_selection(data_args.train_rows) if data_args.train_rows else (None, ())

@@ -7,14 +7,13 @@ one that somebody has written keeps its text and gets the section at its end.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
 HEADING = "## Soft mixture of adapters"
-# What PEFT's form says wherever nobody has filled it in.
-PLACEHOLDER = "[More Information Needed]"
 
 SECTION = """{heading}
 
@@ -36,33 +35,50 @@ Mixture of Adapters*, Interspeech 2024, [arXiv:2402.00828](https://arxiv.org/abs
 
 
 def write_model_card(config: dict[str, Any], folder: str | os.PathLike) -> None:
-    """Write `README.md` next to an adapter, or complete the one that is there.
+    """Write `README.md` next to an adapter's weights, or complete the one that is there.
 
     Args:
         config (dict): the fields of the adapter's `SoftMoAConfig`.
-        folder (str or PathLike): the adapter's folder.
+        folder (str or PathLike): the adapter's folder; nothing is written if it holds no weights.
     """
-    path = os.path.join(folder, "README.md")
-    card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData())
-    if HEADING not in card.text:
-        empty = PLACEHOLDER in card.text
-        card.text = _section(config) if empty else f"{card.text.rstrip()}\n\n{_section(config)}"
+    if not list(Path(folder).glob("adapter_model.*")):
+        return
+    path = Path(folder) / "README.md"
+    form = ModelCard.from_template(ModelCardData())
+    card = ModelCard.load(path) if path.exists() else form
+    if _own_words(card.text) == _own_words(form.text):
+        card.text = _section(config)
+    elif HEADING in card.text:
+        before, _, after = card.text.partition(HEADING)
+        _, heading, rest = after.partition("\n## ")
+        card.text = before + _section(config) + heading + rest
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{_section(config)}"
     card.data["library_name"] = "peft"
-    card.data["tags"] = sorted({*(card.data.tags or []), *TAGS})
-    if config["label_names"] and not card.data.pipeline_tag:
-        card.data["pipeline_tag"] = "audio-classification"
     # The Hub takes ids of models here, not folders of one computer.
+    tags = {*(card.data.tags or []), *TAGS}
+    card.data["tags"] = sorted(tag for tag in tags if not os.path.isdir(tag.partition("base_model:adapter:")[2]))
     if os.path.isdir(card.data.get("base_model") or ""):
         card.data["base_model"] = None
-    card.data["tags"] = [tag for tag in card.data["tags"] if not os.path.isdir(tag.partition("base_model:adapter:")[2])]
+    if config["label_names"] and not card.data.pipeline_tag:
+        card.data["pipeline_tag"] = "audio-classification"
     card.save(path)
+
+
+def _own_words(text: str) -> list[str]:
+    """Lines of a card, but for the versions that PEFT puts at its end."""
+    return [line for line in text.partition("### Framework versions")[0].splitlines() if line.strip()]
 
 
 def _section(config: dict[str, Any]) -> str:
     base_model = config["base_model_name_or_path"] or "the base model"
+    if os.path.isdir(base_model):
+        base_model = os.path.basename(base_model.rstrip("/"))
     if config["label_names"]:
-        library, loader = "transformers", "pipeline"
-        call = 'classifier = pipeline("audio-classification", model="path/or/id/of/this/adapter")'
+        library, loader = "transformers", "AutoFeatureExtractor, pipeline"
+        call = f'feature_extractor = AutoFeatureExtractor.from_pretrained("{base_model}")\n'
+        call += 'adapter = "path/or/id/of/this/adapter"\n'
+        call += 'classifier = pipeline("audio-classification", model=adapter, feature_extractor=feature_extractor)'
     else:
         library, loader = "peft", "PeftModel"
         call = 'model = PeftModel.from_pretrained(base_model, "path/or/id/of/this/adapter")'
@@ -72,7 +88,7 @@ def _section(config: dict[str, Any]) -> str:
     names = ("num_experts", "num_slots", "r", "activation", "normalize")
     return SECTION.format(
         heading=HEADING,
-        base_model=os.path.basename(base_model.rstrip("/")) if os.path.isdir(base_model) else base_model,
+        base_model=base_model,
         targets=targets,
         library=library,
         loader=loader,

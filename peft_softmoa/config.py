@@ -64,8 +64,8 @@ class SoftMoAConfig(PeftConfig):
         label_names (`list[str]`, *optional*):
             The classes of the classification head in `modules_to_save`, in the order of its outputs. Where the base
             model's head has other classes, the adapter gets a fresh head of its own, and the model's config names
-            these classes while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with
-            527, in `pipeline()` too.
+            these classes while the adapter is active in a `PeftModel`. So an adapter with 10 classes loads onto a
+            checkpoint with 527, in `pipeline()` too.
 
     Raises:
         ValueError: for a value that is not allowed; it names the field, the value and what is allowed.
@@ -153,17 +153,23 @@ class SoftMoAConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check(self, name, "None, a string or names", lambda value: isinstance(value, str) or _are_names(value))
+        _check(self, "modules_to_save", "None or a list of names", _are_names)
+        _check(self, "layers_to_transform", "None, an index or a list of indices", _are_indices)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 _check(self, name, "None if `target_modules` is a regular expression", lambda value: value is None)
         if self.layers_to_transform is None:
             _check(self, "layers_pattern", "None unless `layers_to_transform` is given", lambda value: not value)
         if self.label_names is not None:
+            if isinstance(self.label_names, tuple):
+                self.label_names = list(self.label_names)
             _check(self, "label_names", "a list of distinct class names", _are_distinct_names)
             _check(self, "modules_to_save", "the name of the head, if `label_names` is given", bool)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and the model card next to it, to a folder.
+        """Write `adapter_config.json` to a folder, and the model card if the folder holds the adapter's weights.
 
         Args:
             save_directory (`str`): the folder; it is made if it is missing.
@@ -187,10 +193,13 @@ def _is_number(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
 
 
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value))
+
+
 def _are_distinct_names(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(name, str) for name in value)
-        and len(set(value)) == len(value)
-    )
+    return isinstance(value, list) and _are_names(value) and 0 < len(value) == len(set(value))
+
+
+def _are_indices(value: Any) -> bool:
+    return value is None or _is_int(value) or (isinstance(value, list) and all(_is_int(index) for index in value))

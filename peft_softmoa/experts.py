@@ -74,14 +74,14 @@ class BottleneckExperts(nn.Module):
         Returns:
             Tensor: `(B, S, D')`, in the dtype of the slots.
         """
-        num_experts = self.down_weight.shape[0]
-        batch, dtype = slots.shape[0], slots.dtype
+        num_experts, dtype = self.down_weight.shape[0], slots.dtype
+        batch, num_slots = slots.shape[0], slots.shape[1] // num_experts
         # (B, N·P, D) -> (N, B·P, D): one product per projection for all experts.
-        by_expert = slots.unflatten(1, (num_experts, -1)).transpose(0, 1).flatten(1, 2)
+        by_expert = slots.unflatten(1, (num_experts, num_slots)).transpose(0, 1).flatten(1, 2)
         hidden = torch.baddbmm(self.down_bias.to(dtype).unsqueeze(1), by_expert, self.down_weight.to(dtype))
         hidden = self.dropout(self.activation(hidden))
         outputs = torch.baddbmm(self.up_bias.to(dtype).unsqueeze(1), hidden, self.up_weight.to(dtype))
-        return outputs.unflatten(1, (batch, -1)).transpose(0, 1).flatten(1, 2)
+        return outputs.unflatten(1, (batch, num_slots)).transpose(0, 1).flatten(1, 2)
 
 
 def _uniform_(parameter: nn.Parameter, fan_in: int) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts
 from .mixture import SoftRouter, soft_mixture
-from .placement import block_widths
 
 # Why a mixture cannot be merged; PEFT asks on the model and on each layer.
 CANNOT_MERGE = (
@@ -32,9 +31,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         adapter_name (str): name of the first adapter.
         config (SoftMoAConfig): its configuration.
         name (str): name of the block in the model, for errors.
-
-    Raises:
-        ValueError: if F does not map tokens to tokens.
+        widths (tuple[int, int]): D and D'.
     """
 
     # All names of layers that may contain adapter (trainable) weights
@@ -42,16 +39,20 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     # All names of other parameters that may contain adapter-related parameters
     other_param_names = ("softmoa_scaling",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: SoftMoAConfig, name: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: SoftMoAConfig, name: str, widths: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.name = name
-        self.in_features, self.out_features = block_widths(name, base_layer)
+        self.in_features, self.out_features = widths
         self.base_layer = base_layer
         self.softmoa_router = nn.ModuleDict()
         self.softmoa_experts = nn.ModuleDict()
         self.softmoa_scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters = []
+        # flag to enable/disable casting of input to weight dtype during forward call, which PEFT's helper sets
+        self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 

@@ -54,8 +54,7 @@ class SoftRouter(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: dispatch and combine weights, `(B, T, S)` each, in the dtype of the tokens.
         """
-        scale = None if self.scale is None else self.scale.to(tokens.dtype)
-        return soft_routing(tokens, self.slots.to(tokens.dtype), mask, scale)
+        return soft_routing(tokens, self.slots, mask, self.scale)
 
 
 def soft_mixture(

@@ -60,20 +60,27 @@ class SoftMoAModel(BaseTuner):
     def _prepare_model(self, peft_config: SoftMoAConfig, model: nn.Module) -> None:
         """Check all targets before the first is replaced, so that an error leaves the model as it was."""
         modules = dict(model.named_modules())
-        adapted = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+        adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+        inside_adapted = tuple(f"{name}." for name in adapted)
         targets = [
             name
             for name in modules
-            if name and not name.startswith(adapted) and self._check_target_module_exists(peft_config, name)
+            if name and not name.startswith(inside_adapted) and self._check_target_module_exists(peft_config, name)
         ]
         for name in targets:
+            inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)
+            if inner is not None and not isinstance(modules[name], SoftMoALayer):
+                raise ValueError(
+                    f"`target_modules` matches '{name}', but '{inner}' in it has an adapter already, whose weights "
+                    "would get other names. Adapt the same modules, or modules apart from it."
+                )
             outer = next((other for other in targets if name.startswith(f"{other}.")), None)
             if outer is not None:
                 raise ValueError(
                     f"`target_modules` matches '{name}' and also '{outer}', which contains it. Write it so that it "
                     "matches one of them, or name the other in `exclude_modules`."
                 )
-            block_widths(name, modules[name])
+            self._block_widths(name, modules[name])
         if peft_config.label_names is not None:
             check_head(model, peft_config.modules_to_save or [], peft_config.label_names)
 
@@ -90,8 +97,12 @@ class SoftMoAModel(BaseTuner):
         if isinstance(target, SoftMoALayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = SoftMoALayer(target, adapter_name, peft_config, name=current_key)
+        widths = self._block_widths(current_key, target)
+        layer = SoftMoALayer(target, adapter_name, peft_config, current_key, widths)
         self._replace_module(parent, target_name, layer, target)
+
+    def _block_widths(self, name: str, block: nn.Module) -> tuple[int, int]:
+        return block_widths(name, block, getattr(getattr(self.model, "config", None), "hidden_size", None))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own method copies the weight of the child, which a block or a head does not have.

@@ -5,13 +5,15 @@ Nothing else in the package knows the names of models.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections import Counter
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.func import functional_call
 
 
 class Architecture(NamedTuple):
@@ -28,6 +30,9 @@ ARCHITECTURES = {
 
 # Tokens in a probe of a block. Prime and small: it should not happen to be the size of a block's weight.
 PROBE_TOKENS = 3
+
+# Modules that read something else than tokens.
+NO_TOKENS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 
 
 def find_architecture(model_type: str) -> Architecture:
@@ -65,16 +70,18 @@ def placed_blocks(architecture: Architecture, placement: str) -> set[str]:
     return {getattr(architecture, placement)}
 
 
-def block_widths(name: str, block: nn.Module) -> tuple[int, int]:
+def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None) -> tuple[int, int]:
     """Widths D and D' of a module that maps tokens `(B, T, D)` to `(B, T, D')`.
 
-    A linear layer says so itself. Any other block is asked: it is run on shapes alone (the meta device, no weights and
-    no arithmetic), for each size that occurs in its parameters, until tokens come out. What flows through a block
-    counts, not what is inside: an attention may begin with a layer narrower than its input.
+    A linear layer says so itself. Any other block is asked: a copy of it without weights is run on shapes alone (the
+    meta device), for each size that occurs in its parameters, until tokens come out. What flows through a block counts,
+    not what is inside: an attention may begin with a layer narrower than its input. A block that cannot run so, because
+    it needs more than tokens or a kernel without shapes, is taken to map the model's hidden size to itself.
 
     Args:
         name (str): name of the module, for the error.
-        block (nn.Module): the module; it is not changed.
+        block (nn.Module): the module; it is neither run nor changed.
+        hidden_size (int, optional): hidden size of the model. Default: unknown.
 
     Returns:
         tuple[int, int]: D and D'.
@@ -85,30 +92,42 @@ def block_widths(name: str, block: nn.Module) -> tuple[int, int]:
     base = block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-    is_leaf = isinstance(base, (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag))
+    is_leaf = isinstance(base, NO_TOKENS)
     sizes = Counter(size for parameter in base.parameters() for size in parameter.shape)
+    failure: Optional[Exception] = None
+    # What is no block at all, or reads something else than tokens, is not taken for one that needs more than tokens.
+    refused = type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
     for width, _ in [] if is_leaf else sizes.most_common():
-        out_width = _flow(base, width)
-        if out_width is not None:
-            return width, out_width
+        try:
+            output = _run_on_shapes(base, width)
+        except Exception as error:  # noqa: BLE001 - a foreign block may raise anything; it is chained below
+            failure = error
+            continue
+        hidden = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == (1, PROBE_TOKENS):
+            return width, hidden.shape[-1]
+        refused = True  # it runs, but does not give tokens
+    if hidden_size is not None and hidden_size in sizes and not refused:
+        return hidden_size, hidden_size
     raise ValueError(
         f"`target_modules` matches '{name}', a {type(base).__name__}, which cannot be adapted. A target is a linear "
         "layer or a block that, called with tokens (batch, tokens, width) alone, returns as many tokens, as a tensor "
         "or as the first item of a tuple."
-    )
+    ) from failure
 
 
-def _flow(block: nn.Module, width: int) -> Optional[int]:
-    """Width of the tokens that come out if tokens of this width go in; None if the block does not take them."""
-    state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
+def _run_on_shapes(block: nn.Module, width: int) -> Any:
+    """Output of a copy of the block, without weights and hooks, for tokens of a width."""
+    state = [*block.parameters(), *block.buffers()]
+    shapes = {id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False) for tensor in state}
+    ghost = copy.deepcopy(block, shapes)
+    remove_hook_from_submodules(ghost)
+    ghost.to("meta")  # accelerate's hooks leave the weights that they have offloaded
+    for module in ghost.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    dtype = next((tensor.dtype for tensor in state if tensor.is_floating_point()), None)
     tokens = torch.empty(1, PROBE_TOKENS, width, dtype=dtype, device="meta")
-    try:
-        with torch.no_grad():
-            output = functional_call(block, {key: tensor.to("meta") for key, tensor in state.items()}, (tokens,))
-    except Exception:  # noqa: BLE001 - whatever a foreign block raises, it does not take such tokens
-        return None
-    hidden = output[0] if isinstance(output, tuple) and output else output
-    if isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == (1, PROBE_TOKENS):
-        return hidden.shape[-1]
-    return None
+    first = next(iter(inspect.signature(ghost.forward).parameters.values()))
+    with torch.no_grad():
+        return ghost(hidden_states=tokens) if first.kind is first.KEYWORD_ONLY else ghost(tokens)

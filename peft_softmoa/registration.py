@@ -14,7 +14,7 @@ from packaging.version import Version
 from peft import mapping
 from peft.utils import PeftType
 
-OLDEST_PEFT = "0.20.0"
+OLDEST_PEFT = "0.21.0"
 NEWEST_TESTED_PEFT = "0.21.2"
 
 

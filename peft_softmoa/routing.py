@@ -24,8 +24,9 @@ def soft_routing(
         dispatch = softmax over the valid T of L    each slot is a convex combination of the tokens
         combine  = softmax over S of L              each token is a convex combination of the slots
 
-    With `scale`, the logits are the scaled cosines `scale · <x_t, Φ_s> / (‖x_t‖ ‖Φ_s‖)` instead. If a sample has no
-    valid token, its dispatch weights are all zero.
+    Everything is computed in float32, or in float64 if the tokens are. With `scale`, the logits are the scaled
+    cosines `scale · <x_t, Φ_s> / (‖x_t‖ ‖Φ_s‖)` instead. If a sample has no valid token, its dispatch weights are all
+    zero.
 
     Args:
         tokens (Tensor): x, `(B, T, D)`.
@@ -38,15 +39,18 @@ def soft_routing(
 
     Source: arXiv 2402.00828; arXiv 2308.00951, section 2.1 and, for the normalization, 2.3.
     """
+    dtype = tokens.dtype
+    tokens = tokens.to(torch.promote_types(dtype, torch.float32))
+    slots = slots.to(tokens.dtype)
     if scale is None:
         logits = tokens @ slots
     else:
         norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min(EPS)
-        logits = scale * (tokens @ F.normalize(slots, dim=0, eps=EPS)) / norms
-    combine = logits.softmax(dim=-1)
+        logits = scale.to(tokens.dtype) * (tokens @ F.normalize(slots, dim=0, eps=EPS)) / norms
+    combine = logits.softmax(dim=-1).to(dtype)
     if mask is None:
-        return logits.softmax(dim=-2), combine
+        return logits.softmax(dim=-2).to(dtype), combine
     padding = ~mask.unsqueeze(-1)
     # A large negative number instead of -inf: a sample without tokens must not give NaN.
     dispatch = logits.masked_fill(padding, torch.finfo(logits.dtype).min).softmax(dim=-2)
-    return dispatch.masked_fill(padding, 0.0), combine
+    return dispatch.masked_fill(padding, 0.0).to(dtype), combine

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_ast_config
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from transformers import ASTForAudioClassification, AutoFeatureExtractor
+from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.card import HEADING
@@ -41,13 +41,19 @@ def test_card_of_a_classifier_shows_the_pipeline(tmp_path):
     assert 'pipeline("audio-classification"' in card.text
 
 
-def test_a_card_that_somebody_wrote_is_kept_and_completed_once(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Birds\n\nTrained on our garden.\n")
+def test_a_card_that_somebody_wrote_is_kept_and_its_section_renewed(tmp_path):
+    words = "# Birds\n\nTrained on our garden.\n\n## Evaluation\n\n[More Information Needed]"
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n---\n{words}\n")
     model = save(tmp_path)
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.text.startswith("# Birds\n\nTrained on our garden.")
-    assert card.text.count(HEADING) == 1
+    card.text += "\n## Thanks\n\nTo the birds.\n"
+    card.save(tmp_path / "README.md")
+    save(tmp_path, r=2)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.startswith(words) and card.text.rstrip().endswith("## Thanks\n\nTo the birds.")
+    assert card.text.count(HEADING) == 1 and card.text.count("import peft_softmoa") == 1
+    assert "bottleneck 2" in card.text and "bottleneck 6" not in card.text
     assert card.data.license == "mit" and "soft-moa" in card.data.tags
 
 
@@ -59,15 +65,20 @@ def test_no_local_path_in_the_card(tmp_path):
     assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model is None
 
 
+def test_a_config_without_weights_writes_no_card(tmp_path):
+    SoftMoAConfig().save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
 @pytest.mark.parametrize("classifier", [False, True])
 def test_code_in_the_card_runs(tmp_path, base_folder, classifier):
     model = ASTForAudioClassification.from_pretrained(base_folder)
     options = {"modules_to_save": ["classifier"], "label_names": ["a", "b"]} if classifier else {}
     get_peft_model(model, SoftMoAConfig(**options)).save_pretrained(tmp_path)
-    AutoFeatureExtractor.from_pretrained(base_folder).save_pretrained(tmp_path)
     code = re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL).group(1)
     names = {"base_model": ASTForAudioClassification.from_pretrained(base_folder)}
-    exec(code.replace("path/or/id/of/this/adapter", str(tmp_path)), names)
+    code = code.replace("path/or/id/of/this/adapter", str(tmp_path))
+    exec(code.replace(f'"{base_folder.name}"', f'"{base_folder}"'), names)
     loaded = names["classifier"].model if classifier else names["model"]
     assert any(".softmoa_" in name for name, _ in loaded.named_parameters())
     assert isinstance(loaded, torch.nn.Module)

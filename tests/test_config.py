@@ -79,6 +79,10 @@ def test_survives_saving(tmp_path):
         ("label_names", [], "distinct class names"),
         ("label_names", ["a", "a"], "distinct class names"),
         ("label_names", "ab", "distinct class names"),
+        ("target_modules", 5, "None, a string or names"),
+        ("exclude_modules", 5.0, "None, a string or names"),
+        ("modules_to_save", "classifier", "None or a list of names"),
+        ("layers_to_transform", "1", "an index or a list of indices"),
     ],
 )
 def test_bad_values_name_field_value_and_what_is_allowed(field, value, allowed):

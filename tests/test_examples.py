@@ -61,7 +61,7 @@ def test_trains_evaluates_and_saves_everything(base_folder, tones_folder, tmp_pa
     assert again.returncode != 0 and "already holds a model" in again.stderr
     more = train(
         base_folder, tones_folder, tmp_path / "out", num_train_epochs=16,
-        resume_from_checkpoint=max((tmp_path / "out").glob("checkpoint-*")),
+        resume_from_checkpoint=True,
     )  # fmt: skip
     assert more.returncode == 0, more.stderr
 
@@ -109,6 +109,7 @@ def test_bad_audio_is_named_once(base_folder, tones_folder, tmp_path):
         ({"num_experts": 0}, "`num_experts` must be a positive integer, got 0"),
         ({"placement": "everywhere"}, "`placement` must be one of attention, ffn, both, got 'everywhere'"),
         ({"on_bad_audio": "ignore"}, "invalid choice: 'ignore'"),
+        ({"shuffle_buffer_size": -5}, "`shuffle_buffer` must not be negative, got -5"),
     ],
 )
 def test_bad_input(base_folder, tones_folder, tmp_path, capsys, arguments, message):
@@ -119,6 +120,17 @@ def test_bad_input(base_folder, tones_folder, tmp_path, capsys, arguments, messa
         main(training_options(base_folder, dataset, tmp_path / "out", **arguments))
     assert re.search(message, str(error.value) + capsys.readouterr().err)
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, tones_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_model.bin").write_bytes(b"precious")
+    options = training_options(
+        base_folder, tones_folder, tmp_path / "out", resume_from_checkpoint=tmp_path / "other" / "checkpoint-2"
+    )
+    with pytest.raises(ValueError, match="already holds a model.*adapter_model.bin"):
+        main(options)
+    assert (tmp_path / "out" / "adapter_model.bin").read_bytes() == b"precious"
 
 
 def test_push(base_folder, tones_folder, tmp_path):

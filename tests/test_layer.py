@@ -4,6 +4,7 @@ from torch import nn
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 from peft_softmoa.mixture import soft_mixture
+from peft_softmoa.placement import block_widths
 
 CONFIG = SoftMoAConfig(num_experts=3, num_slots=2, r=4, scaling=0.5, init_weights=False)
 
@@ -21,7 +22,7 @@ class Attention(nn.Module):
 
 def make(base_layer, config=CONFIG):
     torch.manual_seed(0)
-    return SoftMoALayer(base_layer, "default", config, name="encoder.block")
+    return SoftMoALayer(base_layer, "default", config, "encoder.block", block_widths("encoder.block", base_layer))
 
 
 def mixture(layer, tokens, adapter_name="default"):

@@ -1,18 +1,13 @@
 import copy
 
-import peft
 import pytest
 import torch
 from conftest import tiny_ast_config
-from packaging.version import Version
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import ASTConfig, ASTModel, Wav2Vec2Config, Wav2Vec2Model
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
-
-OLD_PEFT = Version(peft.__version__) < Version("0.21")
-needs_new_peft = pytest.mark.skipif(OLD_PEFT, reason="PEFT 0.20 warns of missing tensors itself and asks no method")
 
 
 def adapted(model):
@@ -71,7 +66,6 @@ def test_layers_to_transform(tiny_ast):
     assert len(adapted(model)) == 2 and all(".layers.1." in name for name in adapted(model))
 
 
-@pytest.mark.skipif(OLD_PEFT, reason="PEFT 0.20 does not find layers whose list is at the top of the model")
 def test_layers_to_transform_at_the_top_of_the_model():
     model = get_peft_model(ASTModel(tiny_ast_config()), SoftMoAConfig(placement="both", layers_to_transform=[1]))
     assert len(adapted(model)) == 2 and all(".layers.1." in name for name in adapted(model))
@@ -117,6 +111,41 @@ def test_what_cannot_be_adapted_leaves_the_model_as_it_was(tiny_ast, spectrogram
     assert list(tiny_ast.state_dict()) == names and not hasattr(tiny_ast, "peft_config")
     assert torch.equal(logits(tiny_ast, spectrograms), before)
     assert all(parameter.requires_grad for parameter in tiny_ast.parameters())
+
+
+@pytest.mark.parametrize("first, second", [(["q_proj"], ["attention"]), (["fc1"], ["mlp"])])
+def test_a_block_around_an_adapted_layer_is_refused(tiny_ast, spectrograms, first, second):
+    """Its adapter would move to other names, and would neither load nor unload."""
+    model = get_peft_model(tiny_ast, SoftMoAConfig(target_modules=first, init_weights=False))
+    before, names = logits(model, spectrograms), list(model.state_dict())
+    with pytest.raises(ValueError, match=f"'.*{second[0]}', but '.*{first[0]}' in it has an adapter already"):
+        model.add_adapter("second", SoftMoAConfig(target_modules=second))
+    assert list(model.state_dict()) == names and torch.equal(logits(model, spectrograms), before)
+
+
+def test_a_layer_with_an_adapter_of_another_method_is_refused(tiny_ast):
+    tiny_ast.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    for target in ("q_proj", "attention"):
+        with pytest.raises(ValueError, match="has an adapter already"):
+            tiny_ast.add_adapter(SoftMoAConfig(target_modules=[target]), f"mixture on {target}")
+
+
+@pytest.mark.parametrize("target_modules", [["embeddings"], ["patch_embeddings"], ["layers"]])
+def test_blocks_that_do_not_read_tokens(tiny_ast, target_modules):
+    with pytest.raises(ValueError, match="cannot be adapted"):
+        get_peft_model(tiny_ast, SoftMoAConfig(target_modules=target_modules))
+
+
+def test_flex_attention_finds_the_widths():
+    model = ASTModel._from_config(tiny_ast_config(), attn_implementation="flex_attention")
+    model = get_peft_model(model, SoftMoAConfig())
+    layers = [module for module in model.modules() if isinstance(module, SoftMoALayer)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(32, 32), (32, 32)]
+
+
+def test_empty_batches():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), SoftMoAConfig(target_modules=["0"], init_weights=False))
+    assert model(torch.randn(0, 4)).shape == (0, 6) and model(torch.randn(0, 3, 4)).shape == (0, 3, 6)
 
 
 def test_embeddings_cannot_be_adapted():
@@ -268,15 +297,9 @@ def saved_adapter(tiny_ast, folder):
     [
         ({"num_experts": 6}, r"'.*softmoa_router.default.slots' has shape \(32, 7\).*config gives \(32, 6\)"),
         ({"r": 7}, r"'.*softmoa_experts.default.down_weight' has shape \(7, 32, 6\).*config gives \(7, 32, 7\)"),
-        pytest.param({"normalize": True}, "lacks 2 tensors: .*softmoa_router.default.scale", marks=needs_new_peft),
-        pytest.param(
-            {"placement": "both", "target_modules": None},
-            "lacks 10 tensors: .*mlp.softmoa_experts",
-            marks=needs_new_peft,
-        ),
-        pytest.param(
-            {"layers_to_transform": [0]}, "against its config, 5 tensors: .*layers.1.attention", marks=needs_new_peft
-        ),
+        ({"normalize": True}, "lacks 2 tensors: .*softmoa_router.default.scale"),
+        ({"placement": "both", "target_modules": None}, "lacks 10 tensors: .*mlp.softmoa_experts"),
+        ({"layers_to_transform": [0]}, "against its config, 5 tensors: .*layers.1.attention"),
     ],
 )
 def test_tensors_that_do_not_fit_the_config(tiny_ast, tmp_path, change, message):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import tiny_ast_config
 from torch import nn
 from transformers import ASTModel
@@ -56,6 +57,51 @@ def test_widths_of_blocks_of_a_model_without_weights():
     assert block_widths("attention", model.layers[0].attention) == (32, 32)
     assert block_widths("mlp", model.layers[0].mlp) == (32, 32)
     assert block_widths("layernorm", model.layers[0].layernorm_before) == (32, 32)
+
+
+class KeywordOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+
+    def forward(self, *, hidden_states, scale=1.0):
+        return scale * self.inner(hidden_states)
+
+
+class NeedsMore(nn.Module):
+    """Cannot run on tokens alone, as attentions with position embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.inner = nn.Linear(8, 4), nn.Linear(12, 12)
+
+    def forward(self, hidden_states, positions):
+        return self.inner(hidden_states + positions)
+
+
+def test_tokens_may_be_a_keyword():
+    assert block_widths("block", KeywordOnly()) == (12, 12)
+
+
+def test_blocks_that_need_more_than_tokens_have_the_hidden_size():
+    assert block_widths("block", NeedsMore(), hidden_size=12) == (12, 12)
+    for hidden_size in (None, 5):
+        with pytest.raises(ValueError, match="cannot be adapted") as error:
+            block_widths("block", NeedsMore(), hidden_size)
+        assert "positions" in str(error.value.__cause__)
+
+
+def test_the_block_itself_is_not_run():
+    block, calls = Block(), []
+    block.register_forward_hook(lambda *args: calls.append(args))
+    block.inner.register_forward_pre_hook(lambda *args: calls.append(args))
+    assert block_widths("block", block) == (12, 5)
+    assert not calls and len(block._forward_hooks) == 1
+
+
+def test_widths_of_offloaded_blocks():
+    model = cpu_offload(ASTModel(tiny_ast_config()))
+    assert block_widths("attention", model.layers[0].attention) == (32, 32)
 
 
 @pytest.mark.parametrize(

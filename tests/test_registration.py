@@ -76,14 +76,14 @@ def test_another_library_under_the_same_name_is_an_error(monkeypatch):
         register(SoftMoAConfig, SoftMoAModel)
 
 
-@pytest.mark.parametrize("version", ["0.9.0", "0.19.1"])
+@pytest.mark.parametrize("version", ["0.9.0", "0.20.0"])
 def test_old_peft_is_refused_with_the_versions_that_work(monkeypatch, version):
     monkeypatch.setattr(peft, "__version__", version)
-    with pytest.raises(ImportError, match=rf"peft {version}.*too old.*peft >= 0\.20\.0"):
+    with pytest.raises(ImportError, match=rf"peft {version}.*too old.*peft >= 0\.21\.0"):
         add_peft_type("SOFTMOA")
 
 
 def test_a_peft_type_that_is_no_enum_is_refused(monkeypatch):
     monkeypatch.setattr(registration, "PeftType", types.new_class("PeftType"))
-    with pytest.raises(ImportError, match="no longer an enum.*peft >= 0\\.20\\.0"):
+    with pytest.raises(ImportError, match="no longer an enum.*peft >= 0\\.21\\.0"):
         add_peft_type("SOFTMOA")

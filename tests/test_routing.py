@@ -41,6 +41,16 @@ def test_weights_are_convex(normalized):
         torch.testing.assert_close(combine.sum(dim=2), torch.ones(2, 9, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    tokens, slots, mask = draw((2, 500, 8, 4), torch.float32)
+    tokens, slots = (10 * tokens).to(dtype), slots.to(dtype)
+    for given, expected in zip(
+        soft_routing(tokens, slots, mask), soft_routing(tokens.float(), slots.float(), mask), strict=True
+    ):
+        assert given.dtype == dtype and torch.equal(given, expected.to(dtype))
+
+
 def test_padding_is_not_read():
     tokens, slots, mask = draw((3, 7, 5, 4))
     dispatch, combine = soft_routing(tokens, slots, mask)

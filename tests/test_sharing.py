@@ -46,7 +46,11 @@ print("all equal")
 def make_adapter(base_folder, **options):
     model = AutoModelForAudioClassification.from_pretrained(base_folder)
     options = {"modules_to_save": ["classifier"], "label_names": ["cat", "dog", "owl"], **options}
-    return get_peft_model(model, SoftMoAConfig(init_weights=False, **options)).eval()
+    model = get_peft_model(model, SoftMoAConfig(init_weights=False, **options)).eval()
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name:  # as if it were trained
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def load_in_a_new_process(base, adapter, model, spectrograms, folder, ways=WAYS, **environment):

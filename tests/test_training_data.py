@@ -6,6 +6,7 @@ import pytest
 import soundfile
 import torch
 from conftest import FRAMES, MEL_BINS, SAMPLING_RATE, write_parquet, write_tone
+from datasets import IterableDataset
 from torch.utils.data import DataLoader
 from transformers import ASTFeatureExtractor
 
@@ -146,7 +147,8 @@ def tones_of(folder, rows):
 def test_folds_are_chosen_by_the_values_of_a_column(dataset):
     folder, streaming = dataset
     rows = load_rows(str(folder), "train", streaming=streaming)
-    assert [row["fold"] for row in select_rows(rows, "fold=2")] == [2] * 8
+    assert [str(row["fold"]) for row in select_rows(rows, "fold=2")] == ["2"] * 8
+    assert len(list(select_rows(rows, "label=low"))) == 8
     assert len(list(select_rows(rows, "fold = 1, 2"))) == 16
     with pytest.raises(ValueError, match="No rows are left"):
         survey_rows(select_rows(rows, "fold=3"), "label")
@@ -196,9 +198,19 @@ def test_splits_that_do_not_exist(tones_folder, tmp_path):
         load_rows(str(tmp_path / "parquet"), "validation")
 
 
+def test_tables_are_read_as_text(tmp_path, feature_extractor):
+    write_tone(tmp_path / "tone.wav")
+    (tmp_path / "metadata.csv").write_text("file_name,label,fold\ntone.wav,NA,1\ntone.wav,01,\ntone.wav,null,1\n")
+    rows = load_rows(str(tmp_path), "train")
+    assert survey_rows(rows, "label") == (3, ("01", "NA", "null"))
+    assert [row["label"] for row in select_rows(rows, "fold=1")] == ["NA", "null"]
+    with pytest.raises(ValueError, match="a row has no label"):
+        survey_rows(rows, "fold")
+
+
 def test_audio_without_a_table_asks_for_one(tmp_path):
     write_tone(tmp_path / "tone.wav")
-    with pytest.raises(ValueError, match="a folder of audio files without a metadata.csv"):
+    with pytest.raises(ValueError, match="a folder of audio files.*metadata.csv"):
         load_rows(str(tmp_path), "train")
 
 
@@ -239,6 +251,46 @@ def test_bad_audio_is_skipped_counted_and_named_once(tmp_path, feature_extractor
         "blip.wav: no features",
     ):
         assert name in messages[0]
+
+
+def test_every_skipped_clip_counts(tmp_path, tones_folder, feature_extractor, caplog):
+    """Also those without a name, and those with the same name; also if the pass does not end."""
+    rows = [{"audio": audio, "label": "x"} for audio in [None, b"no audio", {"path": None, "bytes": b""}]]
+    rows += [{"audio": str(tones_folder / "1-low-0.wav"), "label": "x"}] * 20
+    extract = ExtractFeatures(feature_extractor, ["x"])
+    dataset = IterableDataset.from_generator(lambda: iter(rows))
+    stream = SizedStream(audio_stream(dataset, extract), 23, extract)
+    with caplog.at_level(logging.WARNING):
+        examples = iter(stream)
+        next(examples)
+        examples.close()
+    assert "Skipped 3 of 23 audio files" in caplog.text and "<_io" not in caplog.text
+
+
+def test_nothing_but_bad_audio(tmp_path, feature_extractor):
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.wav,x\nb.wav,x\n")
+    extract = ExtractFeatures(feature_extractor, ["x"])
+    stream = SizedStream(audio_stream(load_rows(str(tmp_path), "train"), extract), 2, extract)
+    with pytest.raises(
+        ValueError, match="None of the 2 audio files can be used: .*a.wav: unreadable.*b.wav: unreadable"
+    ):
+        list(stream)
+
+
+def test_a_column_that_holds_no_audio(tones_folder, feature_extractor, tmp_path):
+    rows = load_rows(str(write_parquet(tmp_path / "parquet", tones_folder)), "train")
+    extract = ExtractFeatures(feature_extractor, ["high", "low"], audio_column="fold")
+    with pytest.raises(ValueError, match="Column 'fold' holds int, but audio is a path"):
+        list(audio_stream(rows, extract))
+
+
+def test_a_header_that_claims_all_memory_is_an_error(tmp_path):
+    write_tone(tmp_path / "tone.flac")
+    content = bytearray((tmp_path / "tone.flac").read_bytes())
+    content[21] |= 0x0F  # the upper bits of the number of samples, in FLAC's first metadata block
+    content[22:26] = b"\xff\xff\xff\xff"
+    with pytest.raises(AudioError, match="truncated|unreadable"):
+        decode_audio(bytes(content), SAMPLING_RATE)
 
 
 def test_bad_audio_can_be_an_error(tmp_path, feature_extractor):

@@ -6,6 +6,7 @@ needs a system FFmpeg.
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
 import os
@@ -17,13 +18,15 @@ from typing import Any, Literal, NamedTuple, Optional, Union
 import fsspec
 import numpy as np
 import torch
-from datasets import Audio, ClassLabel, IterableDataset, load_dataset, load_dataset_builder
+from datasets import Audio, ClassLabel, Features, IterableDataset, Value, load_dataset, load_dataset_builder
 from tqdm.auto import tqdm
 from transformers import SequenceFeatureExtractor
 
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.csv"
+BLOCK_FRAMES = 65_536
+UNNAMED = "a clip without a name"
 
 
 class AudioError(ValueError):
@@ -89,7 +92,18 @@ def load_rows(
     folder = _metadata_folder(name, split)
     if folder is not None:
         path = str(folder / METADATA)
-        rows = load_dataset("csv", data_files=path, split="train", streaming=streaming, cache_dir=cache_dir)
+        # As strings: guessed types would make a class NA a missing label, and fold 1 a fold 1.0.
+        with open(path, newline="", encoding="utf-8") as file:
+            text = Features({name: Value("string") for name in next(csv.reader(file), [])})
+        rows = load_dataset(
+            "csv",
+            data_files=path,
+            split="train",
+            streaming=streaming,
+            cache_dir=cache_dir,
+            features=text,
+            keep_default_na=False,
+        )
         rows = rows if streaming else rows.to_iterable_dataset()
         _check_columns(rows, ["file_name"], path)
         rows = rows.map(_local_audio, fn_kwargs={"folder": str(folder), "audio_column": audio_column})
@@ -98,8 +112,9 @@ def load_rows(
         builder = load_dataset_builder(name, config_name, **options)
         if builder.__module__.endswith("audiofolder"):
             raise ValueError(
-                f"'{name}' is a folder of audio files without a {METADATA}. Give it one, with the columns file_name "
-                "and label; for a dataset on the Hub, its Parquet copy may do: revision 'refs/convert/parquet'."
+                f"'{name}' is a folder of audio files, which datasets reads with torchcodec and a system FFmpeg only. "
+                f"Give it as a local folder with a {METADATA} (columns file_name and label) in it, or as Parquet: on "
+                "the Hub, revision 'refs/convert/parquet' may have that."
             )
         if builder.info.splits and split not in builder.info.splits:
             raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(builder.info.splits)}.")
@@ -125,14 +140,15 @@ def select_rows(rows: IterableDataset, selection: str, name: str = "the dataset"
         name (str): name of the dataset, for errors.
 
     Returns:
-        IterableDataset: the rows whose value, as a string, is among them.
+        IterableDataset: the rows whose value, as a string or by the name of its class, is among them.
 
     Raises:
         ValueError: if the selection has another form or names a column that does not exist.
     """
     column, values = parse_selection(selection)
     _check_columns(rows, [column], name)
-    return rows.filter(_has_value, input_columns=[column], fn_kwargs={"values": values})
+    names = class_names(rows, column)
+    return rows.filter(_has_value, input_columns=[column], fn_kwargs={"values": values, "names": names})
 
 
 def parse_selection(selection: str) -> tuple[str, tuple[str, ...]]:
@@ -217,21 +233,20 @@ def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling
         import soxr
     except ImportError as error:
         raise ImportError("Decoding audio needs soundfile and soxr: pip install 'peft-softmoa[audio]'") from error
-    if isinstance(audio, dict):
-        name, content = audio.get("path") or "a clip without a name", audio.get("bytes")
-    elif isinstance(audio, bytes):
-        name, content = "a clip without a name", audio
-    else:
-        name, content = os.fspath(audio), None
+    name, content = _name_and_content(audio)
     try:
         if content is None:
             with fsspec.open(name, "rb") as file:
                 content = file.read()
         with soundfile.SoundFile(io.BytesIO(content)) as file:
-            samples = file.read(dtype="float32", always_2d=True)
+            # In blocks: a broken header may declare any length, and memory is not for it to claim.
+            blocks = [file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)]
+            while len(blocks[-1]):
+                blocks.append(file.read(BLOCK_FRAMES, dtype="float32", always_2d=True))
+            samples = np.concatenate(blocks)
             declared, log, source_rate = file.frames, file.extra_info, file.samplerate
     except (OSError, ValueError, soundfile.LibsndfileError) as error:
-        raise AudioError(name, f"unreadable ({error})") from error
+        raise AudioError(name, f"unreadable ({getattr(error, 'error_string', error)})") from error
     if len(samples) < declared or _is_cut(content, log):
         raise AudioError(name, "truncated")
     if len(samples) == 0:
@@ -281,8 +296,8 @@ class ExtractFeatures:
         self.max_length_seconds = max_length_seconds
         self.random_crop = random_crop
         self.on_bad_audio = on_bad_audio
-        self.skipped: dict[str, str] = {}
-        self._reported = 0
+        self.skipped: list[str] = []
+        self._reported: set[str] = set()
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         """Decode and extract.
@@ -299,7 +314,12 @@ class ExtractFeatures:
         """
         batch: dict[str, list] = {name: [] for name in [self.feature_extractor.model_input_names[0], "labels"]}
         for audio, value in zip(rows[self.audio_column], rows[self.label_column]):
-            name = str(audio["path"] if isinstance(audio, dict) else audio)
+            if audio is not None and not isinstance(audio, (str, bytes, dict)):
+                raise ValueError(
+                    f"Column '{self.audio_column}' holds {type(audio).__name__}, but audio is a path, the content of a "
+                    "file, or a dict with both."
+                )
+            name = _name_and_content(audio)[0]
             label = _label_name(value, self.class_names, name)
             if label not in self.label_ids:
                 raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
@@ -308,7 +328,7 @@ class ExtractFeatures:
             except AudioError as error:
                 if self.on_bad_audio == "raise":
                     raise
-                self.skipped.setdefault(error.name, error.reason)
+                self.skipped.append(str(error))
                 continue
             for key, features in inputs.items():
                 batch.setdefault(key, []).append(features[0])
@@ -326,20 +346,19 @@ class ExtractFeatures:
                 waveform = waveform[start : start + len(waveform) - excess]
         try:
             return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:  # torchaudio asserts a minimum length
             raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
 
     def report(self, num_rows: int) -> None:
-        """Name in one warning the audio that was skipped since the last report.
+        """Name in one warning the audio that this pass has skipped, unless an earlier one has named it all.
 
         Args:
-            num_rows (int): how many rows there were in all.
+            num_rows (int): how many rows there are in all.
         """
-        news = list(self.skipped.items())[self._reported :]
-        self._reported = len(self.skipped)
-        if news:
-            names = "; ".join(f"{name}: {reason}" for name, reason in news)
-            logger.warning(f"Skipped {len(news)} of {num_rows} audio files that cannot be used: {names}")
+        if not self._reported.issuperset(self.skipped):
+            names = "; ".join(self.skipped)
+            logger.warning(f"Skipped {len(self.skipped)} of {num_rows} audio files that cannot be used: {names}")
+        self._reported.update(self.skipped)
 
 
 def audio_stream(
@@ -365,6 +384,8 @@ def audio_stream(
     Raises:
         ValueError: if the dataset has no such audio or label column.
     """
+    if shuffle_buffer < 0:
+        raise ValueError(f"`shuffle_buffer` must not be negative, got {shuffle_buffer}.")
     columns = [extract.audio_column, extract.label_column]
     _check_columns(rows, columns, name)
     rows = rows.select_columns(columns)
@@ -391,8 +412,16 @@ class SizedStream(torch.utils.data.IterableDataset):
         return self.num_rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from self.stream
-        self.extract.report(self.num_rows)
+        self.extract.skipped.clear()
+        is_empty = True
+        try:
+            for example in self.stream:
+                is_empty = False
+                yield example
+        finally:  # training may stop within a pass
+            self.extract.report(self.num_rows)
+        if is_empty and self.extract.skipped:
+            raise ValueError(f"None of the {self.num_rows} audio files can be used: {'; '.join(self.extract.skipped)}")
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch.
@@ -423,8 +452,18 @@ def _local_audio(row: dict[str, Any], folder: str, audio_column: str) -> dict[st
     return {audio_column: {"path": os.path.join(folder, row["file_name"]), "bytes": None}}
 
 
-def _has_value(value: Any, values: Sequence[str]) -> bool:
-    return str(value) in values
+def _has_value(value: Any, values: Sequence[str], names: Optional[Sequence[str]]) -> bool:
+    return str(value) in values or (names is not None and 0 <= value < len(names) and names[value] in values)
+
+
+def _name_and_content(audio: Union[str, os.PathLike, bytes, dict[str, Any], None]) -> tuple[str, Optional[bytes]]:
+    """Name of a clip and its content; None if that has to be read from the place that the name gives."""
+    if isinstance(audio, (str, os.PathLike)):
+        return os.fspath(audio), None
+    path, content = (audio.get("path"), audio.get("bytes")) if isinstance(audio, dict) else (None, audio)
+    if path is None and content is None:
+        content = b""
+    return path or UNNAMED, content
 
 
 def _check_columns(rows: IterableDataset, columns: Sequence[str], name: str) -> None:
@@ -437,7 +476,7 @@ def _check_columns(rows: IterableDataset, columns: Sequence[str], name: str) -> 
 
 def _label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
     if names is None:
-        if value is None:
+        if value in (None, ""):
             raise ValueError(f"{where}: a row has no label.")
         return str(value)
     if value is None or not 0 <= value < len(names):
