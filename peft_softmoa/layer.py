@@ -105,10 +105,9 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     def _mixture(self, adapter_name: str, tokens: Tensor) -> Tensor:
         router = cast(SoftRouter, self.softmoa_router[adapter_name])
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
-        scaling = self.softmoa_scaling[adapter_name]
-        if tokens.ndim == 2:
-            return scaling * soft_mixture(tokens.unsqueeze(1), router, experts).squeeze(1)
-        return scaling * soft_mixture(tokens, router, experts)
+        rows = tokens.ndim == 2
+        mixture = soft_mixture(tokens.unsqueeze(1) if rows else tokens, router, experts)
+        return self.softmoa_scaling[adapter_name] * (mixture.squeeze(1) if rows else mixture)
 
     def _find_tokens(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         tokens = args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))

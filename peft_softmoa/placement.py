@@ -92,12 +92,12 @@ def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None)
     base = block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
     if hasattr(base, "in_features") and hasattr(base, "out_features"):
         return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-    is_leaf = isinstance(base, NO_TOKENS)
-    sizes = Counter(size for parameter in base.parameters() for size in parameter.shape)
+    parameters = [] if isinstance(base, NO_TOKENS) else base.parameters()
+    sizes = Counter(size for parameter in parameters for size in parameter.shape)
     failure: Optional[Exception] = None
     # What is no block at all, or reads something else than tokens, is not taken for one that needs more than tokens.
     refused = type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
-    for width, _ in [] if is_leaf else sizes.most_common():
+    for width, _ in sizes.most_common():
         try:
             output = _run_on_shapes(base, width)
         except Exception as error:  # noqa: BLE001 - a foreign block may raise anything; it is chained below

@@ -93,7 +93,7 @@ def load_rows(
     if folder is not None:
         path = str(folder / METADATA)
         # As strings: guessed types would make a class NA a missing label, and fold 1 a fold 1.0.
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
             text = Features({name: Value("string") for name in next(csv.reader(file), [])})
         rows = load_dataset(
             "csv",
