@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, get_type_hints
 
 import torch
 import transformers
 from datasets import IterableDataset
 from huggingface_hub import HfApi
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
@@ -39,6 +39,7 @@ from transformers import (
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.training import (
     ExtractFeatures,
+    LogRouterLoss,
     SizedStream,
     audio_stream,
     class_names,
@@ -118,21 +119,30 @@ class DataArguments:
     )
 
 
-@dataclass
-class AdapterArguments:
-    """The mixture; see SoftMoAConfig."""
-
-    num_experts: int = field(default=7, metadata={"help": "Number of experts in each mixture."})
-    num_slots: int = field(default=1, metadata={"help": "Slots per expert."})
-    r: int = field(default=6, metadata={"help": "Width of each expert's bottleneck."})
-    placement: str = field(default="attention", metadata={"help": "attention, ffn or both."})
-    normalize: bool = field(default=False, metadata={"help": "L2-normalise tokens and slot parameters for routing."})
-    activation: str = field(default="gelu", metadata={"help": "Activation of the experts."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' activations."})
-    scaling: float = field(default=1.0, metadata={"help": "Factor on the mixture's output."})
-    target_modules: Optional[list[str]] = field(default=None, metadata={"help": "Modules to adapt, by name."})
-    exclude_modules: Optional[list[str]] = field(default=None, metadata={"help": "Modules not to adapt, by name."})
-    layers_to_transform: Optional[list[int]] = field(default=None, metadata={"help": "Indices of layers to adapt."})
+# SoftMoAConfig's own fields are arguments of this script, but for those that it sets itself.
+LISTS = {
+    "target_modules": Optional[list[str]],
+    "exclude_modules": Optional[list[str]],
+    "layers_to_transform": Optional[list[int]],
+}
+NOT_ARGUMENTS = {entry.name for entry in fields(PeftConfig)} | {
+    "init_weights",
+    "layers_pattern",
+    "modules_to_save",
+    "label_names",
+}
+AdapterArguments = make_dataclass(
+    "AdapterArguments",
+    [
+        (
+            entry.name,
+            LISTS.get(entry.name) or get_type_hints(SoftMoAConfig)[entry.name],
+            field(default=entry.default, metadata={"help": entry.metadata["help"]}),
+        )
+        for entry in fields(SoftMoAConfig)
+        if entry.name not in NOT_ARGUMENTS
+    ],
+)
 
 
 def main(arguments: Optional[list[str]] = None) -> Trainer:
@@ -203,6 +213,8 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
         processing_class=feature_extractor,
         compute_metrics=classification_metrics,
     )
+    if config.router_aux_loss_coef:
+        trainer.add_callback(LogRouterLoss(trainer))
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -1,11 +1,13 @@
 """Soft mixture of adapters for Hugging Face PEFT. Importing this package registers the tuner."""
 
+from .budget import count_parameters
 from .config import SoftMoAConfig
 from .layer import SoftMoALayer
+from .load_balancing import router_aux_loss
 from .model import SoftMoAModel
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["SoftMoAConfig", "SoftMoALayer", "SoftMoAModel"]
+__all__ = ["SoftMoAConfig", "SoftMoALayer", "SoftMoAModel", "count_parameters", "router_aux_loss"]
 
 register(SoftMoAConfig, SoftMoAModel)

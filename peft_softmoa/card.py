@@ -13,14 +13,14 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
-HEADING = "## Soft mixture of adapters"
+HEADING = "## Mixture of adapters"
 
 SECTION = """{heading}
 
 This is an adapter for `{base_model}`, made with [PEFT](https://github.com/huggingface/peft) and its plugin
-`peft-softmoa`. Each adapted block ({targets}) has {num_experts} small experts with {num_slots} slot(s) each in parallel
-to it (bottleneck {r}, activation {activation}, normalized routing: {normalize}). Every slot is a soft average of all
-tokens; every token gets a soft average of the experts' outputs. The base model is unchanged.
+`peft-softmoa`. Each adapted block ({targets}) has {num_experts} small expert(s) in parallel to it (type {expert_type},
+r {r}, activation {activation}), with {routing_name} routing:
+{routing_text} The base model is unchanged.
 
 ```python
 import peft_softmoa  # registers the method with PEFT: without this import the adapter cannot be loaded
@@ -32,6 +32,16 @@ from {library} import {loader}
 The method: U. Cappellazzo, D. Falavigna, A. Brutti, *Efficient Fine-tuning of Audio Spectrogram Transformers via Soft
 Mixture of Adapters*, Interspeech 2024, [arXiv:2402.00828](https://arxiv.org/abs/2402.00828).
 """
+
+
+ROUTINGS = {
+    "soft": "every expert reads {num_slots} slot(s), each a soft average of all tokens (normalized: {normalize}); "
+    "every token gets a soft average of the experts' outputs.",
+    "dense": "every expert reads every token, and a softmax router weights them.",
+    "top_k": "a softmax router weights the {top_k} best experts for each token.",
+    "expert_choice": "every expert takes its best tokens of a sample, {capacity_factor} times an equal share.",
+}
+SINGLE = "the only expert reads every token."
 
 
 def write_model_card(config: dict[str, Any], folder: str | os.PathLike) -> None:
@@ -85,7 +95,8 @@ def _section(config: dict[str, Any]) -> str:
     targets = config["target_modules"] or "chosen by the placement"
     if not isinstance(targets, str):
         targets = ", ".join(f"`{target}`" for target in sorted(targets))
-    names = ("num_experts", "num_slots", "r", "activation", "normalize")
+    routing = SINGLE if config["num_experts"] == 1 and config["routing"] == "dense" else ROUTINGS[config["routing"]]
+    names = ("num_experts", "expert_type", "r", "activation")
     return SECTION.format(
         heading=HEADING,
         base_model=base_model,
@@ -93,5 +104,7 @@ def _section(config: dict[str, Any]) -> str:
         library=library,
         loader=loader,
         call=call,
+        routing_name=config["routing"],
+        routing_text=routing.format_map(config),
         **{name: config[name] for name in names},
     )

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union, get_args
 
 from peft import PeftConfig
+from torch import nn
 from transformers.activations import ACT2FN
 
+from .budget import largest_r
 from .card import write_model_card
 from .registration import SOFTMOA
 
+Routing = Literal["soft", "dense", "top_k", "expert_choice"]
+ExpertType = Literal["bottleneck", "convolution"]
 Placement = Literal["attention", "ffn", "both"]
-PLACEMENTS = get_args(Placement)
 
 # These two have parameters of their own, which would be shared by all experts.
 ACTIVATIONS = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
@@ -25,23 +28,47 @@ class SoftMoAConfig(PeftConfig):
     """
     Configuration of a soft mixture of adapters, the counterpart of `LoraConfig`.
 
-    Per adapted block of width D, the adapter trains `D·S + N·(D·R + R + R·D' + D')` parameters, with N experts,
-    P slots each, S = N·P slots, bottleneck R and output width D'. The defaults are the paper's
-    (arXiv 2402.00828): 903,672 parameters on AST-base.
+    The defaults are the paper's (arXiv 2402.00828): 903,672 parameters on AST-base. `for_budget` chooses `r` for a
+    number of parameters, and `count_parameters` tells the number.
+
+    Some fields belong to one choice of another field. There they have the default given here; elsewhere they are left
+    out, and setting them is an error.
 
     Args:
+        routing (`"soft"`, `"dense"`, `"top_k"` or `"expert_choice"`, defaults to `"soft"`):
+            Who reads what. `"soft"`: each expert reads a few soft averages of all tokens, each token gets a soft
+            average of all experts. `"dense"`: every expert reads every token, weighted by a softmax (Dense-MoA); with
+            `num_experts=1` that is a single adapter, without router. `"top_k"`: the same, but only the best experts of
+            each token count. `"expert_choice"`: the same, but each expert takes its best tokens.
         num_experts (`int`, defaults to 7):
             N, the number of experts (the paper says adapters) in each mixture.
-        num_slots (`int`, defaults to 1):
+        num_slots (`int`, defaults to 1 with `routing="soft"`):
             P, the number of slots per expert. Each slot is one soft average of all tokens.
+        normalize (`bool`, defaults to `False`; with `routing="soft"`):
+            Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale.
+        top_k (`int`, defaults to 2 with `routing="top_k"`):
+            How many experts count for each token, their weights renormalised. With 1, nothing but the load-balancing
+            loss trains the router.
+        router_aux_loss_coef (`float`, defaults to 0.01 with `routing="top_k"`):
+            The weight of the load-balancing loss (arXiv 2101.03961), which in training the model adds to its loss, for
+            each adapted block.
+        capacity_factor (`float`, defaults to 1.0 with `routing="expert_choice"`):
+            How many tokens of a sample each expert takes, as a multiple of an equal share T / N.
+        expert_type (`"bottleneck"` or `"convolution"`, defaults to `"bottleneck"`):
+            What an expert is. `"bottleneck"`: down, activation, up. `"convolution"`: down, activation, depthwise
+            convolution, activation, up; it runs over neighbouring tokens or, with `routing="soft"`, over the slots of
+            the expert, so that it needs more than one slot to mix anything.
+        kernel_size (`int`, defaults to 3 with `expert_type="convolution"`):
+            K, the odd size of the convolution's kernel.
+        patch_grid (`bool`, defaults to `False`; with `expert_type="convolution"` and any routing but `"soft"`):
+            Whether the convolution runs over the patches in time and frequency, with a kernel K × K, instead of the
+            sequence of tokens. Class tokens are no neighbours there. For Audio Spectrogram Transformers.
         r (`int`, defaults to 6):
             R, the width of each expert's bottleneck.
         placement (`"attention"`, `"ffn"` or `"both"`, defaults to `"attention"`):
             Which sub-blocks of every layer are adapted when `target_modules` is not given.
-        normalize (`bool`, defaults to `False`):
-            Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale.
         activation (`str`, defaults to `"gelu"`):
-            The non-linearity between an expert's two projections, by its name in transformers.
+            The non-linearity of the experts, by its name in transformers.
         dropout (`float`, defaults to 0.0):
             The dropout probability on an expert's activations, in [0, 1).
         scaling (`float`, defaults to 1.0):
@@ -57,6 +84,10 @@ class SoftMoAConfig(PeftConfig):
             The modules not to adapt, in the same forms.
         modules_to_save (`list[str]`, *optional*):
             Modules apart from the adapter that are trained and saved with it, such as `["classifier"]`.
+        train_norms (`bool`, defaults to `False`):
+            Whether the normalization layer in front of each adapted block is trained and saved with the adapter, as in
+            the paper's recipe. The layers are found by running the model's layers on shapes, and added to
+            `modules_to_save`.
         layers_to_transform (`list[int]` or `int`, *optional*):
             The indices of the layers to adapt; all by default.
         layers_pattern (`list[str]` or `str`, *optional*):
@@ -71,9 +102,56 @@ class SoftMoAConfig(PeftConfig):
         ValueError: for a value that is not allowed; it names the field, the value and what is allowed.
     """
 
+    routing: Routing = field(
+        default="soft",
+        metadata={
+            "help": "Who reads what. 'soft': experts read soft averages of all tokens. 'dense': every expert reads "
+            "every token. 'top_k': only the best experts of each token count. 'expert_choice': each expert takes its "
+            "best tokens."
+        },
+    )
     num_experts: int = field(default=7, metadata={"help": "N, the number of experts in each mixture."})
-    num_slots: int = field(
-        default=1, metadata={"help": "P, the number of slots per expert; each is one soft average of all tokens."}
+    num_slots: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "P, the number of slots per expert; each is one soft average of all tokens. 1 with routing 'soft', "
+            "which alone has slots."
+        },
+    )
+    normalize: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. "
+            "For routing 'soft'."
+        },
+    )
+    top_k: Optional[int] = field(
+        default=None, metadata={"help": "How many experts count for each token: 2 with routing 'top_k'."}
+    )
+    router_aux_loss_coef: Optional[float] = field(
+        default=None, metadata={"help": "The weight of the load-balancing loss: 0.01 with routing 'top_k'."}
+    )
+    capacity_factor: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "How many tokens each expert takes, as a multiple of an equal share: 1.0 with routing "
+            "'expert_choice'."
+        },
+    )
+    expert_type: ExpertType = field(
+        default="bottleneck",
+        metadata={
+            "help": "What an expert is: 'bottleneck', or 'convolution' with a depthwise convolution in the bottleneck."
+        },
+    )
+    kernel_size: Optional[int] = field(
+        default=None, metadata={"help": "K, the odd size of the kernel: 3 with expert type 'convolution'."}
+    )
+    patch_grid: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the convolution runs over the patches in time and frequency instead of the sequence."
+        },
     )
     r: int = field(default=6, metadata={"help": "R, the width of each expert's bottleneck."})
     placement: Placement = field(
@@ -83,15 +161,9 @@ class SoftMoAConfig(PeftConfig):
             "'attention', 'ffn' or 'both'."
         },
     )
-    normalize: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale."
-        },
-    )
     activation: str = field(
         default="gelu",
-        metadata={"help": "The non-linearity between an expert's projections, by its name in transformers."},
+        metadata={"help": "The non-linearity of the experts, by its name in transformers."},
     )
     dropout: float = field(
         default=0.0, metadata={"help": "The dropout probability on an expert's activations, in [0, 1)."}
@@ -122,6 +194,12 @@ class SoftMoAConfig(PeftConfig):
             "classification head has to be trained: ['classifier']."
         },
     )
+    train_norms: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the normalization layer in front of each adapted block is trained and saved with it."
+        },
+    )
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None, metadata={"help": "The indices of the layers to adapt; all by default."}
     )
@@ -140,13 +218,16 @@ class SoftMoAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SOFTMOA
-        for name in ("num_experts", "num_slots", "r"):
+        for name, choices in (("routing", Routing), ("expert_type", ExpertType), ("placement", Placement)):
+            allowed = get_args(choices)
+            _check(self, name, f"one of {', '.join(allowed)}", allowed.__contains__)
+        for name in ("num_experts", "r"):
             _check(self, name, "a positive integer", lambda value: _is_int(value) and value > 0)
-        _check(self, "placement", f"one of {', '.join(PLACEMENTS)}", lambda value: value in PLACEMENTS)
+        self._check_dependent_fields()
         _check(self, "activation", f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
         _check(self, "dropout", "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
         _check(self, "scaling", "a finite number", _is_number)
-        for name in ("normalize", "init_weights"):
+        for name in ("normalize", "patch_grid", "train_norms", "init_weights"):
             _check(self, name, "True or False", lambda value: isinstance(value, bool))
         # PEFT matches names against a set.
         for name in ("target_modules", "exclude_modules"):
@@ -167,6 +248,67 @@ class SoftMoAConfig(PeftConfig):
                 self.label_names = list(self.label_names)
             _check(self, "label_names", "a list of distinct class names", _are_distinct_names)
             _check(self, "modules_to_save", "the name of the head, if `label_names` is given", bool)
+
+    def _check_dependent_fields(self) -> None:
+        """Give the fields that belong to the choices made their defaults, and refuse the others."""
+        experts = self.num_experts
+        self._belongs("num_slots", "routing", "soft", 1)
+        self._belongs("normalize", "routing", "soft", False)
+        self._belongs("top_k", "routing", "top_k", 2)
+        self._belongs("router_aux_loss_coef", "routing", "top_k", 0.01)
+        self._belongs("capacity_factor", "routing", "expert_choice", 1.0)
+        self._belongs("kernel_size", "expert_type", "convolution", 3)
+        self._belongs("patch_grid", "expert_type", "convolution", False)
+        if self.routing in ("top_k", "expert_choice"):
+            allowed = f"at least 2 with routing='{self.routing}'; a single adapter is routing='dense'"
+            _check(self, "num_experts", allowed, lambda value: value > 1)
+        if self.routing == "soft":
+            _check(self, "num_slots", "a positive integer", lambda value: _is_int(value) and value > 0)
+            _check(self, "patch_grid", "False with routing='soft', whose experts read slots", lambda value: not value)
+        if self.routing == "top_k":
+            allowed = f"an integer from 1 to `num_experts`, {experts}"
+            _check(self, "top_k", allowed, lambda value: _is_int(value) and 1 <= value <= experts)
+            _check(self, "router_aux_loss_coef", "a number from 0", lambda value: _is_number(value) and value >= 0)
+            if self.top_k == 1:
+                allowed = "above 0 with top_k=1: nothing else would train the router"
+                _check(self, "router_aux_loss_coef", allowed, lambda value: value > 0)
+        if self.routing == "expert_choice":
+            allowed = f"a number from 0.001 to `num_experts`, {experts}"
+            _check(self, "capacity_factor", allowed, lambda value: _is_number(value) and 0.001 <= value <= experts)
+        if self.expert_type == "convolution":
+            _check(self, "kernel_size", "odd and positive", lambda value: _is_int(value) and value > 0 and value % 2)
+
+    def _belongs(self, name: str, choice: str, wanted: str, default: Any) -> None:
+        """A field that belongs to one choice has its default there, and is left out elsewhere."""
+        chosen = getattr(self, choice)
+        if chosen != wanted:
+            allowed = f"left out unless {choice}='{wanted}' (here {choice}='{chosen}')"
+            _check(self, name, allowed, lambda value: value is None or value is False)
+        elif getattr(self, name) is None:
+            setattr(self, name, default)
+
+    @classmethod
+    def for_budget(cls, model: nn.Module, parameters: int, **fields: Any) -> SoftMoAConfig:
+        """Make the config with the largest `r` that stays within a number of trainable parameters.
+
+        Everything counts that `get_peft_model` makes trainable, so also `modules_to_save` and `train_norms`.
+
+        Args:
+            model (nn.Module): the base model; it may be on the meta device.
+            parameters (int): the most parameters that may be trained.
+            fields: the other fields of the config, without `r`.
+
+        Returns:
+            SoftMoAConfig: the config.
+
+        Raises:
+            ValueError: if even `r=1` needs more, or a field is not allowed.
+        """
+        if not (_is_int(parameters) and parameters > 0):
+            raise ValueError(f"`parameters` must be a positive integer, got {parameters!r}.")
+        if "r" in fields:
+            raise ValueError(f"`r` must be left out of `for_budget`, which finds it, got {fields['r']!r}.")
+        return cls(**fields, r=largest_r(model, cls(**fields), parameters))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` to a folder, and the model card if the folder holds the adapter's weights.

@@ -1,22 +1,26 @@
 """Experts: stacked parameters, and one batched forward for all of them.
 
-Letters of all shapes: B batch, D hidden size of the input and D' of the output, N experts, P slots per expert,
-S = N·P slots, R bottleneck.
+Letters of all shapes: B batch, T tokens, D hidden size of the input and D' of the output, N experts, P slots per
+expert, S = N·P slots, R bottleneck. L is the length of what an expert reads: its P slots, or all T tokens.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 
 class BottleneckExperts(nn.Module):
-    """N bottleneck adapters, each with its own slots and without a residual of its own.
+    """N bottleneck adapters, without a residual of their own.
 
         expert_n(z) = up_n(dropout(act(down_n(z)))),   D → R → D'
+
+    They read slots, each expert its own, or all of them all tokens.
 
     Args:
         num_experts (int): N.
@@ -46,7 +50,7 @@ class BottleneckExperts(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(num_experts, out_features))
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
-        self.reset_parameters()
+        BottleneckExperts.reset_parameters(self)
 
     def reset_parameters(self, identity: bool = True) -> None:
         """Draw fresh weights: `down` as `nn.Linear` does, and `up` at zero, so that the experts give zero.
@@ -56,34 +60,154 @@ class BottleneckExperts(nn.Module):
         Args:
             identity (bool): if false, `up` and the biases are drawn too. Default: True.
         """
-        _uniform_(self.down_weight, fan_in=self.down_weight.shape[1])
+        uniform_(self.down_weight, fan_in=self.down_weight.shape[1])
         if identity:
             for parameter in (self.down_bias, self.up_weight, self.up_bias):
                 nn.init.zeros_(parameter)
         else:
-            _uniform_(self.down_bias, fan_in=self.down_weight.shape[1])
-            _uniform_(self.up_weight, fan_in=self.up_weight.shape[1])
-            _uniform_(self.up_bias, fan_in=self.up_weight.shape[1])
+            uniform_(self.down_bias, fan_in=self.down_weight.shape[1])
+            uniform_(self.up_weight, fan_in=self.up_weight.shape[1])
+            uniform_(self.up_bias, fan_in=self.up_weight.shape[1])
 
-    def forward(self, slots: Tensor) -> Tensor:
-        """Apply expert ⌊s / P⌋ to slot s.
+    def forward(self, inputs: Tensor, weights: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> Tensor:
+        """Apply expert ⌊s/P⌋ to slot s or, with weights, every expert to every token.
+
+            output[s] = expert_{⌊s/P⌋}(inputs)[s]                       without weights
+            output[t] = Σ_n weights[t, n] · expert_n(inputs)[t]         with weights
 
         Args:
-            slots (Tensor): `(B, S, D)`.
+            inputs (Tensor): slots `(B, S, D)`, or tokens `(B, T, D)`.
+            weights (Tensor, optional): `(B, T, N)`. Default: the inputs are slots.
+            mask (Tensor, optional): `(B, T)` boolean, true for real tokens; it matters to experts that read
+                neighbours. Default: all are real.
 
         Returns:
-            Tensor: `(B, S, D')`, in the dtype of the slots.
+            Tensor: `(B, S, D')` or `(B, T, D')`, in the dtype of the inputs.
         """
+        return self._by_slot(inputs) if weights is None else self._by_token(inputs, weights, mask)
+
+    def _by_slot(self, slots: Tensor) -> Tensor:
         num_experts, dtype = self.down_weight.shape[0], slots.dtype
         batch, num_slots = slots.shape[0], slots.shape[1] // num_experts
         # (B, N·P, D) -> (N, B·P, D): one product per projection for all experts.
         by_expert = slots.unflatten(1, (num_experts, num_slots)).transpose(0, 1).flatten(1, 2)
         hidden = torch.baddbmm(self.down_bias.to(dtype).unsqueeze(1), by_expert, self.down_weight.to(dtype))
-        hidden = self.dropout(self.activation(hidden))
+        hidden = self._hidden(hidden.unflatten(1, (batch, num_slots)).permute(1, 2, 0, 3))
+        hidden = hidden.permute(2, 0, 1, 3).flatten(1, 2)
         outputs = torch.baddbmm(self.up_bias.to(dtype).unsqueeze(1), hidden, self.up_weight.to(dtype))
         return outputs.unflatten(1, (batch, num_slots)).transpose(0, 1).flatten(1, 2)
 
+    def _by_token(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor]) -> Tensor:
+        num_experts, _, r = self.down_weight.shape
+        dtype = tokens.dtype
+        # The experts side by side, D -> N·R -> D', with the weights in between: nothing of size T·N·D'.
+        down_weight = self.down_weight.to(dtype).transpose(0, 1).flatten(1, 2)
+        hidden = tokens @ down_weight + self.down_bias.to(dtype).flatten()
+        hidden = self._hidden(hidden.unflatten(-1, (num_experts, r)), mask) * weights.unsqueeze(-1)
+        return hidden.flatten(2) @ self.up_weight.to(dtype).flatten(0, 1) + weights @ self.up_bias.to(dtype)
 
-def _uniform_(parameter: nn.Parameter, fan_in: int) -> None:
+    def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """From the output of `down` to the input of `up`, both `(B, L, N, R)`."""
+        return self.dropout(self.activation(projected))
+
+
+class PatchGrid(NamedTuple):
+    """How a sequence of tokens lies in time and frequency: class tokens first, then the patches row by row."""
+
+    class_tokens: int  # tokens before the patches
+    height: int  # patches in frequency
+    width: int  # patches in time
+
+
+class ConvolutionExperts(BottleneckExperts):
+    """N adapters with a depthwise convolution in their bottleneck.
+
+        expert_n(z) = up_n(dropout(act(conv_n(act(down_n(z)))))),   D → R → R → D'
+
+    The convolution runs over neighbouring tokens, or over the slots of an expert, with zeros beyond the ends. With a
+    patch grid it has two dimensions, frequency and time. Masked tokens are zero for their neighbours. What has no
+    neighbours, class tokens beside a grid or a single slot, meets the centre of the kernel only. So class tokens are
+    no part of the grid, and yet a last layer of which only they are read trains its convolution.
+
+    Args:
+        num_experts (int): N.
+        in_features (int): D.
+        r (int): R.
+        out_features (int): D'.
+        kernel_size (int): K, odd; K tokens, or K × K patches. Default: 3.
+        patch_grid (PatchGrid, optional): the grid of the tokens. Default: none, they are a sequence.
+        activation (str): name of the activation in transformers. Default: `"gelu"`.
+        dropout (float): probability of dropping an activation. Default: 0.0.
+
+    Source: arXiv 2402.00828, whose code drops the convolution's result; arXiv 2207.07039 (Convpass).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        r: int,
+        out_features: int,
+        *,
+        kernel_size: int = 3,
+        patch_grid: Optional[PatchGrid] = None,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(num_experts, in_features, r, out_features, activation=activation, dropout=dropout)
+        self.patch_grid = patch_grid
+        kernel = (kernel_size,) if patch_grid is None else (kernel_size, kernel_size)
+        self.conv_weight = nn.Parameter(torch.empty(num_experts, r, *kernel))
+        self.conv_bias = nn.Parameter(torch.empty(num_experts, r))
+        self._reset_convolution(identity=True)
+
+    def reset_parameters(self, identity: bool = True) -> None:
+        """Draw fresh weights: the convolution as `nn.Conv1d` does, the projections as in `BottleneckExperts`.
+
+        Args:
+            identity (bool): if false, `up` and the biases are drawn too. Default: True.
+        """
+        super().reset_parameters(identity)
+        self._reset_convolution(identity)
+
+    def _reset_convolution(self, identity: bool) -> None:
+        kernel = self.conv_weight.shape[2:].numel()
+        uniform_(self.conv_weight, fan_in=kernel)
+        if identity:
+            nn.init.zeros_(self.conv_bias)
+        else:
+            uniform_(self.conv_bias, fan_in=kernel)
+
+    def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        hidden = self.activation(projected)
+        if mask is not None:
+            hidden = hidden.masked_fill(~mask[:, :, None, None], 0.0)
+        num_experts, r = hidden.shape[2:]
+        channels = self._convolve(hidden.flatten(2).mT).mT
+        return self.dropout(self.activation(channels.unflatten(-1, (num_experts, r))))
+
+    def _convolve(self, channels: Tensor) -> Tensor:
+        """Convolve `(B, N·R, L)`, each channel with its own kernel."""
+        weight = self.conv_weight.to(channels.dtype).flatten(0, 1).unsqueeze(1)
+        bias = self.conv_bias.to(channels.dtype).flatten()
+        options = {"padding": self.conv_weight.shape[-1] // 2, "groups": channels.shape[1]}
+        grid = self.patch_grid
+        if grid is None:
+            return F.conv1d(channels, weight, bias, **options)
+        length = grid.class_tokens + grid.height * grid.width
+        if channels.shape[-1] != length:
+            raise ValueError(
+                f"`patch_grid` takes {length} tokens, {grid.class_tokens} class tokens and {grid.height} x "
+                f"{grid.width} patches (frequency x time), got {channels.shape[-1]}."
+            )
+        class_tokens, patches = channels.split([grid.class_tokens, grid.height * grid.width], dim=-1)
+        centre = self.conv_weight.shape[-1] // 2
+        class_tokens = class_tokens * weight[:, :, centre, centre] + bias.unsqueeze(-1)
+        patches = F.conv2d(patches.unflatten(-1, (grid.height, grid.width)), weight, bias, **options)
+        return torch.cat([class_tokens, patches.flatten(-2)], dim=-1)
+
+
+def uniform_(parameter: nn.Parameter, fan_in: int) -> None:
+    """Draw from U(-1/√fan_in, 1/√fan_in), as `nn.Linear` does."""
     bound = 1 / math.sqrt(fan_in)
     nn.init.uniform_(parameter, -bound, bound)

@@ -1,4 +1,4 @@
-"""The classification head that an adapter brings with it.
+"""The modules that an adapter brings with it, above all its classification head.
 
 PEFT saves a trained head as it is, but on loading it expects the base model to have one of the same size, which a
 checkpoint with other classes does not. Each adapter that names its classes gets a head of its own size here; the
@@ -9,11 +9,67 @@ from __future__ import annotations
 
 from typing import Any, Optional, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 # Attribute of the model that keeps the label maps of its config while an adapter's are in their place.
 BASE_LABELS = "_softmoa_base_labels"
+
+
+def saved_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The modules that PEFT copies and trains whole for `modules_to_save`.
+
+    Args:
+        model (nn.Module): the base model, with or without adapters.
+        names (list[str]): the modules' names, or endings of them.
+
+    Returns:
+        dict[str, nn.Module]: the base model's own modules by name.
+
+    Raises:
+        ValueError: if one contains another: PEFT would train a copy of the inner one that nothing uses.
+    """
+    found: dict[str, nn.Module] = {}
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    for name, module in model.named_modules():
+        if name.endswith(tuple(names)) and not name.startswith(adapted):
+            outer = next((other for other in found if name.startswith(f"{other}.")), None)
+            if outer is not None and not isinstance(found[outer], ModulesToSaveWrapper):
+                raise ValueError(
+                    f"`modules_to_save` matches '{outer}' and also '{name}', which is a part of it. Write out the "
+                    f"names of the modules that are meant, but not '{name}': it is trained with '{outer}'."
+                )
+            if outer is None:
+                found[name] = module
+    return {
+        name: module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        for name, module in found.items()
+    }
+
+
+def count_saved(model: nn.Module, names: list[str], label_names: Optional[list[str]] = None) -> int:
+    """Number of parameters in the modules that an adapter brings with it.
+
+    Args:
+        model (nn.Module): the base model, with or without adapters.
+        names (list[str]): `modules_to_save`.
+        label_names (list[str], optional): the adapter's classes. Default: those of the base model.
+
+    Returns:
+        int: the parameters of all of them together.
+    """
+    base_labels = _base_labels(model)
+    parameters: dict[int, int] = {}
+    resized = 0
+    for module in saved_modules(model, names).values():
+        parameters |= {id(parameter): parameter.numel() for parameter in module.parameters()}
+        if label_names is not None and list(base_labels.values()) != label_names:
+            for path in _classifiers(module, len(base_labels)):
+                per_class = cast(nn.Linear, module.get_submodule(path))
+                size = sum(parameter.numel() for parameter in per_class.parameters())
+                resized += size // len(base_labels) * (len(label_names) - len(base_labels))
+    return sum(parameters.values()) + resized
 
 
 def check_head(model: nn.Module, modules_to_save: list[str], label_names: list[str]) -> None:
@@ -27,7 +83,7 @@ def check_head(model: nn.Module, modules_to_save: list[str], label_names: list[s
     Raises:
         ValueError: if none of the modules holds the model's classification head.
     """
-    saved = [module for name, module in model.named_modules() if name.rpartition(".")[2] in modules_to_save]
+    saved = saved_modules(model, modules_to_save).values()
     if not any(_classifiers(module, len(_base_labels(model))) for module in saved):
         raise ValueError(
             f"`label_names` gives {len(label_names)} classes, but `modules_to_save={modules_to_save}` matches no "

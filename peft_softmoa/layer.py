@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import SoftMoAConfig
-from .experts import BottleneckExperts
-from .mixture import SoftRouter, soft_mixture
+from .experts import BottleneckExperts, PatchGrid
+from .mixture import Router, build_mixture, mixture
 
 # Why a mixture cannot be merged; PEFT asks on the model and on each layer.
 CANNOT_MERGE = (
@@ -32,6 +32,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         config (SoftMoAConfig): its configuration.
         name (str): name of the block in the model, for errors.
         widths (tuple[int, int]): D and D'.
+        patch_grid (PatchGrid, optional): how its tokens lie in time and frequency. Default: unknown.
     """
 
     # All names of layers that may contain adapter (trainable) weights
@@ -40,7 +41,13 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     other_param_names = ("softmoa_scaling",)
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: SoftMoAConfig, name: str, widths: tuple[int, int]
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SoftMoAConfig,
+        name: str,
+        widths: tuple[int, int],
+        patch_grid: Optional[PatchGrid] = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -49,30 +56,24 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_router = nn.ModuleDict()
         self.softmoa_experts = nn.ModuleDict()
         self.softmoa_scaling: dict[str, float] = {}
+        # The losses of its routers, while a forward pass of the model collects them.
+        self.router_losses: Optional[list[Tensor]] = None
         self._disable_adapters = False
         self.merged_adapters = []
         # flag to enable/disable casting of input to weight dtype during forward call, which PEFT's helper sets
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, patch_grid)
 
-    def update_layer(self, adapter_name: str, config: SoftMoAConfig) -> None:
+    def update_layer(self, adapter_name: str, config: SoftMoAConfig, patch_grid: Optional[PatchGrid] = None) -> None:
         """Add an adapter to the block.
 
         Args:
             adapter_name (str): name of the new adapter.
             config (SoftMoAConfig): its configuration.
+            patch_grid (PatchGrid, optional): how the tokens lie in time and frequency. Default: unknown.
         """
-        router = SoftRouter(self.in_features, config.num_experts, config.num_slots, normalize=config.normalize)
-        experts = BottleneckExperts(
-            config.num_experts,
-            self.in_features,
-            config.r,
-            self.out_features,
-            activation=config.activation,
-            dropout=config.dropout,
-        )
-        experts.reset_parameters(identity=config.init_weights)
+        router, experts = build_mixture(config, self.in_features, self.out_features, patch_grid)
         self.softmoa_router[adapter_name] = router
         self.softmoa_experts[adapter_name] = experts
         self.softmoa_scaling[adapter_name] = config.scaling
@@ -98,16 +99,18 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             return output
         hidden = output[0] if isinstance(output, tuple) else output
         for adapter_name in self.active_adapters:
-            if adapter_name in self.softmoa_router:
+            if adapter_name in self.softmoa_experts:
                 hidden = hidden + self._mixture(adapter_name, tokens).to(hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _mixture(self, adapter_name: str, tokens: Tensor) -> Tensor:
-        router = cast(SoftRouter, self.softmoa_router[adapter_name])
+        router = cast(Router, self.softmoa_router[adapter_name])
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
         rows = tokens.ndim == 2
-        mixture = soft_mixture(tokens.unsqueeze(1) if rows else tokens, router, experts)
-        return self.softmoa_scaling[adapter_name] * (mixture.squeeze(1) if rows else mixture)
+        output, loss = mixture(tokens.unsqueeze(1) if rows else tokens, router, experts)
+        if loss is not None and self.router_losses is not None:
+            self.router_losses.append(loss)
+        return self.softmoa_scaling[adapter_name] * (output.squeeze(1) if rows else output)
 
     def _find_tokens(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         tokens = args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from .experts import BottleneckExperts
-from .routing import soft_routing
+from .experts import BottleneckExperts, ConvolutionExperts, PatchGrid, uniform_
+from .routing import dense_routing, expert_choice_routing, load_balancing_loss, soft_routing, top_k_routing
 
 
 class SoftRouter(nn.Module):
@@ -44,46 +44,187 @@ class SoftRouter(nn.Module):
         if self.scale is not None:
             nn.init.ones_(self.scale)
 
-    def forward(self, tokens: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """Weights between tokens and slots, see `soft_routing`.
+    def forward(
+        self, tokens: Tensor, experts: BottleneckExperts, mask: Optional[Tensor] = None
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Let each expert read its slots, and each token all answers.
+
+            X̃ = dispatchᵀ x                  (B, S, D)
+            Ỹ[s] = expert_{⌊s/P⌋}(X̃[s])      (B, S, D')
+            output = combine Ỹ               (B, T, D')
 
         Args:
-            tokens (Tensor): `(B, T, D)`.
+            tokens (Tensor): x, `(B, T, D)`.
+            experts (BottleneckExperts): N experts for the router's N·P slots.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
         Returns:
-            tuple[Tensor, Tensor]: dispatch and combine weights, `(B, T, S)` each, in the dtype of the tokens.
+            tuple[Tensor, None]: output, `(B, T, D')`; there is no loss.
         """
-        return soft_routing(tokens, self.slots, mask, self.scale)
+        dispatch, combine = soft_routing(tokens, self.slots, mask, self.scale)
+        return combine @ experts(dispatch.mT @ tokens), None
 
 
-def soft_mixture(
-    tokens: Tensor, router: SoftRouter, experts: BottleneckExperts, mask: Optional[Tensor] = None
-) -> Tensor:
+class DenseRouter(nn.Module):
+    """A router of tokens: every expert reads every token, weighted by a softmax. One expert needs no router.
+
+    Args:
+        in_features (int): D.
+        num_experts (int): N.
+
+    Source: arXiv 2402.00828, Dense-MoA.
+    """
+
+    def __init__(self, in_features: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, num_experts)) if num_experts > 1 else None
+        self.bias = nn.Parameter(torch.empty(num_experts)) if num_experts > 1 else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as `nn.Linear` does."""
+        if self.weight is not None and self.bias is not None:
+            uniform_(self.weight, fan_in=self.weight.shape[0])
+            uniform_(self.bias, fan_in=self.weight.shape[0])
+
+    def forward(
+        self, tokens: Tensor, experts: BottleneckExperts, mask: Optional[Tensor] = None
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Sum the experts by the weights that each token gives them.
+
+            output[t] = Σ_n weights[t, n] · expert_n(x)[t]
+
+        Args:
+            tokens (Tensor): x, `(B, T, D)`.
+            experts (BottleneckExperts): N experts.
+            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+
+        Returns:
+            tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, and the loss that balances the experts, a scalar, or
+            None.
+        """
+        if self.weight is None or self.bias is None:
+            return experts(tokens, tokens.new_ones(*tokens.shape[:2], 1), mask), None
+        weights, loss = self._route(dense_routing(tokens, self.weight, self.bias), mask)
+        return experts(tokens, weights, mask), loss
+
+    def _route(self, gates: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """From the gates to the weights of the experts, both `(B, T, N)`, and the loss."""
+        return gates, None
+
+
+class TopKRouter(DenseRouter):
+    """A router of tokens that counts only the best experts of each.
+
+    Args:
+        in_features (int): D.
+        num_experts (int): N.
+        top_k (int): k, how many experts count.
+        router_aux_loss_coef (float): weight of the load-balancing loss, which exists in training only.
+
+    Source: arXiv 1701.06538, section 2.1; the loss arXiv 2101.03961.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, *, top_k: int, router_aux_loss_coef: float) -> None:
+        super().__init__(in_features, num_experts)
+        self.top_k = top_k
+        self.router_aux_loss_coef = router_aux_loss_coef
+
+    def _route(self, gates: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        weights, chosen = top_k_routing(gates, self.top_k)
+        trains = self.training and self.weight is not None and self.weight.requires_grad
+        if not trains or self.router_aux_loss_coef == 0:
+            return weights, None
+        return weights, self.router_aux_loss_coef * load_balancing_loss(gates, chosen, mask)
+
+
+class ExpertChoiceRouter(DenseRouter):
+    """A router of tokens in which each expert chooses its tokens.
+
+    Args:
+        in_features (int): D.
+        num_experts (int): N.
+        capacity_factor (float): how many tokens an expert takes, as a multiple of an equal share.
+
+    Source: arXiv 2202.09368.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, *, capacity_factor: float) -> None:
+        super().__init__(in_features, num_experts)
+        self.capacity_factor = capacity_factor
+
+    def _route(self, gates: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        return expert_choice_routing(gates, self.capacity_factor, mask), None
+
+
+Router = SoftRouter | DenseRouter
+
+# Which class makes each choice, and which fields of the config it takes besides the common ones.
+ROUTERS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "soft": (SoftRouter, ("num_slots", "normalize")),
+    "dense": (DenseRouter, ()),
+    "top_k": (TopKRouter, ("top_k", "router_aux_loss_coef")),
+    "expert_choice": (ExpertChoiceRouter, ("capacity_factor",)),
+}
+EXPERTS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "bottleneck": (BottleneckExperts, ()),
+    "convolution": (ConvolutionExperts, ("kernel_size",)),
+}
+
+
+def build_mixture(
+    config: Any, in_features: int, out_features: int, patch_grid: Optional[PatchGrid] = None
+) -> tuple[Router, BottleneckExperts]:
+    """Make a router and its experts with fresh weights.
+
+    Args:
+        config (SoftMoAConfig): the choices.
+        in_features (int): D.
+        out_features (int): D'.
+        patch_grid (PatchGrid, optional): the grid that convolution experts run over. Default: none.
+
+    Returns:
+        tuple[Router, BottleneckExperts]: the parts that `mixture` takes.
+    """
+    router_class, fields = ROUTERS[config.routing]
+    router = router_class(in_features, config.num_experts, **{name: getattr(config, name) for name in fields})
+    expert_class, fields = EXPERTS[config.expert_type]
+    options = {name: getattr(config, name) for name in (*fields, "activation", "dropout")}
+    if patch_grid is not None:
+        options["patch_grid"] = patch_grid
+    experts = expert_class(config.num_experts, in_features, config.r, out_features, **options)
+    experts.reset_parameters(identity=config.init_weights)
+    return router, experts
+
+
+def mixture(
+    tokens: Tensor, router: Router, experts: BottleneckExperts, mask: Optional[Tensor] = None
+) -> tuple[Tensor, Optional[Tensor]]:
     """What the experts add to the output of the block that reads the same tokens.
-
-        X̃ = dispatchᵀ x                  (B, S, D)
-        Ỹ[s] = expert_{⌊s/P⌋}(X̃[s])      (B, S, D')
-        mixture = combine Ỹ              (B, T, D')
 
     It is computed in float32, or in float64 if the tokens are, and not under autocast: half-precision logits would
     overflow for large tokens.
 
     Args:
         tokens (Tensor): x, `(B, T, D)`.
-        router (SoftRouter): gives dispatch and combine.
-        experts (BottleneckExperts): N experts for the router's N·P slots.
+        router (Router): decides what the experts read and how their answers are summed; its `forward` has the formula.
+        experts (BottleneckExperts): N experts.
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
     Returns:
-        Tensor: `(B, T, D')` in float32, or float64.
+        tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')` in float32 or float64, and the loss that balances the
+        experts, a scalar, or None.
 
-    Source: arXiv 2402.00828; arXiv 2308.00951, section 2.1.
+    Raises:
+        ValueError: if the mask does not fit the tokens.
     """
+    if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"The mask of tokens {tuple(tokens.shape)} must be boolean with shape {tuple(tokens.shape[:2])}, true for "
+            f"real tokens, got {mask.dtype} with shape {tuple(mask.shape)}."
+        )
     with _without_autocast(tokens.device.type):
-        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        dispatch, combine = router(tokens, mask)
-        return combine @ experts(dispatch.mT @ tokens)
+        return router(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), experts, mask)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import SoftMoAConfig
-from .head import check_head, fit_heads, name_labels
+from .head import check_head, fit_heads, name_labels, saved_modules
 from .layer import CANNOT_MERGE, SoftMoALayer
-from .placement import block_widths, find_architecture, placed_blocks
+from .load_balancing import collect_router_losses, stop_collecting
+from .placement import choose_targets, find_patch_grid, find_targets
+from .shapes import block_widths, norms_before
 
 
 class SoftMoAModel(BaseTuner):
@@ -50,39 +52,22 @@ class SoftMoAModel(BaseTuner):
     peft_config: dict[str, SoftMoAConfig]  # type: ignore[assignment]
 
     def _prepare_adapter_config(self, peft_config: SoftMoAConfig, model_config: dict[str, Any]) -> SoftMoAConfig:
-        if peft_config.target_modules is None:
-            architecture = find_architecture(model_config.get("model_type", "unknown"))
-            peft_config.target_modules = placed_blocks(architecture, peft_config.placement)
-            if peft_config.layers_to_transform is not None and not peft_config.layers_pattern:
-                peft_config.layers_pattern = architecture.layers
+        choose_targets(peft_config, model_config)
         return peft_config
 
     def _prepare_model(self, peft_config: SoftMoAConfig, model: nn.Module) -> None:
-        """Check all targets before the first is replaced, so that an error leaves the model as it was."""
-        modules = dict(model.named_modules())
-        adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
-        inside_adapted = tuple(f"{name}." for name in adapted)
-        targets = [
-            name
-            for name in modules
-            if name and not name.startswith(inside_adapted) and self._check_target_module_exists(peft_config, name)
-        ]
-        for name in targets:
-            inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)
-            if inner is not None and not isinstance(modules[name], SoftMoALayer):
-                raise ValueError(
-                    f"`target_modules` matches '{name}', but '{inner}' in it has an adapter already, whose weights "
-                    "would get other names. Adapt the same modules, or modules apart from it."
-                )
-            outer = next((other for other in targets if name.startswith(f"{other}.")), None)
-            if outer is not None:
-                raise ValueError(
-                    f"`target_modules` matches '{name}' and also '{outer}', which contains it. Write it so that it "
-                    "matches one of them, or name the other in `exclude_modules`."
-                )
-            self._block_widths(name, modules[name])
+        """Check everything before the first module is replaced, so that an error leaves the model as it was."""
+        targets = find_targets(peft_config, model)
+        if peft_config.patch_grid:
+            find_patch_grid(self.get_model_config(model))
+        saved = list(peft_config.modules_to_save or [])
+        if peft_config.train_norms:
+            norms = norms_before(model, {name: widths[0] for name, widths in targets.items()}).values()
+            peft_config.modules_to_save = saved = list(dict.fromkeys([*saved, *norms]))
+        if saved:
+            saved_modules(model, saved)
         if peft_config.label_names is not None:
-            check_head(model, peft_config.modules_to_save or [], peft_config.label_names)
+            check_head(model, saved, peft_config.label_names)
 
     def _create_and_replace(
         self,
@@ -94,15 +79,13 @@ class SoftMoAModel(BaseTuner):
         current_key: str,
         parameter_name: Optional[str] = None,
     ) -> None:
+        patch_grid = find_patch_grid(self.get_model_config(self.model)) if peft_config.patch_grid else None
         if isinstance(target, SoftMoALayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, patch_grid)
             return
-        widths = self._block_widths(current_key, target)
-        layer = SoftMoALayer(target, adapter_name, peft_config, current_key, widths)
+        widths = block_widths(current_key, target, getattr(getattr(self.model, "config", None), "hidden_size", None))
+        layer = SoftMoALayer(target, adapter_name, peft_config, current_key, widths, patch_grid)
         self._replace_module(parent, target_name, layer, target)
-
-    def _block_widths(self, name: str, block: nn.Module) -> tuple[int, int]:
-        return block_widths(name, block, getattr(getattr(self.model, "config", None), "hidden_size", None))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own method copies the weight of the child, which a block or a head does not have.
@@ -110,9 +93,15 @@ class SoftMoAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        label_names = self.peft_config[adapter_name].label_names
-        if label_names is not None:
-            fit_heads(model, adapter_name, label_names)
+        config = self.peft_config[adapter_name]
+        if config.label_names is not None:
+            fit_heads(model, adapter_name, config.label_names)
+        if config.router_aux_loss_coef:
+            collect_router_losses(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
+        return self.model(*args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -137,6 +126,7 @@ class SoftMoAModel(BaseTuner):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         self._name_labels(enabled=False)
+        stop_collecting(self.model)
         return super().unload()
 
     def unmerge_adapter(self) -> None:

@@ -1,19 +1,26 @@
-"""Placement: which modules of which architecture are adapted, and how wide their tokens are.
+"""Placement: which modules of a model are adapted, and how their tokens lie.
 
 Nothing else in the package knows the names of models.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-import torch
-from accelerate.hooks import remove_hook_from_submodules
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+
+from .experts import PatchGrid
+from .shapes import block_widths
+
+
+def _ast_grid(config: dict[str, Any]) -> PatchGrid:
+    def patches(size: str, stride: str) -> int:
+        return (config[size] - config["patch_size"]) // config[stride] + 1
+
+    # A class and a distillation token, then the patches, all times of the lowest frequency first.
+    return PatchGrid(2, patches("num_mel_bins", "frequency_stride"), patches("max_length", "time_stride"))
 
 
 class Architecture(NamedTuple):
@@ -22,17 +29,14 @@ class Architecture(NamedTuple):
     layers: str  # name of the list of layers
     attention: str  # name of the self-attention block in a layer
     ffn: str  # name of the feed-forward block in a layer
+    patch_grid: Optional[Callable[[dict[str, Any]], PatchGrid]] = None  # from the model's config to its grid
 
 
 ARCHITECTURES = {
-    "audio-spectrogram-transformer": Architecture(layers="layers", attention="attention", ffn="mlp"),
+    "audio-spectrogram-transformer": Architecture(
+        layers="layers", attention="attention", ffn="mlp", patch_grid=_ast_grid
+    ),
 }
-
-# Tokens in a probe of a block. Prime and small: it should not happen to be the size of a block's weight.
-PROBE_TOKENS = 3
-
-# Modules that read something else than tokens.
-NO_TOKENS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 
 
 def find_architecture(model_type: str) -> Architecture:
@@ -70,64 +74,82 @@ def placed_blocks(architecture: Architecture, placement: str) -> set[str]:
     return {getattr(architecture, placement)}
 
 
-def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None) -> tuple[int, int]:
-    """Widths D and D' of a module that maps tokens `(B, T, D)` to `(B, T, D')`.
-
-    A linear layer says so itself. Any other block is asked: a copy of it without weights is run on shapes alone (the
-    meta device), for each size that occurs in its parameters, until tokens come out. What flows through a block counts,
-    not what is inside: an attention may begin with a layer narrower than its input. A block that cannot run so, because
-    it needs more than tokens or a kernel without shapes, is taken to map the model's hidden size to itself.
+def find_patch_grid(model_config: dict[str, Any]) -> PatchGrid:
+    """Look up how a model's tokens lie in time and frequency.
 
     Args:
-        name (str): name of the module, for the error.
-        block (nn.Module): the module; it is neither run nor changed.
-        hidden_size (int, optional): hidden size of the model. Default: unknown.
+        model_config (dict): the model's config.
 
     Returns:
-        tuple[int, int]: D and D'.
+        PatchGrid: the grid.
 
     Raises:
-        ValueError: if the module does not map tokens to tokens.
+        ValueError: if the architecture is not known to have one.
     """
-    base = block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
-        return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
-    parameters = [] if isinstance(base, NO_TOKENS) else base.parameters()
-    sizes = Counter(size for parameter in parameters for size in parameter.shape)
-    failure: Optional[Exception] = None
-    # What is no block at all, or reads something else than tokens, is not taken for one that needs more than tokens.
-    refused = type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
-    for width, _ in sizes.most_common():
-        try:
-            output = _run_on_shapes(base, width)
-        except Exception as error:  # noqa: BLE001 - a foreign block may raise anything; it is chained below
-            failure = error
-            continue
-        hidden = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == (1, PROBE_TOKENS):
-            return width, hidden.shape[-1]
-        refused = True  # it runs, but does not give tokens
-    if hidden_size is not None and hidden_size in sizes and not refused:
-        return hidden_size, hidden_size
-    raise ValueError(
-        f"`target_modules` matches '{name}', a {type(base).__name__}, which cannot be adapted. A target is a linear "
-        "layer or a block that, called with tokens (batch, tokens, width) alone, returns as many tokens, as a tensor "
-        "or as the first item of a tuple."
-    ) from failure
+    model_type = model_config.get("model_type", "unknown")
+    make = ARCHITECTURES[model_type].patch_grid if model_type in ARCHITECTURES else None
+    if make is None:
+        known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if architecture.patch_grid))
+        raise ValueError(
+            f"`patch_grid` is known for models of type {known}, not for '{model_type}'. Set it to False: the "
+            "convolution then runs over the sequence of tokens."
+        )
+    return make(model_config)
 
 
-def _run_on_shapes(block: nn.Module, width: int) -> Any:
-    """Output of a copy of the block, without weights and hooks, for tokens of a width."""
-    state = [*block.parameters(), *block.buffers()]
-    shapes = {id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False) for tensor in state}
-    ghost = copy.deepcopy(block, shapes)
-    remove_hook_from_submodules(ghost)
-    ghost.to("meta")  # accelerate's hooks leave the weights that they have offloaded
-    for module in ghost.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    dtype = next((tensor.dtype for tensor in state if tensor.is_floating_point()), None)
-    tokens = torch.empty(1, PROBE_TOKENS, width, dtype=dtype, device="meta")
-    first = next(iter(inspect.signature(ghost.forward).parameters.values()))
-    with torch.no_grad():
-        return ghost(hidden_states=tokens) if first.kind is first.KEYWORD_ONLY else ghost(tokens)
+def choose_targets(config: Any, model_config: dict[str, Any]) -> None:
+    """Let `placement` choose the target modules, if they are not given.
+
+    Args:
+        config (SoftMoAConfig): the choice is written into it.
+        model_config (dict): the model's config.
+
+    Raises:
+        ValueError: if no placement knows the architecture.
+    """
+    if config.target_modules is None:
+        architecture = find_architecture(model_config.get("model_type", "unknown"))
+        config.target_modules = placed_blocks(architecture, config.placement)
+        if config.layers_to_transform is not None and not config.layers_pattern:
+            config.layers_pattern = architecture.layers
+
+
+def find_targets(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Find the modules that an adapter adapts, and check that it can adapt all of them.
+
+    Args:
+        config (SoftMoAConfig): says which; `"all-linear"` is replaced in it by the names.
+        model (nn.Module): the model; its own adapters may be on the same modules.
+
+    Returns:
+        dict[str, tuple[int, int]]: D and D' by the name of the module.
+
+    Raises:
+        ValueError: if one of them cannot be adapted.
+    """
+    _maybe_include_all_linear_layers(config, model)
+    modules = dict(model.named_modules())
+    adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+    inside_adapted = tuple(f"{name}." for name in adapted)
+    targets = [
+        name
+        for name in modules
+        if name and not name.startswith(inside_adapted) and check_target_module_exists(config, name)
+    ]
+    hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
+    widths = {}
+    for name in targets:
+        inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)
+        if inner is not None and "softmoa_experts" not in getattr(modules[name], "adapter_layer_names", ()):
+            raise ValueError(
+                f"`target_modules` matches '{name}', but '{inner}' in it has an adapter already, whose weights "
+                "would get other names. Adapt the same modules, or modules apart from it."
+            )
+        outer = next((other for other in targets if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f"`target_modules` matches '{name}' and also '{outer}', which contains it. Write it so that it "
+                "matches one of them, or name the other in `exclude_modules`."
+            )
+        widths[name] = block_widths(name, modules[name], hidden_size)
+    return widths

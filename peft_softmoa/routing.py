@@ -54,3 +54,105 @@ def soft_routing(
     # A large negative number instead of -inf: a sample without tokens must not give NaN.
     dispatch = logits.masked_fill(padding, torch.finfo(logits.dtype).min).softmax(dim=-2)
     return dispatch.masked_fill(padding, 0.0).to(dtype), combine
+
+
+def dense_routing(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Dense routing: how much each expert counts for each token.
+
+        gates = softmax over the experts of x W + b         (B, T, N)
+
+    Args:
+        tokens (Tensor): x, `(B, T, D)`.
+        weight (Tensor): W, `(D, N)`.
+        bias (Tensor): b, `(N,)`.
+
+    Returns:
+        Tensor: gates, `(B, T, N)`, in the dtype of the tokens; computed in float32 or float64.
+
+    Source: arXiv 2402.00828, Dense-MoA.
+    """
+    dtype = tokens.dtype
+    tokens = tokens.to(torch.promote_types(dtype, torch.float32))
+    return (tokens @ weight.to(tokens.dtype) + bias.to(tokens.dtype)).softmax(dim=-1).to(dtype)
+
+
+def top_k_routing(gates: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Top-k routing: only the k experts with the largest gates count for a token.
+
+        weights[n] = gates[n] / Σ_{m chosen} gates[m]  if n is chosen, else 0
+
+    With one expert per token its weight is always one: then only the load-balancing loss trains the router.
+
+    Args:
+        gates (Tensor): `(B, T, N)`, as from `dense_routing`.
+        top_k (int): k, from 1 to N.
+
+    Returns:
+        tuple[Tensor, Tensor]: weights `(B, T, N)`, and the indices of the chosen experts `(B, T, k)`.
+
+    Source: arXiv 1701.06538, section 2.1.
+    """
+    largest, chosen = gates.topk(top_k, dim=-1)
+    return torch.zeros_like(gates).scatter(-1, chosen, largest / largest.sum(dim=-1, keepdim=True)), chosen
+
+
+def load_balancing_loss(gates: Tensor, chosen: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """Load-balancing loss of the Switch Transformer: one if all experts are used alike, N if always the same one.
+
+        loss = N · Σ_n f_n · P_n
+
+    f_n is the share of expert n in all choices of valid tokens, P_n the mean of its gates over them. Only P_n has a
+    gradient.
+
+    Args:
+        gates (Tensor): `(B, T, N)`, before the choice.
+        chosen (Tensor): indices of the chosen experts, `(B, T, k)`.
+        mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+
+    Returns:
+        Tensor: scalar; zero if no token is valid.
+
+    Source: arXiv 2101.03961, equations 4 to 6, with k choices per token instead of one.
+    """
+    choices = torch.zeros_like(gates).scatter(-1, chosen, 1 / chosen.shape[-1])
+    if mask is None:
+        shares, means = choices.mean(dim=(0, 1)), gates.mean(dim=(0, 1))
+    else:
+        valid = mask.unsqueeze(-1).to(gates.dtype)
+        count = valid.sum().clamp_min(1)
+        shares, means = (choices * valid).sum(dim=(0, 1)) / count, (gates * valid).sum(dim=(0, 1)) / count
+    return gates.shape[-1] * (shares * means).sum()
+
+
+def expert_choice_routing(gates: Tensor, capacity_factor: float, mask: Optional[Tensor] = None) -> Tensor:
+    """Expert choice: every expert takes the tokens of each sample for which its gate is largest.
+
+        C = ⌈capacity_factor · T / N⌉, at most T, with the number T of valid tokens in the sample
+        weights[t, n] = gates[t, n]  if t is among the C tokens of expert n, else 0
+
+    A token may be taken by any number of experts. The choice is made within each sample, so that a sample's output
+    does not depend on the rest of its batch.
+
+    Args:
+        gates (Tensor): `(B, T, N)`, as from `dense_routing`.
+        capacity_factor (float): share of the tokens that an expert takes, as a multiple of an equal share 1 / N; it is
+            rounded to thousandths.
+        mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+
+    Returns:
+        Tensor: weights `(B, T, N)`.
+
+    Source: arXiv 2202.09368, section 3.1, which chooses within the whole batch.
+    """
+    num_tokens, num_experts = gates.shape[1:]
+    # In integers: the capacity must not depend on how a device rounds.
+    numerator, denominator = max(round(1000 * capacity_factor), 1), 1000 * num_experts
+    numerator = min(numerator, denominator)
+    capacity = -(-numerator * num_tokens // denominator)
+    scores = gates.mT if mask is None else gates.mT.masked_fill(~mask.unsqueeze(1), -1.0)
+    largest, taken = scores.topk(capacity, dim=-1)
+    if mask is not None:
+        capacities = -(-numerator * mask.sum(dim=1) // denominator)
+        ranks = torch.arange(capacity, device=gates.device)
+        largest = largest.masked_fill(ranks >= capacities[:, None, None], 0.0)
+    return torch.zeros_like(scores).scatter(-1, taken, largest).mT

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, Wav2Vec2Config, Wav2Vec2Model
 
 SAMPLING_RATE = 16_000
 MEL_BINS = 128
@@ -104,3 +104,27 @@ def esc10_folder():
     if not folder:
         pytest.skip("needs real audio: set SOFTMOA_ESC10 to a folder with the ESC-10 recordings and their metadata.csv")
     return Path(folder)
+
+
+@pytest.fixture
+def tiny_wav2vec2():
+    """Makes a tiny wav2vec 2.0 with random weights, whose layers normalize before or after their blocks."""
+
+    def make(pre_norm):
+        torch.manual_seed(0)
+        config = Wav2Vec2Config(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            conv_dim=(8,),
+            conv_stride=(4,),
+            conv_kernel=(8,),
+            num_feat_extract_layers=1,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            do_stable_layer_norm=pre_norm,
+        )
+        return Wav2Vec2Model(config).eval()
+
+    return make

@@ -50,18 +50,122 @@ def bottleneck(z, down_weight, down_bias, up_weight, up_bias):
     return up_bias + gelu(down_bias + z @ down_weight) @ up_weight
 
 
+def convolution(z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv_bias, valid=None, grid=None):
+    """One expert on all of z (L, D), which are neighbours; with a grid (class tokens, height, width) in two dimensions.
+
+    Class tokens have no neighbours.
+
+    The kernel (R, K) or (R, K, K) is applied without flipping; beyond the ends and in invalid places there are zeros.
+    """
+    length, r, size = z.shape[0], down_weight.shape[1], conv_weight.shape[-1]
+    zero = z.new_zeros(())
+    hidden = [
+        gelu(down_bias + z[i] @ down_weight) if valid is None or bool(valid[i]) else z.new_zeros(r)
+        for i in range(length)
+    ]
+    outputs = []
+    for i in range(length):
+        mixed = []
+        for c in range(r):
+            value = conv_bias[c]
+            if grid is None:
+                for k in range(size):
+                    j = i + k - size // 2
+                    value = value + (conv_weight[c, k] * hidden[j][c] if 0 <= j < length else zero)
+            elif i < grid[0]:
+                value = value + conv_weight[c, size // 2, size // 2] * hidden[i][c]
+            else:
+                row, column = divmod(i - grid[0], grid[2])
+                for a in range(size):
+                    for b in range(size):
+                        y, x = row + a - size // 2, column + b - size // 2
+                        if 0 <= y < grid[1] and 0 <= x < grid[2]:
+                            value = value + conv_weight[c, a, b] * hidden[grid[0] + y * grid[2] + x][c]
+            mixed.append(value)
+        outputs.append(up_bias + gelu(torch.stack(mixed)) @ up_weight)
+    return torch.stack(outputs)
+
+
+def expert_on_all(z, weights, valid=None, grid=None):
+    """One expert on all of z (L, D): a bottleneck has four tensors, a convolution six."""
+    if len(weights) == 4:
+        return torch.stack([bottleneck(row, *weights) for row in z])
+    return convolution(z, *weights, valid=valid, grid=grid)
+
+
 def soft_mixture(x, slots, experts, mask=None, scale=None):
-    """Output (B, T, D') for tokens x (B, T, D); `experts` is a list of N tuples of bottleneck weights."""
+    """Output (B, T, D') for tokens x (B, T, D); `experts` is a list of N tuples of weights."""
     batch, num_tokens, _ = x.shape
     num_slots = slots.shape[1]
     slots_per_expert = num_slots // len(experts)
     dispatch, combine = soft_weights(x, slots, mask, scale)
     outputs = []
     for b in range(batch):
+        read = [sum(dispatch[b, t, s] * x[b, t] for t in range(num_tokens)) for s in range(num_slots)]
         answers = []
-        for s in range(num_slots):
-            read = sum(dispatch[b, t, s] * x[b, t] for t in range(num_tokens))
-            answers.append(bottleneck(read, *experts[s // slots_per_expert]))
+        for n, weights in enumerate(experts):
+            answers += expert_on_all(torch.stack(read[n * slots_per_expert : (n + 1) * slots_per_expert]), weights)
         for t in range(num_tokens):
             outputs.append(sum(combine[b, t, s] * answers[s] for s in range(num_slots)))
     return torch.stack(outputs).unflatten(0, (batch, num_tokens))
+
+
+def gates(x, weight, bias):
+    """Gates (B, T, N) of tokens x (B, T, D)."""
+    batch, num_tokens, _ = x.shape
+    num_experts = weight.shape[1]
+    rows = []
+    for b in range(batch):
+        for t in range(num_tokens):
+            exponentials = [torch.exp((x[b, t] * weight[:, n]).sum() + bias[n]) for n in range(num_experts)]
+            rows.append(torch.stack([value / sum(exponentials) for value in exponentials]))
+    return torch.stack(rows).unflatten(0, (batch, num_tokens))
+
+
+def top_k_weights(g, top_k):
+    """Weights (B, T, N) of the experts with the largest gates, which sum to one; and which they are, as sets."""
+    batch, num_tokens, num_experts = g.shape
+    rows, chosen = [], []
+    for b in range(batch):
+        for t in range(num_tokens):
+            best = sorted(range(num_experts), key=lambda n, b=b, t=t: -g[b, t, n].item())[:top_k]
+            total = sum(g[b, t, n] for n in best)
+            zero = g.new_zeros(())
+            rows.append(torch.stack([g[b, t, n] / total if n in best else zero for n in range(num_experts)]))
+            chosen.append(set(best))
+    return torch.stack(rows).unflatten(0, (batch, num_tokens)), chosen
+
+
+def load_balancing(g, chosen, mask=None):
+    """The Switch Transformer's loss of gates g (B, T, N) and the experts chosen for each of the B·T tokens."""
+    _, num_tokens, num_experts = g.shape
+    places = [divmod(i, num_tokens) for i in range(len(chosen)) if mask is None or bool(mask[divmod(i, num_tokens)])]
+    loss = g.new_zeros(())
+    for n in range(num_experts):
+        choices = sum(1 for b, t in places for m in chosen[b * num_tokens + t] if m == n)
+        share = choices / sum(len(chosen[b * num_tokens + t]) for b, t in places)
+        loss = loss + num_experts * share * sum(g[b, t, n] for b, t in places) / len(places)
+    return loss
+
+
+def expert_choice_weights(g, capacity_factor, mask=None):
+    """Weights (B, T, N): the gates of the tokens that each expert takes in each sample."""
+    batch, num_tokens, num_experts = g.shape
+    weights = [[[g.new_zeros(()) for _ in range(num_experts)] for _ in range(num_tokens)] for _ in range(batch)]
+    for b in range(batch):
+        valid = [t for t in range(num_tokens) if mask is None or bool(mask[b, t])]
+        capacity = math.ceil(round(capacity_factor * len(valid) / num_experts, 9))
+        for n in range(num_experts):
+            for t in sorted(valid, key=lambda t, b=b, n=n: -g[b, t, n].item())[:capacity]:
+                weights[b][t][n] = g[b, t, n]
+    return torch.stack([torch.stack([torch.stack(row) for row in sample]) for sample in weights])
+
+
+def token_mixture(x, weights, experts, mask=None, grid=None):
+    """Output (B, T, D'): for each token the sum of all experts by their weights (B, T, N)."""
+    samples = []
+    for b in range(x.shape[0]):
+        valid = None if mask is None else mask[b]
+        answers = [expert_on_all(x[b], expert, valid, grid) for expert in experts]
+        samples.append(sum(weights[b, :, n, None] * answers[n] for n in range(len(experts))))
+    return torch.stack(samples)

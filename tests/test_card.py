@@ -14,7 +14,7 @@ from peft_softmoa.card import HEADING
 def save(folder, base_model="MIT/ast-finetuned-audioset-10-10-0.4593", **options):
     model = ASTForAudioClassification(tiny_ast_config())
     model.name_or_path = model.config._name_or_path = base_model
-    model = get_peft_model(model, SoftMoAConfig(num_experts=3, **options))
+    model = get_peft_model(model, SoftMoAConfig(**{"num_experts": 3, **options}))
     model.save_pretrained(folder)
     return model
 
@@ -28,10 +28,25 @@ def test_card_of_an_adapter(tmp_path):
     assert "base_model:adapter:MIT/ast-finetuned-audioset-10-10-0.4593" in card.data.tags
     assert "import peft_softmoa" in card.text and "PeftModel.from_pretrained" in card.text
     assert "adapter for `MIT/ast-finetuned-audioset-10-10-0.4593`" in card.text
-    assert "3 small experts with 1 slot(s)" in card.text and "(`attention`)" in card.text
+    assert "3 small expert(s)" in card.text and "reads 1 slot(s)" in card.text and "(`attention`)" in card.text
     assert "2402.00828" in card.text
     assert "More Information Needed" not in card.text
     assert card.data.pipeline_tag is None
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"routing": "dense"}, "with dense routing:\nevery expert reads every token, and a softmax router"),
+        ({"routing": "dense", "num_experts": 1}, "the only expert reads every token"),
+        ({"routing": "top_k", "top_k": 3}, "the 3 best experts for each token"),
+        ({"routing": "expert_choice", "expert_type": "convolution"}, "1.0 times an equal share"),
+    ],
+)
+def test_card_names_the_routing(tmp_path, options, words):
+    save(tmp_path, **options)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert words in text and f"type {options.get('expert_type', 'bottleneck')}" in text
 
 
 def test_card_of_a_classifier_shows_the_pipeline(tmp_path):
@@ -53,7 +68,7 @@ def test_a_card_that_somebody_wrote_is_kept_and_its_section_renewed(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.startswith(words) and card.text.rstrip().endswith("## Thanks\n\nTo the birds.")
     assert card.text.count(HEADING) == 1 and card.text.count("import peft_softmoa") == 1
-    assert "bottleneck 2" in card.text and "bottleneck 6" not in card.text
+    assert "r 2," in card.text and "r 6," not in card.text
     assert card.data.license == "mit" and "soft-moa" in card.data.tags
 
 

@@ -11,6 +11,9 @@ from peft_softmoa import SoftMoAConfig
 def test_defaults_are_the_papers():
     config = SoftMoAConfig()
     expected = {
+        "routing": "soft",
+        "expert_type": "bottleneck",
+        "train_norms": False,
         "num_experts": 7,
         "num_slots": 1,
         "r": 6,
@@ -29,7 +32,7 @@ def test_every_field_has_its_help():
     own = {field.name for field in dataclasses.fields(SoftMoAConfig)} - {
         field.name for field in dataclasses.fields(PeftConfig)
     }
-    assert len(own) == 15
+    assert len(own) == 23
     for field in dataclasses.fields(SoftMoAConfig):
         assert field.metadata.get("help"), field.name
 
@@ -64,6 +67,9 @@ def test_survives_saving(tmp_path):
         ("num_experts", True, "a positive integer"),
         ("num_slots", -1, "a positive integer"),
         ("num_slots", 1.5, "a positive integer"),
+        ("routing", "sparse", "one of soft, dense, top_k, expert_choice"),
+        ("expert_type", "lora", "one of bottleneck, convolution"),
+        ("train_norms", "yes", "True or False"),
         ("r", 0, "a positive integer"),
         ("r", "6", "a positive integer"),
         ("placement", "everywhere", "one of attention, ffn, both"),
@@ -88,6 +94,69 @@ def test_survives_saving(tmp_path):
 def test_bad_values_name_field_value_and_what_is_allowed(field, value, allowed):
     with pytest.raises(ValueError, match=f"`{field}` must be .*{re.escape(allowed)}.*got {re.escape(repr(value))}"):
         SoftMoAConfig(**{field: value})
+
+
+TOP_K = {"routing": "top_k"}
+CHOICE = {"routing": "expert_choice"}
+CONVOLUTION = {"expert_type": "convolution"}
+
+
+@pytest.mark.parametrize(
+    "options, field, value, allowed",
+    [
+        (TOP_K, "top_k", 8, "an integer from 1 to `num_experts`, 7"),
+        (TOP_K, "top_k", 0, "an integer from 1 to `num_experts`, 7"),
+        (TOP_K, "top_k", 1.0, "an integer from 1 to `num_experts`, 7"),
+        (TOP_K, "router_aux_loss_coef", -0.1, "a number from 0"),
+        (TOP_K, "router_aux_loss_coef", float("nan"), "a number from 0"),
+        (TOP_K | {"top_k": 1}, "router_aux_loss_coef", 0.0, "above 0 with top_k=1"),
+        (TOP_K, "num_experts", 1, "at least 2 with routing='top_k'; a single adapter is routing='dense'"),
+        (CHOICE, "num_experts", 1, "at least 2 with routing='expert_choice'"),
+        (CHOICE, "capacity_factor", 0.0, "a number from 0.001 to `num_experts`, 7"),
+        (CHOICE, "capacity_factor", 7.5, "a number from 0.001 to `num_experts`, 7"),
+        (CHOICE, "capacity_factor", "1", "a number from 0.001 to `num_experts`, 7"),
+        (CONVOLUTION, "kernel_size", 4, "odd and positive"),
+        (CONVOLUTION, "kernel_size", -1, "odd and positive"),
+        (CONVOLUTION, "kernel_size", 3.0, "odd and positive"),
+        (CONVOLUTION, "patch_grid", True, "False with routing='soft'"),
+        (CONVOLUTION | TOP_K, "patch_grid", 1, "True or False"),
+        ({"routing": "dense"}, "num_slots", 1, "left out unless routing='soft' (here routing='dense')"),
+        (TOP_K, "num_slots", 2, "left out unless routing='soft' (here routing='top_k')"),
+        (CHOICE, "normalize", True, "left out unless routing='soft' (here routing='expert_choice')"),
+        ({}, "top_k", 2, "left out unless routing='top_k' (here routing='soft')"),
+        ({"routing": "dense"}, "router_aux_loss_coef", 0.01, "left out unless routing='top_k'"),
+        (TOP_K, "capacity_factor", 1.0, "left out unless routing='expert_choice'"),
+        ({}, "kernel_size", 3, "left out unless expert_type='convolution' (here expert_type='bottleneck')"),
+        ({"routing": "dense"}, "patch_grid", True, "left out unless expert_type='convolution'"),
+    ],
+)
+def test_fields_that_belong_to_a_choice(options, field, value, allowed):
+    with pytest.raises(ValueError, match=f"^`{field}` must be .*{re.escape(allowed)}.*got {re.escape(repr(value))}"):
+        SoftMoAConfig(**{**options, field: value})
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, {"num_slots": 1}),
+        ({"routing": "dense"}, {}),
+        (TOP_K, {"top_k": 2, "router_aux_loss_coef": 0.01}),
+        (CHOICE, {"capacity_factor": 1.0}),
+        (CONVOLUTION, {"num_slots": 1, "kernel_size": 3}),
+    ],
+)
+def test_defaults_of_fields_that_belong_to_a_choice(options, expected, tmp_path):
+    config = SoftMoAConfig(**options)
+    names = ("num_slots", "top_k", "router_aux_loss_coef", "capacity_factor", "kernel_size")
+    assert {name: getattr(config, name) for name in names} == {name: expected.get(name) for name in names}
+    config.save_pretrained(tmp_path)
+    assert SoftMoAConfig.from_pretrained(tmp_path) == config
+
+
+def test_one_field_changes_the_routing_and_one_the_experts():
+    for routing in ("soft", "dense", "top_k", "expert_choice"):
+        for expert_type in ("bottleneck", "convolution"):
+            SoftMoAConfig(routing=routing, expert_type=expert_type)
 
 
 @pytest.mark.parametrize(

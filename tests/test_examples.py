@@ -66,6 +66,15 @@ def test_trains_evaluates_and_saves_everything(base_folder, tones_folder, tmp_pa
     assert more.returncode == 0, more.stderr
 
 
+def test_choices_of_the_adapter(base_folder, tones_folder, tmp_path):
+    options = {"routing": "top_k", "expert_type": "convolution", "patch_grid": True, "train_norms": True}
+    trainer = main(training_options(base_folder, tones_folder, tmp_path / "out", layers_to_transform=0, **options))
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {name: saved[name] for name in options} == options and saved["layers_to_transform"] == [0]
+    assert saved["modules_to_save"] == ["classifier", "audio_spectrogram_transformer.layers.0.layernorm_before"]
+    assert any("router_aux_loss" in entry for entry in trainer.state.log_history)
+
+
 def test_accelerate_launch(base_folder, tones_folder, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(TRAIN),
@@ -107,7 +116,8 @@ def test_bad_audio_is_named_once(base_folder, tones_folder, tmp_path):
         ({"eval_rows": "fold=7"}, "No rows are left of .*evaluation"),
         ({"eval_split_name": "validation"}, "its only split is 'train', not 'validation'"),
         ({"num_experts": 0}, "`num_experts` must be a positive integer, got 0"),
-        ({"placement": "everywhere"}, "`placement` must be one of attention, ffn, both, got 'everywhere'"),
+        ({"routing": "dense", "num_slots": 2}, "`num_slots` must be left out unless routing='soft'"),
+        ({"placement": "everywhere"}, "invalid choice: 'everywhere'"),
         ({"on_bad_audio": "ignore"}, "invalid choice: 'ignore'"),
         ({"shuffle_buffer_size": -5}, "`shuffle_buffer` must not be negative, got -5"),
     ],

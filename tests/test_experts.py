@@ -2,7 +2,7 @@ import oracle
 import pytest
 import torch
 
-from peft_softmoa.experts import BottleneckExperts
+from peft_softmoa.experts import BottleneckExperts, ConvolutionExperts, PatchGrid
 
 
 @pytest.mark.parametrize("num_experts, num_slots", [(1, 1), (3, 2), (4, 1)])
@@ -19,13 +19,30 @@ def test_each_slot_goes_to_its_expert(num_experts, num_slots):
             torch.testing.assert_close(outputs[b, s], oracle.bottleneck(slots[b, s], *weights), rtol=1e-10, atol=1e-12)
 
 
-def test_fresh_experts_give_zero_and_can_learn():
-    experts = BottleneckExperts(2, 4, 3, 4)
-    slots = torch.randn(1, 2, 4)
-    output = experts(slots)
-    assert (output == 0).all()
-    (output - 1).pow(2).sum().backward()
-    assert (experts.up_weight.grad != 0).any() and (experts.up_bias.grad != 0).any()
+def make(kind, **options):
+    if kind == "grid":
+        return ConvolutionExperts(2, 4, 3, 4, patch_grid=PatchGrid(1, 2, 3), **options)
+    return {"bottleneck": BottleneckExperts, "convolution": ConvolutionExperts}[kind](2, 4, 3, 4, **options)
+
+
+KINDS = ["bottleneck", "convolution", "grid"]
+
+
+@pytest.mark.parametrize(
+    "kind, by_token", [("bottleneck", False), ("convolution", False), *((kind, True) for kind in KINDS)]
+)
+def test_fresh_experts_give_zero_and_every_tensor_learns(kind, by_token):
+    experts = make(kind)
+    inputs = (torch.randn(2, 7, 4), torch.rand(2, 7, 2)) if by_token else (torch.randn(2, 6, 4),)
+    assert (experts(*inputs) == 0).all()
+    start = {name: parameter.detach().clone() for name, parameter in experts.named_parameters()}
+    optimizer = torch.optim.SGD(experts.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (experts(*inputs) - 1).pow(2).sum().backward()
+        optimizer.step()
+    for name, parameter in experts.named_parameters():
+        assert (parameter != start[name]).any(), name
 
 
 def test_both_projections_at_zero_are_a_dead_point():
@@ -41,19 +58,33 @@ def test_both_projections_at_zero_are_a_dead_point():
     assert (experts.up_bias != 0).all()
 
 
-def test_random_experts_have_no_zeros():
-    experts = BottleneckExperts(2, 4, 3, 4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_experts_have_no_zeros(kind):
+    experts = make(kind)
     experts.reset_parameters(identity=False)
     assert all((parameter != 0).all() for parameter in experts.parameters())
 
 
-def test_dropout_acts_in_training_only():
-    experts = BottleneckExperts(2, 8, 6, 4, dropout=0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_acts_in_training_only(kind):
+    experts = make(kind, dropout=0.5)
     experts.reset_parameters(identity=False)
-    slots = torch.randn(1, 2, 8)
-    assert not torch.equal(experts(slots), experts(slots))
+    inputs = (torch.randn(1, 7, 4), torch.rand(1, 7, 2))
+    assert not torch.equal(experts(*inputs), experts(*inputs))
     experts.eval()
-    assert torch.equal(experts(slots), experts(slots))
+    assert torch.equal(experts(*inputs), experts(*inputs))
+
+
+def test_convolution_acts_twice_with_the_chosen_activation():
+    experts = make("convolution", activation="relu", kernel_size=1)
+    experts.reset_parameters(identity=False)
+    tokens, weights = torch.randn(1, 5, 4), torch.rand(1, 5, 2)
+    expected = torch.zeros(1, 5, 4)
+    for n in range(2):
+        hidden = (tokens @ experts.down_weight[n] + experts.down_bias[n]).clamp(min=0)
+        hidden = (hidden * experts.conv_weight[n, :, 0] + experts.conv_bias[n]).clamp(min=0)
+        expected += weights[..., n : n + 1] * (hidden @ experts.up_weight[n] + experts.up_bias[n])
+    torch.testing.assert_close(experts(tokens, weights), expected)
 
 
 def test_activation_is_the_chosen_one():

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
-from peft_softmoa.mixture import soft_mixture
-from peft_softmoa.placement import block_widths
+from peft_softmoa import mixture as mixtures
+from peft_softmoa.shapes import block_widths
 
 CONFIG = SoftMoAConfig(num_experts=3, num_slots=2, r=4, scaling=0.5, init_weights=False)
 
@@ -26,7 +26,7 @@ def make(base_layer, config=CONFIG):
 
 
 def mixture(layer, tokens, adapter_name="default"):
-    return soft_mixture(tokens, layer.softmoa_router[adapter_name], layer.softmoa_experts[adapter_name])
+    return mixtures.mixture(tokens, layer.softmoa_router[adapter_name], layer.softmoa_experts[adapter_name])[0]
 
 
 def test_adds_the_scaled_mixture_to_a_linear_layer():

@@ -4,47 +4,130 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from peft_softmoa.experts import BottleneckExperts
-from peft_softmoa.mixture import SoftRouter, soft_mixture
+from peft_softmoa import SoftMoAConfig
+from peft_softmoa.experts import PatchGrid
+from peft_softmoa.mixture import build_mixture, mixture
 
-REFERENCE = sorted((Path(__file__).parent / "data" / "reference").glob("soft_*.npz"))
+REFERENCE = sorted((Path(__file__).parent / "data" / "reference").glob("*.npz"))
+
+SOFT = {"routing": "soft"}
+DENSE = {"routing": "dense"}
+TOP_K = {"routing": "top_k", "top_k": 2}
+CHOICE = {"routing": "expert_choice"}
+CONVOLUTION = {"expert_type": "convolution"}
+ROUTINGS = [
+    SOFT,
+    SOFT | {"normalize": True, "num_slots": 2},
+    DENSE,
+    DENSE | {"num_experts": 1},
+    TOP_K,
+    TOP_K | {"top_k": 1},
+    TOP_K | {"top_k": 3},
+    CHOICE,
+    CHOICE | {"capacity_factor": 0.5},
+    CHOICE | {"capacity_factor": 2.2},
+]
+EXPERTS = [{}, CONVOLUTION, CONVOLUTION | {"kernel_size": 5}, CONVOLUTION | {"kernel_size": 1}]
 
 
-def make(num_experts, num_slots, r, width, out_width=None, normalize=False, dtype=torch.float64):
+def name_of(options):
+    return "-".join(str(value) for value in options.values()) or "default"
+
+
+def make(width, out_width=None, grid=None, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    router = SoftRouter(width, num_experts, num_slots, normalize=normalize).to(dtype)
-    experts = BottleneckExperts(num_experts, width, r, out_width or width).to(dtype)
-    experts.reset_parameters(identity=False)
-    if normalize:
+    config = SoftMoAConfig(init_weights=False, **{"num_experts": 3, "r": 2, **options})
+    router, experts = build_mixture(config, width, out_width or width, grid)
+    if config.normalize:
         torch.nn.init.constant_(router.scale, 2.5)
-    return router, experts
+    return router.to(dtype), experts.to(dtype)
 
 
 def relative_error(given, expected):
     return ((given - expected).abs().max() / expected.abs().max()).item()
 
 
+def expected_output(x, router, experts, options, mask=None, grid=None):
+    """Output and loss by the oracle."""
+    names = ["down_weight", "down_bias", "up_weight", "up_bias"]
+    if options.get("expert_type") == "convolution":
+        names += ["conv_weight", "conv_bias"]
+    weights = list(zip(*(getattr(experts, name) for name in names), strict=True))
+    if options["routing"] == "soft":
+        return oracle.soft_mixture(x, router.slots, weights, mask, router.scale), None
+    if options.get("num_experts") == 1:
+        return oracle.token_mixture(x, x.new_ones(*x.shape[:2], 1), weights, mask, grid), None
+    gates = oracle.gates(x, router.weight, router.bias)
+    loss = None
+    if options["routing"] == "top_k":
+        mixing, chosen = oracle.top_k_weights(gates, options["top_k"])
+        loss = 0.01 * oracle.load_balancing(gates, chosen, mask)
+    elif options["routing"] == "expert_choice":
+        mixing = oracle.expert_choice_weights(gates, options.get("capacity_factor", 1.0), mask)
+    else:
+        mixing = gates
+    return oracle.token_mixture(x, mixing, weights, mask, grid), loss
+
+
+def assert_agrees(x, router, experts, options, mask=None, grid=None):
+    inputs = [x, *router.parameters(), *experts.parameters()]
+    given, given_loss = mixture(x, router, experts, mask)
+    expected, expected_loss = expected_output(x, router, experts, options, mask, grid)
+    assert relative_error(given, expected) < 1e-10
+    upstream = torch.randn_like(expected)
+    given, expected = (given * upstream).sum(), (expected * upstream).sum()
+    assert (given_loss is None) == (expected_loss is None)
+    if given_loss is not None:
+        assert relative_error(given_loss, expected_loss) < 1e-10
+        given, expected = given + 100 * given_loss, expected + 100 * expected_loss
+    for one, other in zip(torch.autograd.grad(given, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        # Where the true gradient is zero, as for the only slot of all, there is nothing to be relative to.
+        assert (one - other).abs().max() < 1e-10 * max(other.abs().max(), 1e-3)
+
+
 @pytest.mark.parametrize("path", REFERENCE, ids=lambda path: path.stem)
 def test_agrees_with_the_reference_code(path):
     data = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
-    width, num_experts, num_slots = data["slots"].shape
-    router, experts = make(num_experts, num_slots, data["down_bias"].shape[1], width)
-    router.slots.data = data["slots"].flatten(1)
+    soft = "slots" in data
+    num_experts, width, r = data["down_weight"].shape
+    options = {"num_slots": data["slots"].shape[2]} if soft else DENSE
+    router, experts = make(width, num_experts=num_experts, r=r, **options)
+    assert soft or (router.weight is None) == (num_experts == 1)
+    if soft:
+        router.slots.data = data["slots"].flatten(1)
+    elif num_experts > 1:
+        router.weight.data, router.bias.data = data["router_weight"], data["router_bias"]
     for name in ("down_weight", "down_bias", "up_weight", "up_bias"):
         getattr(experts, name).data = data[name]
     x = data["x"].requires_grad_()
-    y = soft_mixture(x, router, experts)
+    y, _ = mixture(x, router, experts)
     y.backward(data["grad_y"])
     assert relative_error(y, data["y"]) < 1e-10
     assert relative_error(x.grad, data["grad_x"]) < 1e-10
     for name in ("down_weight", "up_weight"):
         assert relative_error(getattr(experts, name).grad, data[f"grad_{name}"]) < 1e-10
-    assert relative_error(router.slots.grad, data["grad_slots"].flatten(1)) < 1e-10
+    if soft:
+        assert relative_error(router.slots.grad, data["grad_slots"].flatten(1)) < 1e-10
+    elif num_experts > 1:
+        assert relative_error(router.weight.grad, data["grad_router_weight"]) < 1e-10
 
 
 def test_there_are_reference_outputs():
-    assert len(REFERENCE) == 3
+    assert len(REFERENCE) == 5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("expert", EXPERTS, ids=name_of)
+@pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
+def test_output_and_gradients_agree_with_the_oracle(routing, expert, masked):
+    options = routing | expert
+    router, experts = make(5, 4, **options)
+    x = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0]]).bool() if masked else None
+    assert_agrees(x, router, experts, options, mask)
 
 
 @pytest.mark.parametrize(
@@ -52,64 +135,161 @@ def test_there_are_reference_outputs():
     [(2, 5, 6, 6, 3, 1, 2), (1, 1, 4, 4, 2, 3, 3), (3, 4, 5, 7, 1, 2, 1), (2, 3, 4, 3, 2, 2, 5), (1, 6, 3, 3, 1, 1, 1)],
 )
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_output_and_gradients_agree_with_the_oracle(
-    batch, num_tokens, width, out_width, num_experts, num_slots, r, masked, normalize
-):
-    router, experts = make(num_experts, num_slots, r, width, out_width, normalize)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("routing", [SOFT, SOFT | {"normalize": True}, DENSE, TOP_K, CHOICE], ids=name_of)
+def test_any_sizes(routing, expert, masked, batch, num_tokens, width, out_width, num_experts, num_slots, r):
+    if num_experts == 1 and routing in (TOP_K, CHOICE):
+        num_experts = 4
+    options = routing | expert | {"num_experts": num_experts}
+    if routing["routing"] == "soft":
+        options["num_slots"] = num_slots
+    router, experts = make(width, out_width, r=r, **options)
     x = torch.randn(batch, num_tokens, width, dtype=torch.float64, requires_grad=True)
     mask = None
     if masked:
         mask = torch.rand(batch, num_tokens) < 0.5
         mask[:, -1] = True
-    inputs = [x, *router.parameters(), *experts.parameters()]
-    given = soft_mixture(x, router, experts, mask)
-    weights = list(zip(experts.down_weight, experts.down_bias, experts.up_weight, experts.up_bias, strict=True))
-    expected = oracle.soft_mixture(x, router.slots, weights, mask, router.scale)
-    assert relative_error(given, expected) < 1e-10
-    upstream = torch.randn_like(expected)
-    for one, other in zip(
-        torch.autograd.grad(given, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
-    ):
-        # Where the true gradient is zero, as for the only slot of all, there is nothing to be relative to.
-        assert (one - other).abs().max() < 1e-10 * max(other.abs().max(), 1e-3)
+    assert_agrees(x, router, experts, options, mask)
 
 
-def test_permuted_tokens_permute_the_output():
-    router, experts = make(3, 2, 4, 6)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("routing", [DENSE, TOP_K, CHOICE], ids=name_of)
+def test_convolution_over_the_patch_grid_agrees_with_the_oracle(routing, kernel_size, masked):
+    grid = PatchGrid(class_tokens=2, height=3, width=4)
+    options = routing | CONVOLUTION | {"kernel_size": kernel_size}
+    router, experts = make(5, grid=grid, **options)
+    x = torch.randn(2, 14, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 14) < 0.7 if masked else None
+    assert_agrees(x, router, experts, options, mask, grid)
+
+
+def test_patch_grid_refuses_another_number_of_tokens():
+    router, experts = make(5, grid=PatchGrid(2, 3, 4), **DENSE, **CONVOLUTION)
+    with pytest.raises(ValueError, match=r"takes 14 tokens, 2 class tokens and 3 x 4 patches.*got 15"):
+        mixture(torch.randn(1, 15, 5, dtype=torch.float64), router, experts)
+
+
+@pytest.mark.parametrize("options", [SOFT | {"num_slots": 2}, DENSE, TOP_K, CHOICE], ids=name_of)
+def test_permuted_tokens_permute_the_output(options):
+    router, experts = make(6, **options)
     x = torch.randn(2, 8, 6, dtype=torch.float64)
     mask = torch.rand(2, 8) < 0.7
     order = torch.randperm(8)
     torch.testing.assert_close(
-        soft_mixture(x[:, order], router, experts, mask[:, order]), soft_mixture(x, router, experts, mask)[:, order]
+        mixture(x[:, order], router, experts, mask[:, order])[0], mixture(x, router, experts, mask)[0][:, order]
     )
 
 
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
+def test_padding_changes_nothing(routing, expert):
+    router, experts = make(5, **routing, **expert)
+    short, padding = torch.randn(2, 6, 5, dtype=torch.float64), 100 * torch.randn(2, 3, 5, dtype=torch.float64)
+    mask = torch.tensor([[True] * 6 + [False] * 3] * 2)
+    expected, expected_loss = mixture(short, router, experts)
+    given, given_loss = mixture(torch.cat([short, padding], dim=1), router, experts, mask)
+    torch.testing.assert_close(given[:, :6], expected)
+    torch.testing.assert_close(given_loss, expected_loss)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
+def test_samples_do_not_depend_on_each_other(routing):
+    router, experts = make(5, **routing)
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(mixture(x[1:2], router, experts)[0], mixture(x, router, experts)[0][1:2])
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
+def test_a_sample_without_valid_tokens_is_finite(routing):
+    router, experts = make(5, **routing, **CONVOLUTION)
+    x = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    output, loss = mixture(x, router, experts, torch.tensor([[False] * 6] * 2))
+    (output.sum() + (0.0 if loss is None else loss)).backward()
+    assert output.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 5).bool(), torch.ones(6).bool(), torch.ones(2, 6), torch.ones(2, 6, 1)])
+def test_a_mask_that_does_not_fit(mask):
+    router, experts = make(5)
+    tokens = torch.randn(2, 6, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"mask of tokens \(2, 6, 5\) must be boolean with shape \(2, 6\)") as error:
+        mixture(tokens, router, experts, mask)
+    assert str(tuple(mask.shape)) in str(error.value)
+
+
+def test_top_k_of_all_experts_is_dense():
+    router, experts = make(5, **DENSE)
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    dense, _ = mixture(x, router, experts)
+    for options in (TOP_K | {"top_k": 3}, CHOICE | {"capacity_factor": 3.0}):
+        same, _ = make(5, **options)
+        same.load_state_dict(router.state_dict())
+        torch.testing.assert_close(mixture(x, same, experts)[0], dense)
+
+
+def test_the_load_balancing_loss_belongs_to_training():
+    router, experts = make(5, **TOP_K)
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    assert mixture(x, router, experts)[1] is not None
+    assert mixture(x, router.eval(), experts)[1] is None
+    router.train().weight.requires_grad_(False)
+    assert mixture(x, router, experts)[1] is None
+    router, experts = make(5, **TOP_K, router_aux_loss_coef=0.0)
+    assert mixture(x, router, experts)[1] is None
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements of any tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(output) if hasattr(leaf, "numel"))])
+        return output
+
+
+@pytest.mark.parametrize("routing", [SOFT, DENSE, TOP_K, CHOICE], ids=name_of)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+def test_no_tensor_grows_with_experts_times_tokens_times_width(routing, expert):
+    num_experts, num_tokens, width = 15, 40, 64
+    router, experts = make(width, num_experts=num_experts, **routing, **expert)
+    x = torch.randn(2, num_tokens, width, dtype=torch.float64, requires_grad=True)
+    with LargestTensor() as largest:
+        mixture(x, router, experts)[0].sum().backward()
+    assert largest.numel == 2 * num_tokens * width
+
+
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("routing", [SOFT, SOFT | {"normalize": True}, DENSE, TOP_K, CHOICE], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("magnitude", [1.0, 1e4])
-def test_finite_under_autocast(dtype, normalize, magnitude):
-    router, experts = make(4, 2, 6, 64, normalize=normalize, dtype=torch.float32)
+def test_finite_under_autocast(dtype, routing, expert, magnitude):
+    router, experts = make(64, num_experts=4, r=6, dtype=torch.float32, **routing, **expert)
     x = (magnitude * torch.randn(2, 33, 64)).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        output = soft_mixture(x, router, experts)
+        output, _ = mixture(x, router, experts)
     output.float().pow(2).mean().backward()
     assert output.dtype == torch.float32
     for tensor in (output, x.grad, *(parameter.grad for parameter in [*router.parameters(), *experts.parameters()])):
         assert tensor.isfinite().all()
 
 
-def test_autocast_does_not_change_the_result():
-    router, experts = make(4, 2, 6, 16, dtype=torch.float32)
+@pytest.mark.parametrize("options", [SOFT, TOP_K | CONVOLUTION], ids=name_of)
+def test_autocast_does_not_change_the_result(options):
+    router, experts = make(16, dtype=torch.float32, **options)
     x = torch.randn(2, 9, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = soft_mixture(x, router, experts)
-    assert torch.equal(under_autocast, soft_mixture(x, router, experts))
+        under_autocast, _ = mixture(x, router, experts)
+    assert torch.equal(under_autocast, mixture(x, router, experts)[0])
 
 
-def test_half_precision_weights_are_used_in_float32():
-    router, experts = make(4, 2, 6, 16, dtype=torch.bfloat16)
+@pytest.mark.parametrize("options", [SOFT, TOP_K | CONVOLUTION], ids=name_of)
+def test_half_precision_weights_are_used_in_float32(options):
+    router, experts = make(16, dtype=torch.bfloat16, **options)
     x = torch.randn(2, 9, 16, dtype=torch.bfloat16)
-    given = soft_mixture(x, router, experts)
-    expected = soft_mixture(x.float(), router.float(), experts.float())
-    assert torch.equal(given, expected)
+    given, _ = mixture(x, router, experts)
+    assert torch.equal(given, mixture(x.float(), router.float(), experts.float())[0])

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_ast_config
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import ASTConfig, ASTModel, Wav2Vec2Config, Wav2Vec2Model
+from transformers import ASTConfig, ASTModel
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 
@@ -42,8 +42,29 @@ def test_placement_chooses_and_the_config_says_what(tiny_ast, placement, blocks)
     assert config.target_modules == set(blocks)
 
 
+ROUTINGS = [
+    {},
+    {"normalize": True, "num_slots": 2},
+    {"routing": "dense"},
+    {"routing": "dense", "num_experts": 1},
+    {"routing": "top_k"},
+    {"routing": "top_k", "top_k": 1},
+    {"routing": "expert_choice"},
+]
+CONVOLUTION = {"expert_type": "convolution"}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"placement": "both"}, {"normalize": True, "num_slots": 2}, {"target_modules": ["q_proj"]}]
+    "options",
+    [
+        *ROUTINGS,
+        *(routing | CONVOLUTION for routing in ROUTINGS),
+        {"routing": "dense", "patch_grid": True} | CONVOLUTION,
+        {"placement": "both"},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "routing": "top_k"},
+    ],
+    ids=str,
 )
 def test_starts_as_a_no_op_and_trains_every_adapter_tensor_and_nothing_else(tiny_ast, spectrograms, options):
     before = logits(tiny_ast, spectrograms)
@@ -155,24 +176,12 @@ def test_embeddings_cannot_be_adapted():
     assert not adapted(model)
 
 
-def test_unknown_architecture_asks_for_target_modules():
-    config = Wav2Vec2Config(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        conv_dim=(8,),
-        conv_stride=(4,),
-        conv_kernel=(8,),
-        num_feat_extract_layers=1,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-    )
-    model = Wav2Vec2Model(config)
+def test_unknown_architecture_asks_for_target_modules(tiny_wav2vec2):
+    model = tiny_wav2vec2(pre_norm=False)
     with pytest.raises(ValueError, match="No `placement` is known for models of type 'wav2vec2'.*`target_modules`"):
         get_peft_model(model, SoftMoAConfig())
     model = get_peft_model(model, SoftMoAConfig(target_modules=["attention", "feed_forward"]))
-    assert len(adapted(model)) == 2
+    assert len(adapted(model)) == 4
     assert model(torch.randn(2, 800)).last_hidden_state.isfinite().all()
 
 
@@ -251,6 +260,112 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_ast, spectrograms,
     model.enable_input_require_grads()
     for given, wanted in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(given, wanted)
+
+
+def test_adapters_of_different_routing(tiny_ast, spectrograms):
+    choices = {
+        "soft": {"num_slots": 2},
+        "dense": {"routing": "dense", "expert_type": "convolution", "patch_grid": True, "placement": "both"},
+        "single": {"routing": "dense", "num_experts": 1, "placement": "ffn", "train_norms": True},
+        "top_k": {"routing": "top_k"},
+        "expert_choice": {"routing": "expert_choice", "placement": "both"},
+    }
+    alone = {}
+    for name, options in choices.items():
+        torch.manual_seed(0)
+        model = get_peft_model(copy.deepcopy(tiny_ast), SoftMoAConfig(init_weights=False, **options), name)
+        alone[name] = logits(model, spectrograms)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_ast, SoftMoAConfig(init_weights=False, **choices["soft"]), "soft")
+    for name, options in list(choices.items())[1:]:
+        torch.manual_seed(0)
+        model.add_adapter(name, SoftMoAConfig(init_weights=False, **options))
+    for name in [*choices, "soft"]:
+        model.set_adapter(name)
+        assert torch.equal(logits(model, spectrograms), alone[name]), name
+    model.base_model.set_adapter(["soft", "top_k", "expert_choice"])
+    together = logits(model, spectrograms)
+    assert all(not torch.equal(together, logits) for logits in alone.values())
+    model.delete_adapter("top_k")
+    model.set_adapter("single")
+    assert torch.equal(logits(model, spectrograms), alone["single"])
+
+
+def test_patch_grid_needs_a_known_architecture(tiny_wav2vec2):
+    model = tiny_wav2vec2(pre_norm=False)
+    config = SoftMoAConfig(
+        routing="dense", expert_type="convolution", patch_grid=True, target_modules=["attention", "feed_forward"]
+    )
+    with pytest.raises(ValueError, match="`patch_grid` is known for .* not for 'wav2vec2'"):
+        get_peft_model(model, config)
+    assert not adapted(model)
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        output = model(inputs)
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+@pytest.mark.parametrize("kind", ["pre-norm AST", "pre-norm wav2vec 2.0", "post-norm wav2vec 2.0"])
+def test_norms_are_trained_saved_and_given_back(kind, tiny_ast, spectrograms, tiny_wav2vec2, tmp_path):
+    if kind == "pre-norm AST":
+        base, inputs, options = tiny_ast, spectrograms, {}
+        expected = {f"audio_spectrogram_transformer.layers.{layer}.layernorm_before" for layer in range(2)}
+    else:
+        base, inputs, options = tiny_wav2vec2("pre" in kind), torch.randn(2, 800), {"target_modules": ["attention"]}
+        expected = {f"encoder.layers.{layer}.layer_norm" for layer in range(2)}
+        if "post" in kind:
+            expected = {"encoder.layer_norm", "encoder.layers.0.final_layer_norm"}
+    state, before = copy.deepcopy(base.state_dict()), run(base, inputs)
+    fresh = copy.deepcopy(base)
+    config = SoftMoAConfig(train_norms=True, **options)
+    model = get_peft_model(base, config)
+    assert set(config.modules_to_save) == expected
+    assert torch.equal(run(model, inputs), before)
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trainable if ".softmoa_" not in name} == {
+        f"base_model.model.{name}.modules_to_save.default.{part}" for name in expected for part in ("weight", "bias")
+    }
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        output = model(inputs)
+        (output.logits if hasattr(output, "logits") else output.last_hidden_state).pow(2).sum().backward()
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, start[name]) != (name in trainable), name
+
+    trained = run(model, inputs)
+    assert not torch.equal(trained, before)
+    with model.disable_adapter():
+        assert torch.equal(run(model, inputs), before)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(fresh, tmp_path), inputs), trained)
+    given_back = model.unload()
+    assert list(given_back.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in given_back.state_dict().items())
+    assert torch.equal(run(given_back, inputs), before)
+
+
+def test_norms_come_besides_the_modules_to_save(tiny_ast):
+    config = SoftMoAConfig(train_norms=True, modules_to_save=["classifier"], layers_to_transform=[1], placement="both")
+    get_peft_model(tiny_ast, config)
+    layer = "audio_spectrogram_transformer.layers.1"
+    assert config.modules_to_save == ["classifier", f"{layer}.layernorm_before", f"{layer}.layernorm_after"]
+
+
+def test_a_module_in_a_module_to_save_is_refused(tiny_ast, spectrograms):
+    """PEFT would train a copy of the inner one that nothing uses, and freeze the one that is used."""
+    with pytest.raises(ValueError, match="'classifier' and also 'classifier.layernorm', which is a part of it"):
+        get_peft_model(tiny_ast, SoftMoAConfig(modules_to_save=["classifier", "layernorm"]))
+    assert not adapted(tiny_ast)
+    names = ["classifier", "audio_spectrogram_transformer.layernorm"]
+    model = get_peft_model(tiny_ast, SoftMoAConfig(modules_to_save=names))
+    model(spectrograms, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_several_adapters(tiny_ast, spectrograms):

@@ -34,8 +34,15 @@ def test_quickstart_and_loading(base_folder, tones_folder, tmp_path, monkeypatch
     assert re.search(r"\[\{'score': [\d.]+, 'label': '(high|low)'\}, ", capsys.readouterr().out)
 
 
+def test_budgets(capsys):
+    exec(code("budget"), {})
+    shown = re.search(r"<!-- budget -->.*?```\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    assert capsys.readouterr().out == shown
+
+
 def test_table_lists_every_field_with_its_default():
-    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", README, re.MULTILINE)
+    table = README.partition("| field | default | meaning |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", table, re.MULTILINE)
     listed = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
     own = {field.name: field.default for field in dataclasses.fields(SoftMoAConfig)}
     for field in dataclasses.fields(PeftConfig):

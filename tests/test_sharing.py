@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import pytest
+import numpy as np
 import torch
+from conftest import tiny_ast_config
 from loopback_hub import loopback_hub
-from peft import get_peft_model
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from peft import PeftModel, get_peft_model
+from transformers import ASTForAudioClassification, AutoFeatureExtractor, AutoModelForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
 
@@ -33,12 +35,13 @@ def load_adapter(model, adapter):
     model.load_adapter(adapter)
     return model
 
-base, adapter, data, ways = sys.argv[1:]
-inputs, expected = torch.load(data, weights_only=True)
+base, data, ways, *adapters = sys.argv[1:]
 torch.set_grad_enabled(False)
-for name, way in json.loads(ways).items():
-    logits = eval(way).eval()(inputs).logits
-    assert torch.equal(logits, expected), (name, (logits - expected).abs().max())
+inputs, expected = torch.load(data, weights_only=True)
+for adapter in adapters:
+    for name, way in json.loads(ways).items():
+        logits = eval(way).eval()(inputs).logits
+        assert torch.equal(logits, expected[adapter]), (adapter, name, (logits - expected[adapter]).abs().max())
 print("all equal")
 """
 
@@ -53,28 +56,56 @@ def make_adapter(base_folder, **options):
     return model
 
 
-def load_in_a_new_process(base, adapter, model, spectrograms, folder, ways=WAYS, **environment):
+def load_in_a_new_process(base, models, spectrograms, folder, ways=WAYS, **environment):
+    """Load adapters, given with the models that they belong to, and compare the models' logits."""
     with torch.no_grad():
-        torch.save((spectrograms, model(spectrograms).logits), folder / "data.pt")
+        expected = {str(adapter): model(spectrograms).logits for adapter, model in models.items()}
+    torch.save((spectrograms, expected), folder / "data.pt")
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(base), str(adapter), str(folder / "data.pt"), json.dumps(ways)],
+        [sys.executable, "-c", SCRIPT, str(base), str(folder / "data.pt"), json.dumps(ways), *expected],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"placement": "both", "normalize": True, "num_slots": 2, "scaling": 0.5}, {"label_names": None}],
-    ids=["default", "all options", "head of the base's size"],
-)
-def test_loads_equal_in_a_new_process(base_folder, spectrograms, tmp_path, options):
-    model = make_adapter(base_folder, **options)
-    model.save_pretrained(tmp_path / "adapter")
-    AutoFeatureExtractor.from_pretrained(base_folder).save_pretrained(tmp_path / "adapter")
-    result = load_in_a_new_process(base_folder, tmp_path / "adapter", model, spectrograms, tmp_path)
+CHOICES = {
+    "default": {},
+    "all options": {"placement": "both", "normalize": True, "num_slots": 2, "scaling": 0.5, "train_norms": True},
+    "head of the base's size": {"label_names": None},
+    "soft convolution": {"num_slots": 3, "expert_type": "convolution"},
+    "dense": {"routing": "dense"},
+    "single adapter": {"routing": "dense", "num_experts": 1, "train_norms": True},
+    "dense convolution": {"routing": "dense", "expert_type": "convolution", "kernel_size": 5},
+    "top k": {"routing": "top_k", "router_aux_loss_coef": 0.1},
+    "top k patch grid": {"routing": "top_k", "expert_type": "convolution", "patch_grid": True},
+    "expert choice": {"routing": "expert_choice", "capacity_factor": 1.5},
+    "expert choice convolution": {"routing": "expert_choice", "expert_type": "convolution"},
+}
+
+
+def test_loads_equal_in_a_new_process(base_folder, spectrograms, tmp_path):
+    models = {}
+    for name, options in CHOICES.items():
+        model = models[tmp_path / name] = make_adapter(base_folder, **options)
+        model.save_pretrained(tmp_path / name)
+        AutoFeatureExtractor.from_pretrained(base_folder).save_pretrained(tmp_path / name)
+    result = load_in_a_new_process(base_folder, models, spectrograms, tmp_path)
     assert "all equal" in result.stdout, result.stderr
+
+
+def test_an_adapter_of_the_first_version_still_loads():
+    """Written when there was no routing, expert type and the like to choose."""
+    folder = Path(__file__).parent / "data" / "first_version"
+    assert not {"routing", "expert_type", "train_norms"} & set(json.loads((folder / "adapter_config.json").read_text()))
+    config = tiny_ast_config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = ASTForAudioClassification(config).eval()
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(0.2 * torch.sin(torch.arange(parameter.numel()) + index).view_as(parameter))
+        logits = PeftModel.from_pretrained(model, folder)(torch.sin(torch.arange(2 * 64 * 128)).view(2, 64, 128)).logits
+    torch.testing.assert_close(logits, torch.from_numpy(np.load(folder / "logits.npy")), rtol=1e-5, atol=1e-6)
+    assert list(model.config.id2label.values()) == ["cat", "dog", "owl"]
 
 
 def test_the_folder_holds_safetensors_config_and_card(base_folder, tmp_path):
@@ -88,10 +119,10 @@ def test_the_folder_holds_safetensors_config_and_card(base_folder, tmp_path):
 
 def test_adapters_of_transformers_own_interface(base_folder, spectrograms, tmp_path):
     model = AutoModelForAudioClassification.from_pretrained(base_folder)
-    model.add_adapter(SoftMoAConfig(init_weights=False))
+    model.add_adapter(SoftMoAConfig(init_weights=False, routing="top_k", train_norms=True))
     model.save_pretrained(tmp_path / "adapter")
     ways = {name: way for name, way in WAYS.items() if name in ("PeftModel", "AutoModel", "load_adapter")}
-    result = load_in_a_new_process(base_folder, tmp_path / "adapter", model.eval(), spectrograms, tmp_path, ways)
+    result = load_in_a_new_process(base_folder, {tmp_path / "adapter": model.eval()}, spectrograms, tmp_path, ways)
     assert "all equal" in result.stdout, result.stderr
 
 
@@ -120,5 +151,5 @@ AutoFeatureExtractor.from_pretrained(base).push_to_hub("user/birds", token="hf_x
             files
         )
         ways = {name: way for name, way in WAYS.items() if name in ("PeftModel", "AutoModel", "pipeline")}
-        result = load_in_a_new_process(base_folder, "user/birds", model, spectrograms, tmp_path, ways, **environment)
+        result = load_in_a_new_process(base_folder, {"user/birds": model}, spectrograms, tmp_path, ways, **environment)
     assert "all equal" in result.stdout, result.stderr

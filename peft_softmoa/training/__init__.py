@@ -1,5 +1,6 @@
-"""Audio streams and metrics for the Hugging Face Trainer."""
+"""Audio streams, metrics and callbacks for the Hugging Face Trainer."""
 
+from .callbacks import LogRouterLoss
 from .data import (
     AudioError,
     ExtractFeatures,
@@ -18,6 +19,7 @@ __all__ = [
     "Accuracy",
     "AudioError",
     "ExtractFeatures",
+    "LogRouterLoss",
     "MacroF1",
     "SizedStream",
     "audio_stream",

@@ -1,0 +1,57 @@
+"""Callbacks for the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..load_balancing import router_aux_loss
+
+
+class LogRouterLoss(TrainerCallback):
+    """Logs `router_aux_loss`, the part of the training loss that balances the experts of `routing="top_k"`.
+
+    The model adds it to its loss by itself; this only shows it apart, as a mean over the batches and processes since
+    the last time, whenever the Trainer logs the loss:
+
+        trainer.add_callback(LogRouterLoss(trainer))
+
+    Args:
+        trainer (Trainer): the Trainer, whose `log` is called.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.losses: list[Tensor] = []
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the loss of a batch after which no optimizer step comes."""
+        self._note(kwargs.get("model"))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the loss of a batch, and log."""
+        self._note(kwargs.get("model"))
+        self._log(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log, if the Trainer logs once per epoch."""
+        self._log(control)
+
+    def _note(self, model: Optional[torch.nn.Module]) -> None:
+        loss = None if model is None else router_aux_loss(model)
+        if loss is not None:
+            self.losses.append(loss.detach())
+
+    def _log(self, control: TrainerControl) -> None:
+        if control.should_log and self.losses:
+            mean = torch.stack(self.losses).mean()
+            self.losses.clear()
+            self.trainer.log({"router_aux_loss": self.trainer.accelerator.gather(mean).mean().item()})
+            control.should_log = True  # `log` has taken it back, and the Trainer's own entry comes after this one
