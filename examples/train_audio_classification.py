@@ -155,6 +155,11 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
     transformers.logging.set_verbosity_warning()
     check_arguments(data_args, training_args)
     config = SoftMoAConfig(**vars(adapter_args), modules_to_save=["classifier"])
+    if config.router_aux_loss_coef and training_args.label_smoothing_factor:
+        raise ValueError(
+            "--label_smoothing_factor and --routing top_k do not go together: the Trainer computes a smoothed loss "
+            "itself, without the load-balancing loss of the routers. Leave one out, or set --router_aux_loss_coef 0."
+        )
     set_seed(training_args.seed)
 
     # Rows, without their audio for a first look at the labels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union, get_args
@@ -277,13 +278,19 @@ class SoftMoAConfig(PeftConfig):
             _check(self, "capacity_factor", allowed, lambda value: _is_number(value) and 0.001 <= value <= experts)
         if self.expert_type == "convolution":
             _check(self, "kernel_size", "odd and positive", lambda value: _is_int(value) and value > 0 and value % 2)
+            if self.num_slots == 1 and self.kernel_size != 1:
+                warnings.warn(
+                    "With routing='soft' and num_slots=1 a convolution has no neighbours to mix, and only the centre "
+                    f"of its kernel of {self.kernel_size} trains. Choose more slots, or another routing.",
+                    stacklevel=4,
+                )
 
     def _belongs(self, name: str, choice: str, wanted: str, default: Any) -> None:
         """A field that belongs to one choice has its default there, and is left out elsewhere."""
         chosen = getattr(self, choice)
         if chosen != wanted:
             allowed = f"left out unless {choice}='{wanted}' (here {choice}='{chosen}')"
-            _check(self, name, allowed, lambda value: value is None or value is False)
+            _check(self, name, allowed, lambda value: value is None or (value is False and default is False))
         elif getattr(self, name) is None:
             setattr(self, name, default)
 

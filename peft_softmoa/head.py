@@ -7,14 +7,30 @@ base model's head stays as it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Optional, cast
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 # Attribute of the model that keeps the label maps of its config while an adapter's are in their place.
 BASE_LABELS = "_softmoa_base_labels"
+
+
+def modules_to_save(config: Any) -> list[str]:
+    """Names of the modules that an adapter brings with it.
+
+    Args:
+        config (SoftMoAConfig): the adapter's config.
+
+    Returns:
+        list[str]: its `modules_to_save`, and what PEFT adds to them for its task type.
+    """
+    added = SEQ_CLS_HEAD_NAMES if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
+    return list(dict.fromkeys([*(config.modules_to_save or []), *added]))
 
 
 def saved_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
@@ -25,69 +41,84 @@ def saved_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
         names (list[str]): the modules' names, or endings of them.
 
     Returns:
-        dict[str, nn.Module]: the base model's own modules by name.
-
-    Raises:
-        ValueError: if one contains another: PEFT would train a copy of the inner one that nothing uses.
+        dict[str, nn.Module]: the base model's own modules by name, parts of another one too.
     """
-    found: dict[str, nn.Module] = {}
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    for name, module in model.named_modules():
-        if name.endswith(tuple(names)) and not name.startswith(adapted):
-            outer = next((other for other in found if name.startswith(f"{other}.")), None)
-            if outer is not None and not isinstance(found[outer], ModulesToSaveWrapper):
-                raise ValueError(
-                    f"`modules_to_save` matches '{outer}' and also '{name}', which is a part of it. Write out the "
-                    f"names of the modules that are meant, but not '{name}': it is trained with '{outer}'."
-                )
-            if outer is None:
-                found[name] = module
+    modules = dict(model.named_modules())
+    inside = tuple(
+        f"{name}." for name, module in modules.items() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    )
     return {
         name: module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        for name, module in found.items()
+        for name, module in modules.items()
+        if name.endswith(tuple(names)) and not name.startswith(inside)
     }
 
 
-def count_saved(model: nn.Module, names: list[str], label_names: Optional[list[str]] = None) -> int:
+def check_saved(saved: Iterable[str], targets: Iterable[str]) -> None:
+    """Check that every module that an adapter brings with it would be trained where it is used.
+
+    PEFT would train a copy that nothing uses of a module inside another one, and none of a module inside an adapted
+    one.
+
+    Args:
+        saved (iterable of str): names of the modules that are trained whole.
+        targets (iterable of str): names of the adapted modules.
+
+    Raises:
+        ValueError: if one is a part of another, or of an adapted module.
+    """
+    for name in saved:
+        outer = next((other for other in saved if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f"`modules_to_save` matches '{outer}' and also '{name}', which is a part of it. Write out the names of "
+                f"the modules that are meant, but not '{name}': it is trained with '{outer}'."
+            )
+        target = next((other for other in targets if name.startswith(f"{other}.")), None)
+        if target is not None:
+            raise ValueError(
+                f"'{name}' cannot be trained whole for `modules_to_save` or `train_norms`: it is a part of '{target}', "
+                "which is adapted. Leave it out, or adapt another module."
+            )
+
+
+def count_saved(model: nn.Module, modules: Iterable[nn.Module], label_names: Optional[list[str]] = None) -> int:
     """Number of parameters in the modules that an adapter brings with it.
 
     Args:
         model (nn.Module): the base model, with or without adapters.
-        names (list[str]): `modules_to_save`.
+        modules (iterable of nn.Module): the base model's own modules, each of which the adapter copies.
         label_names (list[str], optional): the adapter's classes. Default: those of the base model.
 
     Returns:
         int: the parameters of all of them together.
     """
     base_labels = _base_labels(model)
-    parameters: dict[int, int] = {}
-    resized = 0
-    for module in saved_modules(model, names).values():
-        parameters |= {id(parameter): parameter.numel() for parameter in module.parameters()}
+    total = 0
+    for module in modules:
+        total += sum(parameter.numel() for parameter in module.parameters())
         if label_names is not None and list(base_labels.values()) != label_names:
             for path in _classifiers(module, len(base_labels)):
-                per_class = cast(nn.Linear, module.get_submodule(path))
-                size = sum(parameter.numel() for parameter in per_class.parameters())
-                resized += size // len(base_labels) * (len(label_names) - len(base_labels))
-    return sum(parameters.values()) + resized
+                size = sum(parameter.numel() for parameter in module.get_submodule(path).parameters())
+                total += size // len(base_labels) * (len(label_names) - len(base_labels))
+    return total
 
 
-def check_head(model: nn.Module, modules_to_save: list[str], label_names: list[str]) -> None:
+def check_head(model: nn.Module, saved: dict[str, nn.Module], label_names: list[str]) -> None:
     """Check that an adapter which names its classes can have its own head.
 
     Args:
         model (nn.Module): the base model.
-        modules_to_save (list[str]): names of the modules that are trained whole.
+        saved (dict[str, nn.Module]): the modules that are trained whole, by name.
         label_names (list[str]): the adapter's classes.
 
     Raises:
         ValueError: if none of the modules holds the model's classification head.
     """
-    saved = saved_modules(model, modules_to_save).values()
-    if not any(_classifiers(module, len(_base_labels(model))) for module in saved):
+    if not any(_classifiers(module, len(_base_labels(model))) for module in saved.values()):
         raise ValueError(
-            f"`label_names` gives {len(label_names)} classes, but `modules_to_save={modules_to_save}` matches no "
-            f"classification head in {type(model).__name__}, that is, no linear layer with "
+            f"`label_names` gives {len(label_names)} classes, but what `modules_to_save` matches, {sorted(saved)}, "
+            f"has no classification head of {type(model).__name__}, that is, no linear layer with "
             f"{len(_base_labels(model))} outputs."
         )
 

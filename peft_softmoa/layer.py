@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
 from .mixture import Router, build_mixture, mixture
+from .shapes import find_tokens
 
 # Why a mixture cannot be merged; PEFT asks on the model and on each layer.
 CANNOT_MERGE = (
@@ -107,13 +108,16 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         router = cast(Router, self.softmoa_router[adapter_name])
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
         rows = tokens.ndim == 2
-        output, loss = mixture(tokens.unsqueeze(1) if rows else tokens, router, experts)
+        try:
+            output, loss = mixture(tokens.unsqueeze(1) if rows else tokens, router, experts)
+        except ValueError as error:
+            raise ValueError(f"In the adapted block '{self.name}': {error}") from error
         if loss is not None and self.router_losses is not None:
             self.router_losses.append(loss)
         return self.softmoa_scaling[adapter_name] * (output.squeeze(1) if rows else output)
 
     def _find_tokens(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        tokens = args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
+        tokens = find_tokens(args, kwargs)
         if not isinstance(tokens, Tensor):
             raise ValueError(
                 f"The adapted block '{self.name}' was called without tokens: they are its first positional argument, "

@@ -132,10 +132,13 @@ class TopKRouter(DenseRouter):
 
     def _route(self, gates: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         weights, chosen = top_k_routing(gates, self.top_k)
-        trains = self.training and self.weight is not None and self.weight.requires_grad
-        if not trains or self.router_aux_loss_coef == 0:
-            return weights, None
-        return weights, self.router_aux_loss_coef * load_balancing_loss(gates, chosen, mask)
+        if (
+            self.training
+            and self.router_aux_loss_coef > 0
+            and any(weight.requires_grad for weight in self.parameters())
+        ):
+            return weights, self.router_aux_loss_coef * load_balancing_loss(gates, chosen, mask)
+        return weights, None
 
 
 class ExpertChoiceRouter(DenseRouter):
@@ -193,7 +196,8 @@ def build_mixture(
     if patch_grid is not None:
         options["patch_grid"] = patch_grid
     experts = expert_class(config.num_experts, in_features, config.r, out_features, **options)
-    experts.reset_parameters(identity=config.init_weights)
+    if not config.init_weights:
+        experts.reset_parameters(identity=False)
     return router, experts
 
 

@@ -8,12 +8,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .budget import find_saved
 from .config import SoftMoAConfig
-from .head import check_head, fit_heads, name_labels, saved_modules
+from .head import check_head, fit_heads, name_labels
 from .layer import CANNOT_MERGE, SoftMoALayer
 from .load_balancing import collect_router_losses, stop_collecting
 from .placement import choose_targets, find_patch_grid, find_targets
-from .shapes import block_widths, norms_before
+from .shapes import block_widths
 
 
 class SoftMoAModel(BaseTuner):
@@ -60,12 +61,7 @@ class SoftMoAModel(BaseTuner):
         targets = find_targets(peft_config, model)
         if peft_config.patch_grid:
             find_patch_grid(self.get_model_config(model))
-        saved = list(peft_config.modules_to_save or [])
-        if peft_config.train_norms:
-            norms = norms_before(model, {name: widths[0] for name, widths in targets.items()}).values()
-            peft_config.modules_to_save = saved = list(dict.fromkeys([*saved, *norms]))
-        if saved:
-            saved_modules(model, saved)
+        saved = find_saved(peft_config, model, targets)
         if peft_config.label_names is not None:
             check_head(model, saved, peft_config.label_names)
 
@@ -110,6 +106,8 @@ class SoftMoAModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._name_labels()
+        if not any(getattr(config, "router_aux_loss_coef", None) for config in self.peft_config.values()):
+            stop_collecting(self.model)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)

@@ -5,6 +5,7 @@ Letters of all shapes: B batch, T tokens, D hidden size, N experts, P slots per 
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Optional
 
 import torch
@@ -115,12 +116,9 @@ def load_balancing_loss(gates: Tensor, chosen: Tensor, mask: Optional[Tensor] = 
     Source: arXiv 2101.03961, equations 4 to 6, with k choices per token instead of one.
     """
     choices = torch.zeros_like(gates).scatter(-1, chosen, 1 / chosen.shape[-1])
-    if mask is None:
-        shares, means = choices.mean(dim=(0, 1)), gates.mean(dim=(0, 1))
-    else:
-        valid = mask.unsqueeze(-1).to(gates.dtype)
-        count = valid.sum().clamp_min(1)
-        shares, means = (choices * valid).sum(dim=(0, 1)) / count, (gates * valid).sum(dim=(0, 1)) / count
+    valid = gates.new_ones(*gates.shape[:2], 1) if mask is None else mask.unsqueeze(-1).to(gates.dtype)
+    count = valid.sum().clamp_min(1)
+    shares, means = (choices * valid).sum(dim=(0, 1)) / count, (gates * valid).sum(dim=(0, 1)) / count
     return gates.shape[-1] * (shares * means).sum()
 
 
@@ -135,8 +133,8 @@ def expert_choice_routing(gates: Tensor, capacity_factor: float, mask: Optional[
 
     Args:
         gates (Tensor): `(B, T, N)`, as from `dense_routing`.
-        capacity_factor (float): share of the tokens that an expert takes, as a multiple of an equal share 1 / N; it is
-            rounded to thousandths.
+        capacity_factor (float): share of the tokens that an expert takes, as a multiple of an equal share 1 / N, at
+            most N. It is taken for the nearest fraction with a denominator up to 1000, so 0.6666666666666666 is 2 / 3.
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
     Returns:
@@ -146,13 +144,12 @@ def expert_choice_routing(gates: Tensor, capacity_factor: float, mask: Optional[
     """
     num_tokens, num_experts = gates.shape[1:]
     # In integers: the capacity must not depend on how a device rounds.
-    numerator, denominator = max(round(1000 * capacity_factor), 1), 1000 * num_experts
-    numerator = min(numerator, denominator)
-    capacity = -(-numerator * num_tokens // denominator)
+    share = Fraction(capacity_factor).limit_denominator(1000) / num_experts
+    capacity = -(-share.numerator * num_tokens // share.denominator)
     scores = gates.mT if mask is None else gates.mT.masked_fill(~mask.unsqueeze(1), -1.0)
     largest, taken = scores.topk(capacity, dim=-1)
     if mask is not None:
-        capacities = -(-numerator * mask.sum(dim=1) // denominator)
+        capacities = -(-share.numerator * mask.sum(dim=1) // share.denominator)
         ranks = torch.arange(capacity, device=gates.device)
         largest = largest.masked_fill(ranks >= capacities[:, None, None], 0.0)
     return torch.zeros_like(scores).scatter(-1, taken, largest).mT

@@ -5,6 +5,7 @@ A copy without weights, on the meta device, costs neither memory nor time, and k
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import Counter
@@ -96,7 +97,7 @@ def norms_before(model: nn.Module, widths: Mapping[str, int]) -> dict[str, str]:
         dict[str, str]: name of the norm for each block's name.
 
     Raises:
-        ValueError: if there is no such norm.
+        ValueError: if no such norm shows.
     """
     found: dict[str, str] = {}
     for block, width in widths.items():
@@ -106,8 +107,8 @@ def norms_before(model: nn.Module, widths: Mapping[str, int]) -> dict[str, str]:
             found |= _norms_within(model.get_submodule(scope), scope, set(widths), width)
         if block not in found:
             raise ValueError(
-                f"`train_norms` finds no normalization layer whose output the block '{block}' reads. Set it to False, "
-                "and name the layers to train in `modules_to_save`."
+                f"`train_norms` does not find a normalization layer whose output the block '{block}' reads, by running "
+                "the modules around it on tokens. Set it to False, and name the layers to train in `modules_to_save`."
             )
     return {block: found[block] for block in widths}
 
@@ -131,19 +132,17 @@ def _norms_within(module: nn.Module, name: str, blocks: set[str], width: int) ->
                     found[full] = norms[id(tokens)][0]
 
             child.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            _run_on_shapes(ghost, width)
-    except Exception:  # noqa: BLE001 - a foreign module may raise anything; what showed until then counts
-        pass
+    # A foreign module may raise anything; what showed until then counts.
+    with contextlib.suppress(Exception):
+        _run_on_shapes(ghost, width)
     return found
 
 
 def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, ModulesToSaveWrapper):
         return _is_norm(module.original_module)
-    name = type(module).__name__.lower()
-    return name.endswith("norm") and "batch" not in name and any(True for _ in module.parameters(recurse=False))
+    # LayerNorm, RMSNorm and the like, but not BatchNorm1d.
+    return type(module).__name__.lower().endswith("norm") and any(True for _ in module.parameters(recurse=False))
 
 
 def _ghost(module: nn.Module) -> nn.Module:

@@ -62,6 +62,22 @@ def test_predicted_and_built_counts_agree(routing):
         assert predicted == trained(tiny_model(), SoftMoAConfig(**options)), options
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+def test_what_peft_adds_for_a_task_counts(task_type):
+    options = {"task_type": task_type, "num_experts": 2}
+    config = SoftMoAConfig(**options)
+    assert count_parameters(tiny_model(), config) == trained(tiny_model(), config)
+    config = SoftMoAConfig.for_budget(tiny_model(), 6400, **options)
+    assert 6000 < trained(tiny_model(), config) <= 6400
+
+
+def test_parameters_that_modules_share_are_copied_with_each():
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "one": nn.Linear(4, 4), "two": nn.Linear(4, 4)})
+    model["two"].weight = model["one"].weight
+    config = SoftMoAConfig(target_modules=["linear"], modules_to_save=["one", "two"])
+    assert count_parameters(model, config) == trained(model, config)
+
+
 def test_nothing_is_built_or_changed():
     torch.manual_seed(0)
     model = ASTForAudioClassification(tiny_ast_config())
@@ -81,6 +97,8 @@ def test_a_model_that_has_an_adapter():
     model = get_peft_model(tiny_model(), SoftMoAConfig(modules_to_save=["classifier"], train_norms=True))
     second = SoftMoAConfig(routing="dense", modules_to_save=["classifier"], label_names=["a"], train_norms=True)
     assert count_parameters(model, second) == count_parameters(tiny_model(), second)
+    by_expression = SoftMoAConfig(target_modules=r"audio_spectrogram_transformer\.layers\.0\.mlp")
+    assert count_parameters(model, by_expression) == count_parameters(tiny_model(), by_expression)
     model.add_adapter("second", second)
     model.set_adapter("second")
     assert model.get_nb_trainable_parameters()[0] == count_parameters(tiny_model(), second)

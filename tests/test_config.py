@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import warnings
 
 import pytest
 from peft import PeftConfig, PeftType
@@ -127,6 +128,7 @@ CONVOLUTION = {"expert_type": "convolution"}
         ({"routing": "dense"}, "router_aux_loss_coef", 0.01, "left out unless routing='top_k'"),
         (TOP_K, "capacity_factor", 1.0, "left out unless routing='expert_choice'"),
         ({}, "kernel_size", 3, "left out unless expert_type='convolution' (here expert_type='bottleneck')"),
+        ({"routing": "dense"}, "num_slots", False, "left out unless routing='soft'"),
         ({"routing": "dense"}, "patch_grid", True, "left out unless expert_type='convolution'"),
     ],
 )
@@ -151,6 +153,15 @@ def test_defaults_of_fields_that_belong_to_a_choice(options, expected, tmp_path)
     assert {name: getattr(config, name) for name in names} == {name: expected.get(name) for name in names}
     config.save_pretrained(tmp_path)
     assert SoftMoAConfig.from_pretrained(tmp_path) == config
+
+
+def test_a_convolution_over_one_slot_is_warned_of():
+    with pytest.warns(UserWarning, match="num_slots=1 a convolution has no neighbours"):
+        SoftMoAConfig(expert_type="convolution")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SoftMoAConfig(expert_type="convolution", num_slots=2)
+        SoftMoAConfig(expert_type="convolution", routing="dense")
 
 
 def test_one_field_changes_the_routing_and_one_the_experts():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from benchmark_dense import implementations
 from conftest import SAMPLING_RATE, write_parquet
 from demo import write_base_model
 from loopback_hub import loopback_hub
@@ -44,7 +46,7 @@ def train(base, dataset, output, environment=(), **arguments):
 
 
 def test_trains_evaluates_and_saves_everything(base_folder, tones_folder, tmp_path):
-    result = train(base_folder, tones_folder, tmp_path / "out", num_train_epochs=15, eval_on_start=True)
+    result = train(base_folder, tones_folder, tmp_path / "out", num_train_epochs=20, eval_on_start=True)
     assert result.returncode == 0, result.stderr
     assert "trainable params: " in result.stdout
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -54,13 +56,13 @@ def test_trains_evaluates_and_saves_everything(base_folder, tones_folder, tmp_pa
     assert "import peft_softmoa" in (tmp_path / "out" / "README.md").read_text()
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     evaluations = [entry for entry in state["log_history"] if "eval_accuracy" in entry]
-    assert [entry["epoch"] for entry in evaluations] == list(range(16))
+    assert [entry["epoch"] for entry in evaluations] == list(range(21))
     assert evaluations[-1]["eval_accuracy"] == evaluations[-1]["eval_f1_macro"] == 1.0
     # Training goes on from a checkpoint, and only if that is asked for.
     again = train(base_folder, tones_folder, tmp_path / "out")
     assert again.returncode != 0 and "already holds a model" in again.stderr
     more = train(
-        base_folder, tones_folder, tmp_path / "out", num_train_epochs=16,
+        base_folder, tones_folder, tmp_path / "out", num_train_epochs=21,
         resume_from_checkpoint=True,
     )  # fmt: skip
     assert more.returncode == 0, more.stderr
@@ -73,6 +75,18 @@ def test_choices_of_the_adapter(base_folder, tones_folder, tmp_path):
     assert {name: saved[name] for name in options} == options and saved["layers_to_transform"] == [0]
     assert saved["modules_to_save"] == ["classifier", "audio_spectrogram_transformer.layers.0.layernorm_before"]
     assert any("router_aux_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_both_dense_mixtures_of_the_benchmark_compute_the_same():
+    stacked, literal = implementations(num_experts=3, r=2).values()
+    tokens = torch.randn(2, 5, 768)
+    torch.testing.assert_close(stacked(tokens), literal(tokens))
+
+
+def test_benchmark_of_dense_mixtures():
+    script = Path(main.__code__.co_filename).parent / "benchmark_dense.py"
+    output = subprocess.check_output([sys.executable, script, "--num_experts", "2", "--repeats", "1"], text=True)
+    assert re.search(r"\n +2( +[\d.]+){5}\n$", output)
 
 
 def test_accelerate_launch(base_folder, tones_folder, tmp_path):
@@ -116,6 +130,7 @@ def test_bad_audio_is_named_once(base_folder, tones_folder, tmp_path):
         ({"eval_rows": "fold=7"}, "No rows are left of .*evaluation"),
         ({"eval_split_name": "validation"}, "its only split is 'train', not 'validation'"),
         ({"num_experts": 0}, "`num_experts` must be a positive integer, got 0"),
+        ({"routing": "top_k", "label_smoothing_factor": 0.1}, "label_smoothing_factor and --routing top_k do not go"),
         ({"routing": "dense", "num_slots": 2}, "`num_slots` must be left out unless routing='soft'"),
         ({"placement": "everywhere"}, "invalid choice: 'everywhere'"),
         ({"on_bad_audio": "ignore"}, "invalid choice: 'ignore'"),

@@ -4,6 +4,7 @@ from torch import nn
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 from peft_softmoa import mixture as mixtures
+from peft_softmoa.experts import PatchGrid
 from peft_softmoa.shapes import block_widths
 
 CONFIG = SoftMoAConfig(num_experts=3, num_slots=2, r=4, scaling=0.5, init_weights=False)
@@ -95,6 +96,13 @@ def test_tokens_of_the_wrong_shape(shape):
     layer = make(Attention())
     with pytest.raises(ValueError, match=r"'encoder.block' takes tokens of shape \(batch, tokens, 6\).*got \("):
         layer(torch.randn(shape))
+
+
+def test_what_the_mixture_refuses_names_the_block():
+    config = SoftMoAConfig(routing="dense", expert_type="convolution", patch_grid=True)
+    layer = SoftMoALayer(nn.Linear(6, 6), "default", config, "encoder.block", (6, 6), PatchGrid(2, 3, 4))
+    with pytest.raises(ValueError, match="^In the adapted block 'encoder.block': `patch_grid` takes 14 tokens.*got 5"):
+        layer(torch.randn(2, 5, 6))
 
 
 def test_a_call_without_tokens():

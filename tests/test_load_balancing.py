@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_it_is_absent_in_evaluation(spectrograms):
     assert torch.equal(with_loss, without) and part is None
 
 
+def test_it_is_absent_from_a_model_in_evaluation_whose_new_layers_are_not(tiny_ast, spectrograms):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(routing="top_k"))
+    assert routers(model)[0].training and not model.get_base_model().training
+    model(spectrograms, labels=LABELS)
+    assert router_aux_loss(model) is None
+
+
 def test_it_is_absent_while_the_adapter_is_off(spectrograms):
     model = make()
     model(spectrograms, labels=LABELS)
@@ -79,13 +87,12 @@ def test_other_routers_have_none(spectrograms, routing):
     assert router_aux_loss(model) is None and not model.get_base_model()._forward_hooks
 
 
-@pytest.mark.parametrize("use_reentrant", [False])
-def test_checkpointing_counts_it_once(spectrograms, use_reentrant):
+def test_checkpointing_counts_it_once(spectrograms):
     expected = make()
     expected_loss = expected(spectrograms, labels=LABELS).loss
     expected_loss.backward()
     model = make()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for _ in range(2):  # what a backward pass computes again must not be counted in the next pass
         model.zero_grad()
         loss = model(spectrograms, labels=LABELS).loss
@@ -96,8 +103,10 @@ def test_checkpointing_counts_it_once(spectrograms, use_reentrant):
             torch.testing.assert_close(gradients(model)[name], gradient)
 
 
-def test_reentrant_checkpointing_is_refused(spectrograms):
-    model = make()
+@pytest.mark.parametrize("targets", [None, ["attention", "classifier.dense"]])
+def test_reentrant_checkpointing_is_refused(spectrograms, targets):
+    """Also if one router is outside of what is checkpointed."""
+    model = make(target_modules=targets)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(ValueError, match="'use_reentrant': False"):
@@ -111,10 +120,18 @@ def test_the_share_of_a_batch_in_its_step(spectrograms):
     torch.testing.assert_close(whole, without + part * 3 / 12)
 
 
+def test_labels_that_are_left_out_do_not_count_for_the_share(spectrograms):
+    model = make()
+    model(spectrograms)
+    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    whole = router_aux_loss(model)
+    torch.testing.assert_close(router_aux_loss(model, labels, 12), whole * 3 / 12)
+    assert torch.equal(router_aux_loss(model, labels), whole)
+
+
 def test_a_loss_that_is_computed_outside(spectrograms):
     model = make()
-    with pytest.warns(UserWarning, match="returns no loss.*router_aux_loss"):
-        logits = model(spectrograms).logits
+    logits = model(spectrograms).logits
     part = router_aux_loss(model)
     loss = nn.functional.cross_entropy(logits, LABELS) + part
     loss.backward()
@@ -124,10 +141,32 @@ def test_a_loss_that_is_computed_outside(spectrograms):
         torch.testing.assert_close(gradients(model)[name], gradient)
 
 
+def test_a_loss_that_nobody_uses_is_warned_of(spectrograms):
+    model = make()
+    model(spectrograms)
+    with pytest.warns(UserWarning, match="latest training pass was not used.*router_aux_loss"):
+        model(spectrograms, return_dict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert router_aux_loss(model).requires_grad
+        model(spectrograms, labels=LABELS)
+        model(spectrograms, labels=LABELS)
+        model.eval()(spectrograms)
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(spectrograms):
+    model = make()
+    expected = model.eval()(spectrograms, labels=LABELS).loss
+    with pytest.raises(IndexError):
+        model.train()(spectrograms, labels=torch.tensor([0, 1, 99]))
+    copy.deepcopy(model)
+    assert torch.equal(model.eval()(spectrograms, labels=LABELS).loss, expected)
+    assert router_aux_loss(model) is None
+
+
 def test_copies_of_the_model(spectrograms, tmp_path):
     model = make()
-    with pytest.warns(UserWarning, match="returns no loss"):
-        model(spectrograms)
+    model(spectrograms)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert router_aux_loss(twin) is None
         assert torch.equal(twin(spectrograms, labels=LABELS).loss, model(spectrograms, labels=LABELS).loss)
@@ -149,6 +188,16 @@ def test_two_adapters(spectrograms):
     model.set_adapter("default")
     model(spectrograms, labels=LABELS)
     torch.testing.assert_close(router_aux_loss(model), first)
+
+
+def test_deleting_the_last_adapter_that_needs_them_takes_the_hooks_back():
+    model = make()
+    model.add_adapter("soft", SoftMoAConfig())
+    model.add_adapter("second", SoftMoAConfig(routing="top_k"))
+    model.delete_adapter("default")
+    assert model.get_base_model()._forward_hooks
+    model.delete_adapter("second")
+    assert not model.get_base_model()._forward_hooks and not model.get_base_model()._forward_pre_hooks
 
 
 def test_unload_takes_the_hooks_back(spectrograms):
@@ -197,7 +246,7 @@ class Clips(Dataset):
         return {"input_values": torch.randn(64, 128, generator=generator), "labels": index % 5}
 
 
-def train(folder, batch_size, accumulation, model=None, **options):
+def train(folder, batch_size, accumulation, model=None, compute_loss_func=None, **options):
     """Train, by default for one step that changes nothing; give back the Trainer and the last losses that it logged."""
     model = model or make()
     arguments = TrainingArguments(
@@ -211,13 +260,13 @@ def train(folder, batch_size, accumulation, model=None, **options):
         use_cpu=True,
         seed=0,
     )
-    trainer = Trainer(model, arguments, train_dataset=Clips())
+    trainer = Trainer(model, arguments, train_dataset=Clips(), compute_loss_func=compute_loss_func)
     trainer.add_callback(LogRouterLoss(trainer))
     trainer.train()
     history = trainer.state.log_history
-    loss = [entry["loss"] for entry in history if "loss" in entry][-1]
-    part = [entry["router_aux_loss"] for entry in history if "router_aux_loss" in entry][-1]
-    return trainer, loss, part
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    parts = [entry["router_aux_loss"] for entry in history if "router_aux_loss" in entry]
+    return trainer, losses[-1] if losses else None, parts[-1] if parts else None
 
 
 def shares_of_experts(model):
@@ -264,6 +313,36 @@ def test_the_trainer_counts_it_once_under_accumulation(tmp_path, checkpointing):
     _, loss_of_four, part_of_four = train(tmp_path / "four", 3, 4, gradient_checkpointing=checkpointing)
     assert loss_of_four == pytest.approx(expected + part_of_four, abs=1e-4)
     assert part_of_four == pytest.approx(part, rel=0.05)
+
+
+def test_a_loss_function_given_to_the_trainer_counts_it_once_under_accumulation(tmp_path):
+    losses = []
+    for batch_size, accumulation in ((12, 1), (3, 4)):
+        model = make(router_aux_loss_coef=1.0)
+
+        def compute_loss(outputs, labels, num_items_in_batch=None, model=model):
+            loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+            return loss + router_aux_loss(model, labels, num_items_in_batch)
+
+        _, loss, part = train(tmp_path / str(accumulation), batch_size, accumulation, model, compute_loss)
+        assert 2 < part < 3
+        losses.append(loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_label_smoothing_in_the_trainer_logs_no_load_balancing_loss(tmp_path):
+    """It computes the loss outside of the model, and has no place to add anything."""
+    _, loss, part = train(tmp_path, 4, 1, make(router_aux_loss_coef=10.0), label_smoothing_factor=0.1)
+    assert loss < 3 and part is None
+
+
+def test_the_log_is_the_mean_since_the_last_one(tmp_path):
+    trainer, _, _ = train(tmp_path, 4, 1, max_steps=4, logging_steps=1)
+    parts = [entry["router_aux_loss"] for entry in trainer.state.log_history if "router_aux_loss" in entry]
+    trainer, _, _ = train(tmp_path, 4, 1, max_steps=4, logging_steps=2)
+    means = [entry["router_aux_loss"] for entry in trainer.state.log_history if "router_aux_loss" in entry]
+    assert len(parts) == 4 and len(set(parts)) > 1
+    assert means == pytest.approx([(parts[0] + parts[1]) / 2, (parts[2] + parts[3]) / 2], abs=1e-7)
 
 
 def test_models_that_do_not_know_the_number_of_labels(tmp_path):

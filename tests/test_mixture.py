@@ -233,7 +233,7 @@ def test_the_load_balancing_loss_belongs_to_training():
     x = torch.randn(2, 6, 5, dtype=torch.float64)
     assert mixture(x, router, experts)[1] is not None
     assert mixture(x, router.eval(), experts)[1] is None
-    router.train().weight.requires_grad_(False)
+    router.train().requires_grad_(False)
     assert mixture(x, router, experts)[1] is None
     router, experts = make(5, **TOP_K, router_aux_loss_coef=0.0)
     assert mixture(x, router, experts)[1] is None
@@ -261,6 +261,27 @@ def test_no_tensor_grows_with_experts_times_tokens_times_width(routing, expert):
     with LargestTensor() as largest:
         mixture(x, router, experts)[0].sum().backward()
     assert largest.numel == 2 * num_tokens * width
+
+
+@pytest.mark.parametrize("routing", [SOFT, DENSE, TOP_K, CHOICE], ids=name_of)
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_experts_times_tokens_times_width(routing):
+    num_tokens, width = 40, 64
+    x = torch.randn(2, num_tokens, width, dtype=torch.float64, requires_grad=True)
+    kept = {}
+    for num_experts in (4, 12):
+        router, experts = make(width, num_experts=num_experts, r=1, **routing)
+        storages = {}
+
+        def note(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output, _ = mixture(x, router, experts)
+        weights = sum(parameter.numel() for part in (router, experts) for parameter in part.parameters())
+        kept[num_experts] = sum(storages.values()) - 2 * weights  # as they are, and side by side
+        del output
+    assert kept[12] - kept[4] < 2 * num_tokens * width
 
 
 @pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)

@@ -2,7 +2,7 @@ import oracle
 import pytest
 import torch
 
-from peft_softmoa.routing import soft_routing
+from peft_softmoa.routing import expert_choice_routing, load_balancing_loss, soft_routing, top_k_routing
 
 SIZES = [(2, 5, 4, 3), (1, 1, 3, 2), (3, 7, 5, 1)]  # B, T, D, S
 
@@ -78,3 +78,58 @@ def test_zero_tokens_can_be_normalized():
     (dispatch.pow(2).sum() + combine.pow(2).sum()).backward()
     assert dispatch.isfinite().all()
     assert tokens.grad.isfinite().all() and slots.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "num_tokens, num_experts, capacity_factor, expected",
+    [
+        (9, 3, 1.0, 3),
+        (9, 3, 2 / 3, 2),
+        (9, 3, 5 / 3, 5),
+        (10, 3, 1.0, 4),
+        (5, 4, 4.0, 5),
+        (1, 4, 0.001, 1),
+        (8, 4, 0.1, 1),
+    ],
+)
+def test_capacity_of_expert_choice(num_tokens, num_experts, capacity_factor, expected):
+    gates = torch.rand(2, num_tokens, num_experts, dtype=torch.float64)
+    for mask in (None, torch.ones(2, num_tokens).bool()):
+        taken = (expert_choice_routing(gates, capacity_factor, mask) > 0).sum(dim=1)
+        assert (taken == expected).all()
+    longer = torch.cat([gates, torch.rand(2, 7, num_experts, dtype=torch.float64)], dim=1)
+    mask = torch.arange(num_tokens + 7).expand(2, -1) < num_tokens
+    weights = expert_choice_routing(longer, capacity_factor, mask)
+    assert torch.equal(weights[:, :num_tokens], expert_choice_routing(gates, capacity_factor))
+    assert (weights[:, num_tokens:] == 0).all()
+
+
+def test_expert_choice_takes_the_largest_gates():
+    gates = torch.tensor([[[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]]])
+    expected = torch.tensor([[[0.9, 0.0], [0.0, 0.8], [0.6, 0.0], [0.0, 0.7]]])
+    assert torch.equal(expert_choice_routing(gates, 1.0), expected)
+
+
+def test_top_k_weights_sum_to_one():
+    gates = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]])
+    weights, chosen = top_k_routing(gates, 2)
+    assert chosen[0, 0].tolist() == [0, 1] and chosen[0, 1, 0] == 2
+    torch.testing.assert_close(weights[0, 0], torch.tensor([0.625, 0.375, 0.0]))
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_load_balancing_loss_is_one_when_balanced_and_most_when_collapsed(top_k):
+    gates = torch.full((1, 4, 4), 0.0)
+    chosen = torch.tensor([[[(token + k) % 4 for k in range(top_k)] for token in range(4)]])
+    gates.scatter_(-1, chosen, 1 / top_k)
+    assert load_balancing_loss(gates, chosen) == 1
+    collapsed = torch.zeros(1, 4, 4).index_fill(-1, torch.arange(top_k), 1 / top_k)
+    assert load_balancing_loss(collapsed, torch.arange(top_k).expand(1, 4, -1)) == 4 / top_k
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)])
+def test_load_balancing_loss_of_nothing_is_zero(shape):
+    gates = torch.rand(shape)
+    for mask in (None, torch.ones(shape[:2]).bool()):
+        assert load_balancing_loss(gates, gates.topk(2).indices, mask) == 0

@@ -162,7 +162,9 @@ def test_norms_of_a_model_whose_blocks_take_keywords():
 
 def test_norms_of_a_model_with_adapters():
     model = ASTModel(tiny_ast_config())
-    adapted = get_peft_model(model, SoftMoAConfig(train_norms=True, routing="dense", expert_type="convolution"))
+    adapted = get_peft_model(
+        model, SoftMoAConfig(train_norms=True, routing="dense", expert_type="convolution", patch_grid=True)
+    )
     assert norms_before(adapted.get_base_model(), {"layers.1.attention": 32, "layers.0.mlp": 32}) == {
         "layers.1.attention": "layers.1.layernorm_before",
         "layers.0.mlp": "layers.0.layernorm_after",
@@ -170,5 +172,7 @@ def test_norms_of_a_model_with_adapters():
 
 
 def test_a_block_without_a_norm():
-    with pytest.raises(ValueError, match="no normalization layer whose output the block 'layers.0.mlp.fc2' reads"):
+    with pytest.raises(
+        ValueError, match="does not find a normalization layer whose output the block 'layers.0.mlp.fc2' reads"
+    ):
         norms_before(ASTModel(tiny_ast_config()), {"layers.0.mlp.fc2": 64})

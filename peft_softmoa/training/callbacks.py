@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..load_balancing import router_aux_loss
+from ..load_balancing import used_router_aux_loss
 
 
 class LogRouterLoss(TrainerCallback):
     """Logs `router_aux_loss`, the part of the training loss that balances the experts of `routing="top_k"`.
 
     The model adds it to its loss by itself; this only shows it apart, as a mean over the batches and processes since
-    the last time, whenever the Trainer logs the loss:
+    the last time, whenever the Trainer logs the loss. What is not in any loss is not logged.
 
         trainer.add_callback(LogRouterLoss(trainer))
 
@@ -25,7 +25,14 @@ class LogRouterLoss(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.losses: list[Tensor] = []
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what an earlier run has left."""
+        self.total, self.count = 0.0, 0
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,13 +52,13 @@ class LogRouterLoss(TrainerCallback):
         self._log(control)
 
     def _note(self, model: Optional[torch.nn.Module]) -> None:
-        loss = None if model is None else router_aux_loss(model)
+        loss = None if model is None else used_router_aux_loss(model)
         if loss is not None:
-            self.losses.append(loss.detach())
+            self.total, self.count = self.total + loss, self.count + 1
 
     def _log(self, control: TrainerControl) -> None:
-        if control.should_log and self.losses:
-            mean = torch.stack(self.losses).mean()
-            self.losses.clear()
-            self.trainer.log({"router_aux_loss": self.trainer.accelerator.gather(mean).mean().item()})
+        if control.should_log and self.count:
+            mean = self.trainer.accelerator.gather(torch.as_tensor(self.total / self.count)).mean()
+            self.total, self.count = 0.0, 0
+            self.trainer.log({"router_aux_loss": mean.item()})
             control.should_log = True  # `log` has taken it back, and the Trainer's own entry comes after this one
