@@ -132,8 +132,8 @@ def _norms_within(module: nn.Module, name: str, blocks: set[str], width: int) ->
                     found[full] = norms[id(tokens)][0]
 
             child.register_forward_pre_hook(note, with_kwargs=True)
-    # A foreign module may raise anything; what showed until then counts.
-    with contextlib.suppress(Exception):
+    # A foreign module may raise anything; what showed until then counts. Some draw numbers to drop layers.
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
         _run_on_shapes(ghost, width)
     return found
 
