@@ -131,12 +131,13 @@ NOT_ARGUMENTS = {entry.name for entry in fields(PeftConfig)} | {
     "modules_to_save",
     "label_names",
 }
+TYPES = get_type_hints(SoftMoAConfig)
 AdapterArguments = make_dataclass(
     "AdapterArguments",
     [
         (
             entry.name,
-            LISTS.get(entry.name) or get_type_hints(SoftMoAConfig)[entry.name],
+            LISTS.get(entry.name) or TYPES[entry.name],
             field(default=entry.default, metadata={"help": entry.metadata["help"]}),
         )
         for entry in fields(SoftMoAConfig)

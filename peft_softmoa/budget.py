@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .head import check_saved, count_saved, modules_to_save, saved_modules
+from .head import count_saved, find_saved
 from .mixture import build_mixture
 from .placement import choose_targets, find_patch_grid, find_targets
-from .shapes import norms_before
 
 
 def count_parameters(model: nn.Module, config: Any) -> int:
@@ -57,35 +55,6 @@ def count_parameters(model: nn.Module, config: Any) -> int:
         total += blocks * sum(parameter.numel() for part in parts for parameter in part.parameters())
     saved = find_saved(config, model, targets)
     return total + count_saved(model, saved.values(), config.label_names)
-
-
-def find_saved(config: Any, model: nn.Module, targets: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
-    """Find the modules that an adapter brings with it, and check that it can.
-
-    Args:
-        config (SoftMoAConfig): says which; the norms of `train_norms` are added to its `modules_to_save`.
-        model (nn.Module): the base model, with or without adapters.
-        targets (Mapping[str, tuple[int, int]]): D and D' of the adapted modules, by name.
-
-    Returns:
-        dict[str, nn.Module]: the base model's own modules by name.
-
-    Raises:
-        ValueError: if a norm is not found, or a module would not be trained where it is used.
-    """
-    if config.train_norms:
-        norms = list(norms_before(model, {name: widths[0] for name, widths in targets.items()}).values())
-        others = saved_modules(model, norms).keys() - set(norms)
-        if others:
-            raise ValueError(
-                f"`train_norms` would also train {sorted(others)}, whose names end like those of the norms in front of "
-                f"the adapted blocks, {norms}. Set it to False, and adapt the model under a name of its own."
-            )
-        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *norms]))
-    saved = saved_modules(model, modules_to_save(config))
-    if not config.inference_mode:
-        check_saved(saved, targets)
-    return saved
 
 
 def largest_r(model: nn.Module, config: Any, parameters: int) -> int:

@@ -50,7 +50,7 @@ class BottleneckExperts(nn.Module):
         self.up_bias = nn.Parameter(torch.empty(num_experts, out_features))
         self.activation = ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
-        BottleneckExperts.reset_parameters(self)
+        BottleneckExperts.reset_parameters(self)  # not a subclass's, which has no parameters of its own yet
 
     def reset_parameters(self, identity: bool = True) -> None:
         """Draw fresh weights: `down` as `nn.Linear` does, and `up` at zero, so that the experts give zero.

@@ -7,7 +7,7 @@ base model's head stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional, cast
 
 from peft import TaskType
@@ -16,70 +16,41 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from .shapes import norms_before
+
 # Attribute of the model that keeps the label maps of its config while an adapter's are in their place.
 BASE_LABELS = "_softmoa_base_labels"
 
 
-def modules_to_save(config: Any) -> list[str]:
-    """Names of the modules that an adapter brings with it.
+def find_saved(config: Any, model: nn.Module, targets: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
+    """Find the modules that an adapter brings with it, and check that it can.
 
     Args:
-        config (SoftMoAConfig): the adapter's config.
-
-    Returns:
-        list[str]: its `modules_to_save`, and what PEFT adds to them for its task type.
-    """
-    added = SEQ_CLS_HEAD_NAMES if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
-    return list(dict.fromkeys([*(config.modules_to_save or []), *added]))
-
-
-def saved_modules(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The modules that PEFT copies and trains whole for `modules_to_save`.
-
-    Args:
+        config (SoftMoAConfig): says which; the norms of `train_norms` are added to its `modules_to_save`.
         model (nn.Module): the base model, with or without adapters.
-        names (list[str]): the modules' names, or endings of them.
+        targets (Mapping[str, tuple[int, int]]): D and D' of the adapted modules, by name.
 
     Returns:
-        dict[str, nn.Module]: the base model's own modules by name, parts of another one too.
-    """
-    modules = dict(model.named_modules())
-    inside = tuple(
-        f"{name}." for name, module in modules.items() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
-    )
-    return {
-        name: module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        for name, module in modules.items()
-        if name.endswith(tuple(names)) and not name.startswith(inside)
-    }
-
-
-def check_saved(saved: Iterable[str], targets: Iterable[str]) -> None:
-    """Check that every module that an adapter brings with it would be trained where it is used.
-
-    PEFT would train a copy that nothing uses of a module inside another one, and none of a module inside an adapted
-    one.
-
-    Args:
-        saved (iterable of str): names of the modules that are trained whole.
-        targets (iterable of str): names of the adapted modules.
+        dict[str, nn.Module]: the base model's own modules by name.
 
     Raises:
-        ValueError: if one is a part of another, or of an adapted module.
+        ValueError: if a norm is not found, or a module would not be trained where it is used.
     """
-    for name in saved:
-        outer = next((other for other in saved if name.startswith(f"{other}.")), None)
-        if outer is not None:
+    if config.train_norms:
+        norms = list(norms_before(model, {name: widths[0] for name, widths in targets.items()}).values())
+        others = _matching(model, norms).keys() - set(norms)
+        if others:
             raise ValueError(
-                f"`modules_to_save` matches '{outer}' and also '{name}', which is a part of it. Write out the names of "
-                f"the modules that are meant, but not '{name}': it is trained with '{outer}'."
+                f"`train_norms` would also train {sorted(others)}, whose names end like those of the norms in front of "
+                f"the adapted blocks, {norms}. Set it to False, and adapt the model under a name of its own."
             )
-        target = next((other for other in targets if name.startswith(f"{other}.")), None)
-        if target is not None:
-            raise ValueError(
-                f"'{name}' cannot be trained whole for `modules_to_save` or `train_norms`: it is a part of '{target}', "
-                "which is adapted. Leave it out, or adapt another module."
-            )
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *norms]))
+    # PEFT adds these for the task type when it wraps the model.
+    head = SEQ_CLS_HEAD_NAMES if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
+    saved = _matching(model, [*(config.modules_to_save or []), *head])
+    if not config.inference_mode:
+        _check_saved(saved, targets)
+    return saved
 
 
 def count_saved(model: nn.Module, modules: Iterable[nn.Module], label_names: Optional[list[str]] = None) -> int:
@@ -186,3 +157,37 @@ def _classifiers(module: nn.Module, num_labels: int) -> list[str]:
         for path, child in module.named_modules()
         if isinstance(child, nn.Linear) and child.out_features == num_labels
     ]
+
+
+def _matching(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The base model's own modules that PEFT copies for those names, or endings of names; parts of another one too."""
+    modules = dict(model.named_modules())
+    inside = tuple(
+        f"{name}." for name, module in modules.items() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+    )
+    return {
+        name: module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        for name, module in modules.items()
+        if name.endswith(tuple(names)) and not name.startswith(inside)
+    }
+
+
+def _check_saved(saved: Iterable[str], targets: Iterable[str]) -> None:
+    """Check that every module that an adapter brings with it would be trained where it is used.
+
+    PEFT would train a copy that nothing uses of a module inside another one, and none of a module inside an adapted
+    one.
+    """
+    for name in saved:
+        outer = next((other for other in saved if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f"`modules_to_save` matches '{outer}' and also '{name}', which is a part of it. Write out the names of "
+                f"the modules that are meant, but not '{name}': it is trained with '{outer}'."
+            )
+        target = next((other for other in targets if name.startswith(f"{other}.")), None)
+        if target is not None:
+            raise ValueError(
+                f"'{name}' cannot be trained whole for `modules_to_save` or `train_norms`: it is a part of '{target}', "
+                "which is adapted. Leave it out, or adapt another module."
+            )

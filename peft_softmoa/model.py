@@ -8,9 +8,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .budget import find_saved
 from .config import SoftMoAConfig
-from .head import check_head, fit_heads, name_labels
+from .head import check_head, find_saved, fit_heads, name_labels
 from .layer import CANNOT_MERGE, SoftMoALayer
 from .load_balancing import collect_router_losses, stop_collecting
 from .placement import choose_targets, find_patch_grid, find_targets
@@ -58,9 +57,8 @@ class SoftMoAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SoftMoAConfig, model: nn.Module) -> None:
         """Check everything before the first module is replaced, so that an error leaves the model as it was."""
-        targets = find_targets(peft_config, model)
-        if peft_config.patch_grid:
-            find_patch_grid(self.get_model_config(model))
+        self._targets = targets = find_targets(peft_config, model)
+        self._patch_grid = find_patch_grid(self.get_model_config(model)) if peft_config.patch_grid else None
         saved = find_saved(peft_config, model, targets)
         if peft_config.label_names is not None:
             check_head(model, saved, peft_config.label_names)
@@ -75,12 +73,12 @@ class SoftMoAModel(BaseTuner):
         current_key: str,
         parameter_name: Optional[str] = None,
     ) -> None:
-        patch_grid = find_patch_grid(self.get_model_config(self.model)) if peft_config.patch_grid else None
         if isinstance(target, SoftMoALayer):
-            target.update_layer(adapter_name, peft_config, patch_grid)
+            target.update_layer(adapter_name, peft_config, self._patch_grid)
             return
-        widths = block_widths(current_key, target, getattr(getattr(self.model, "config", None), "hidden_size", None))
-        layer = SoftMoALayer(target, adapter_name, peft_config, current_key, widths, patch_grid)
+        # Where PEFT goes by the names in a state dict, a module may be none of the config's targets.
+        widths = self._targets.get(current_key) or block_widths(current_key, target)
+        layer = SoftMoALayer(target, adapter_name, peft_config, current_key, widths, self._patch_grid)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -5,7 +5,6 @@ A copy without weights, on the meta device, costs neither memory nor time, and k
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 from collections import Counter
@@ -102,22 +101,25 @@ def norms_before(model: nn.Module, widths: Mapping[str, int]) -> dict[str, str]:
     found: dict[str, str] = {}
     for block, width in widths.items():
         scope: Optional[str] = block
+        failures = []
         while block not in found and scope:
             scope = scope.rpartition(".")[0]
-            found |= _norms_within(model.get_submodule(scope), scope, set(widths), width)
+            try:
+                _note_norms(model.get_submodule(scope), scope, set(widths), width, found)
+            except Exception as error:  # noqa: BLE001 - a foreign module may raise anything; it is chained below
+                failures.append(error)
         if block not in found:
             raise ValueError(
                 f"`train_norms` does not find a normalization layer whose output the block '{block}' reads, by running "
                 "the modules around it on tokens. Set it to False, and name the layers to train in `modules_to_save`."
-            )
+            ) from next(iter(failures), None)
     return {block: found[block] for block in widths}
 
 
-def _norms_within(module: nn.Module, name: str, blocks: set[str], width: int) -> dict[str, str]:
-    """The norms of those blocks in a module that show when it is run on tokens of a width."""
+def _note_norms(module: nn.Module, name: str, blocks: set[str], width: int, found: dict[str, str]) -> None:
+    """Run a module on tokens of a width, and note the norms of blocks in it; what showed before an error counts."""
     ghost = _ghost(module)
     norms: dict[int, tuple[str, Tensor]] = {}  # by the identity of the output, which is kept so that it stays unique
-    found: dict[str, str] = {}
     for path, child in ghost.named_modules():
         full = f"{name}.{path}".strip(".")
         if _is_norm(child):
@@ -132,10 +134,8 @@ def _norms_within(module: nn.Module, name: str, blocks: set[str], width: int) ->
                     found[full] = norms[id(tokens)][0]
 
             child.register_forward_pre_hook(note, with_kwargs=True)
-    # A foreign module may raise anything; what showed until then counts. Some draw numbers to drop layers.
-    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # some draw numbers to drop layers
         _run_on_shapes(ghost, width)
-    return found
 
 
 def _is_norm(module: nn.Module) -> bool:

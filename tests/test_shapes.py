@@ -4,7 +4,7 @@ from accelerate import cpu_offload
 from conftest import tiny_ast_config
 from peft import get_peft_model
 from torch import nn
-from transformers import ASTModel, WhisperConfig, WhisperModel
+from transformers import ASTModel, MoonshineConfig, MoonshineModel, WhisperConfig, WhisperModel
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.shapes import block_widths, norms_before
@@ -169,6 +169,17 @@ def test_norms_of_a_model_with_adapters():
         "layers.1.attention": "layers.1.layernorm_before",
         "layers.0.mlp": "layers.0.layernorm_after",
     }
+
+
+def test_why_no_norm_was_found_is_chained():
+    """This layer needs position embeddings, so it fails before its feed-forward is reached."""
+    config = MoonshineConfig(
+        vocab_size=10, hidden_size=16, intermediate_size=32, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=2, decoder_num_attention_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not find a normalization layer") as error:
+        norms_before(MoonshineModel(config), {"encoder.layers.0.mlp": 16})
+    assert isinstance(error.value.__cause__, TypeError)
 
 
 def test_a_block_without_a_norm():
