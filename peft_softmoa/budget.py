@@ -43,17 +43,17 @@ def count_parameters(model: nn.Module, config: Any) -> int:
         model = model.get_base_model()
     config = copy.deepcopy(config)
     model_config = BaseTuner.get_model_config(model)
-    choose_targets(config, model_config)
+    choose_targets(config, model)
     targets = find_targets(config, model)
     if not targets:
         raise ValueError(f"`target_modules={config.target_modules}` matches no module of {type(model).__name__}.")
     patch_grid = find_patch_grid(model_config) if config.patch_grid else None
     total = 0
-    for widths, blocks in Counter(targets.values()).items():
+    for widths, blocks in Counter((target.in_features, target.out_features) for target in targets.values()).items():
         with torch.device("meta"):
             parts = build_mixture(config, *widths, patch_grid)
         total += blocks * sum(parameter.numel() for part in parts for parameter in part.parameters())
-    saved = find_saved(config, model, targets)
+    saved = find_saved(config, model, targets.values())
     return total + count_saved(model, saved.values(), config.label_names)
 
 

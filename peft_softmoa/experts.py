@@ -33,6 +33,8 @@ class BottleneckExperts(nn.Module):
     Source: arXiv 2402.00828.
     """
 
+    mixes_tokens = False
+
     def __init__(
         self,
         num_experts: int,
@@ -141,6 +143,8 @@ class ConvolutionExperts(BottleneckExperts):
 
     Source: arXiv 2402.00828, whose code drops the convolution's result; arXiv 2207.07039 (Convpass).
     """
+
+    mixes_tokens = True
 
     def __init__(
         self,

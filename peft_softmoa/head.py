@@ -7,7 +7,7 @@ base model's head stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Optional, cast
 
 from peft import TaskType
@@ -22,13 +22,13 @@ from .shapes import norms_before
 BASE_LABELS = "_softmoa_base_labels"
 
 
-def find_saved(config: Any, model: nn.Module, targets: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
+def find_saved(config: Any, model: nn.Module, targets: Iterable[Any]) -> dict[str, nn.Module]:
     """Find the modules that an adapter brings with it, and check that it can.
 
     Args:
         config (SoftMoAConfig): says which; the norms of `train_norms` are added to its `modules_to_save`.
         model (nn.Module): the base model, with or without adapters.
-        targets (Mapping[str, tuple[int, int]]): D and D' of the adapted modules, by name.
+        targets (iterable of Target): the adapted blocks.
 
     Returns:
         dict[str, nn.Module]: the base model's own modules by name.
@@ -37,7 +37,8 @@ def find_saved(config: Any, model: nn.Module, targets: Mapping[str, tuple[int, i
         ValueError: if a norm is not found, or a module would not be trained where it is used.
     """
     if config.train_norms:
-        norms = list(norms_before(model, {name: widths[0] for name, widths in targets.items()}).values())
+        widths = {target.entry or target.name: target.in_features for target in targets}
+        norms = list(norms_before(model, widths).values())
         others = _matching(model, norms).keys() - set(norms)
         if others:
             raise ValueError(
@@ -49,7 +50,7 @@ def find_saved(config: Any, model: nn.Module, targets: Mapping[str, tuple[int, i
     head = SEQ_CLS_HEAD_NAMES if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
     saved = _matching(model, [*(config.modules_to_save or []), *head])
     if not config.inference_mode:
-        _check_saved(saved, targets)
+        _check_saved(saved, [target.name for target in targets])
     return saved
 
 

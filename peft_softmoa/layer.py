@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
-from .mixture import Router, build_mixture, mixture
+from .masking import MASKS, LayerCall, argument_names, find_mask, token_mask
+from .mixture import Router, build_mixture, mixture, reads_mask
+from .placement import Target
 from .shapes import find_tokens
+from .structure import find_module
 
 # Why a mixture cannot be merged; PEFT asks on the model and on each layer.
 CANNOT_MERGE = (
@@ -25,38 +28,43 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
 
     F is a linear layer or any block that maps tokens `(B, T, D)` to `(B, T, D')`; it takes them by position, or as
     `hidden_states` or `input`, and returns a tensor, or a tuple that begins with it. Tokens `(B, D)` are one token per
-    sample.
+    sample. F may also be the last part of a block that begins in another module; x is then what that one reads.
+
+    Padded tokens take no part in routing. Their mask is what F is called with or, if F takes none, the layer of the
+    model around it.
 
     Args:
         base_layer (nn.Module): F.
         adapter_name (str): name of the first adapter.
         config (SoftMoAConfig): its configuration.
-        name (str): name of the block in the model, for errors.
-        widths (tuple[int, int]): D and D'.
+        target (Target): where it is in the model, and D and D'.
         patch_grid (PatchGrid, optional): how its tokens lie in time and frequency. Default: unknown.
     """
 
     # All names of layers that may contain adapter (trainable) weights
     adapter_layer_names = ("softmoa_router", "softmoa_experts")
     # All names of other parameters that may contain adapter-related parameters
-    other_param_names = ("softmoa_scaling",)
+    other_param_names = ("softmoa_scaling", "softmoa_targets", "softmoa_calls")
 
     def __init__(
         self,
         base_layer: nn.Module,
         adapter_name: str,
         config: SoftMoAConfig,
-        name: str,
-        widths: tuple[int, int],
+        target: Target,
         patch_grid: Optional[PatchGrid] = None,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.in_features, self.out_features = widths
+        self.name = target.name
         self.base_layer = base_layer
+        self._arguments = argument_names(base_layer)
+        self._takes_mask = any(name in MASKS for name in self._arguments)
         self.softmoa_router = nn.ModuleDict()
         self.softmoa_experts = nn.ModuleDict()
         self.softmoa_scaling: dict[str, float] = {}
+        self.softmoa_targets: dict[str, Target] = {}
+        # What the adapters' hooks keep for them.
+        self.softmoa_calls: dict[str, LayerCall] = {}
         # The losses of its routers, while a forward pass of the model collects them.
         self.router_losses: Optional[list[Tensor]] = None
         self._disable_adapters = False
@@ -64,22 +72,42 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         # flag to enable/disable casting of input to weight dtype during forward call, which PEFT's helper sets
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, patch_grid)
+        self.update_layer(adapter_name, config, target, patch_grid)
 
-    def update_layer(self, adapter_name: str, config: SoftMoAConfig, patch_grid: Optional[PatchGrid] = None) -> None:
+    def update_layer(
+        self, adapter_name: str, config: SoftMoAConfig, target: Target, patch_grid: Optional[PatchGrid] = None
+    ) -> None:
         """Add an adapter to the block.
 
         Args:
             adapter_name (str): name of the new adapter.
             config (SoftMoAConfig): its configuration.
+            target (Target): where it reads and adds, and D and D'.
             patch_grid (PatchGrid, optional): how the tokens lie in time and frequency. Default: unknown.
         """
-        router, experts = build_mixture(config, self.in_features, self.out_features, patch_grid)
+        router, experts = build_mixture(config, target.in_features, target.out_features, patch_grid)
         self.softmoa_router[adapter_name] = router
         self.softmoa_experts[adapter_name] = experts
         self.softmoa_scaling[adapter_name] = config.scaling
+        self.softmoa_targets[adapter_name] = target
+        self.softmoa_calls[adapter_name] = LayerCall(reads_mask(config))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def connect(self, adapter_name: str, model: nn.Module) -> None:
+        """Let an adapter know what the layer around its block is called with, if the block itself is not.
+
+        Args:
+            adapter_name (str): name of the adapter.
+            model (nn.Module): the base model.
+        """
+        target, call = self.softmoa_targets[adapter_name], self.softmoa_calls[adapter_name]
+        if target.entry is not None:
+            call.keep_tokens(find_module(model, target.entry))
+        for name in target.masks if call.reads_mask and not self._takes_mask else ():
+            call.keep_mask(find_module(model, name))
+        if call.handles and target.layer is not None:
+            call.drop_after(find_module(model, target.layer))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and add the active mixtures.
@@ -94,41 +122,74 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if there are no tokens or their shape is wrong.
         """
-        tokens = self._find_tokens(args, kwargs)
+        active = [name for name in self.active_adapters if name in self.softmoa_experts]
+        active = [] if self.disable_adapters else active
+        own = {name for name in active if self.softmoa_targets[name].entry is None}
+        inputs = {name: self._check_tokens(name, find_tokens(args, kwargs), args, kwargs) for name in own}
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
-            return output
         hidden = output[0] if isinstance(output, tuple) else output
-        for adapter_name in self.active_adapters:
-            if adapter_name in self.softmoa_experts:
-                hidden = hidden + self._mixture(adapter_name, tokens).to(hidden.dtype)
+        for name in active:
+            tokens = inputs[name] if name in own else self._take_tokens(name)
+            hidden = hidden + self._mixture(name, tokens, args, kwargs).to(hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _mixture(self, adapter_name: str, tokens: Tensor) -> Tensor:
+    def _mixture(self, adapter_name: str, tokens: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         router = cast(Router, self.softmoa_router[adapter_name])
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
         rows = tokens.ndim == 2
+        tokens = tokens.unsqueeze(1) if rows else tokens
         try:
-            output, loss = mixture(tokens.unsqueeze(1) if rows else tokens, router, experts)
+            mask = token_mask(self._find_mask(adapter_name, args, kwargs), *tokens.shape[:2])
+            output, loss = mixture(tokens, router, experts, mask)
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
         if loss is not None and self.router_losses is not None:
             self.router_losses.append(loss)
         return self.softmoa_scaling[adapter_name] * (output.squeeze(1) if rows else output)
 
-    def _find_tokens(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        tokens = find_tokens(args, kwargs)
+    def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        call = self.softmoa_calls[adapter_name]
+        if not call.reads_mask:
+            return None
+        return find_mask(self._arguments, args, kwargs) if self._takes_mask else call.take_mask()
+
+    def _take_tokens(self, adapter_name: str) -> Tensor:
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                f"The adapted block '{self.name}' does not run under torch.nn.DataParallel, which shares its hooks "
+                "between devices. Start one process per device with `accelerate launch` or `torchrun`."
+            )
+        tokens = self.softmoa_calls[adapter_name].take_tokens()
+        if tokens is None:
+            raise ValueError(
+                f"The adapted block '{self.name}' begins in '{self.softmoa_targets[adapter_name].entry}', which was "
+                "not called before it. Adapt another module."
+            )
+        return self._check_tokens(adapter_name, tokens, (tokens,), {})
+
+    def _check_tokens(self, adapter_name: str, tokens: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        width = self.softmoa_targets[adapter_name].in_features
         if not isinstance(tokens, Tensor):
             raise ValueError(
                 f"The adapted block '{self.name}' was called without tokens: they are its first positional argument, "
                 f"`hidden_states` or `input`, but it got {len(args)} positional arguments and {sorted(kwargs)}."
             )
-        if tokens.ndim not in (2, 3) or tokens.shape[-1] != self.in_features:
+        if tokens.ndim not in (2, 3) or tokens.shape[-1] != width:
             raise ValueError(
-                f"The adapted block '{self.name}' takes tokens of shape (batch, tokens, {self.in_features}) or "
-                f"(batch, {self.in_features}), got {tuple(tokens.shape)}."
+                f"The adapted block '{self.name}' takes tokens of shape (batch, tokens, {width}) or "
+                f"(batch, {width}), got {tuple(tokens.shape)}."
             )
         return tokens
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its hooks.
+
+        Args:
+            adapter_name (str): its name.
+        """
+        if adapter_name in self.softmoa_calls:
+            self.softmoa_calls[adapter_name].remove_hooks()
+        super().delete_adapter(adapter_name)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module

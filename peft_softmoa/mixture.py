@@ -32,6 +32,8 @@ class SoftRouter(nn.Module):
     Source: arXiv 2308.00951, section 2.1.
     """
 
+    mixes_tokens = True
+
     def __init__(self, in_features: int, num_experts: int, num_slots: int = 1, *, normalize: bool = False) -> None:
         super().__init__()
         self.slots = nn.Parameter(torch.empty(in_features, num_experts * num_slots))
@@ -74,6 +76,8 @@ class DenseRouter(nn.Module):
 
     Source: arXiv 2402.00828, Dense-MoA.
     """
+
+    mixes_tokens = False
 
     def __init__(self, in_features: int, num_experts: int) -> None:
         super().__init__()
@@ -152,6 +156,8 @@ class ExpertChoiceRouter(DenseRouter):
     Source: arXiv 2202.09368.
     """
 
+    mixes_tokens = True  # its capacity depends on their number, and a token on which others are taken
+
     def __init__(self, in_features: int, num_experts: int, *, capacity_factor: float) -> None:
         super().__init__(in_features, num_experts)
         self.capacity_factor = capacity_factor
@@ -163,13 +169,13 @@ class ExpertChoiceRouter(DenseRouter):
 Router = SoftRouter | DenseRouter
 
 # Which class makes each choice, and which fields of the config it takes besides the common ones.
-ROUTERS: dict[str, tuple[type, tuple[str, ...]]] = {
+ROUTERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "soft": (SoftRouter, ("num_slots", "normalize")),
     "dense": (DenseRouter, ()),
     "top_k": (TopKRouter, ("top_k", "router_aux_loss_coef")),
     "expert_choice": (ExpertChoiceRouter, ("capacity_factor",)),
 }
-EXPERTS: dict[str, tuple[type, tuple[str, ...]]] = {
+EXPERTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "bottleneck": (BottleneckExperts, ()),
     "convolution": (ConvolutionExperts, ("kernel_size",)),
 }
@@ -199,6 +205,22 @@ def build_mixture(
     if not config.init_weights:
         experts.reset_parameters(identity=False)
     return router, experts
+
+
+def reads_mask(config: Any) -> bool:
+    """Whether a mixture does anything else where a mask says that tokens are padded.
+
+    Args:
+        config (SoftMoAConfig): the choices.
+
+    Returns:
+        bool: false if each token's output depends on that token alone, and no loss on the others.
+    """
+    return (
+        ROUTERS[config.routing][0].mixes_tokens
+        or EXPERTS[config.expert_type][0].mixes_tokens
+        or bool(config.router_aux_loss_coef)
+    )
 
 
 def mixture(

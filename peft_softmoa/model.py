@@ -12,7 +12,7 @@ from .config import SoftMoAConfig
 from .head import check_head, find_saved, fit_heads, name_labels
 from .layer import CANNOT_MERGE, SoftMoALayer
 from .load_balancing import collect_router_losses, stop_collecting
-from .placement import choose_targets, find_patch_grid, find_targets
+from .placement import Target, choose_targets, find_patch_grid, find_targets, is_target
 from .shapes import block_widths
 
 
@@ -52,14 +52,14 @@ class SoftMoAModel(BaseTuner):
     peft_config: dict[str, SoftMoAConfig]  # type: ignore[assignment]
 
     def _prepare_adapter_config(self, peft_config: SoftMoAConfig, model_config: dict[str, Any]) -> SoftMoAConfig:
-        choose_targets(peft_config, model_config)
-        return peft_config
+        return peft_config  # its targets depend on more than the model's config
 
     def _prepare_model(self, peft_config: SoftMoAConfig, model: nn.Module) -> None:
         """Check everything before the first module is replaced, so that an error leaves the model as it was."""
+        choose_targets(peft_config, model)
         self._targets = targets = find_targets(peft_config, model)
         self._patch_grid = find_patch_grid(self.get_model_config(model)) if peft_config.patch_grid else None
-        saved = find_saved(peft_config, model, targets)
+        saved = find_saved(peft_config, model, targets.values())
         if peft_config.label_names is not None:
             check_head(model, saved, peft_config.label_names)
 
@@ -73,13 +73,18 @@ class SoftMoAModel(BaseTuner):
         current_key: str,
         parameter_name: Optional[str] = None,
     ) -> None:
-        if isinstance(target, SoftMoALayer):
-            target.update_layer(adapter_name, peft_config, self._patch_grid)
-            return
         # Where PEFT goes by the names in a state dict, a module may be none of the config's targets.
-        widths = self._targets.get(current_key) or block_widths(current_key, target)
-        layer = SoftMoALayer(target, adapter_name, peft_config, current_key, widths, self._patch_grid)
-        self._replace_module(parent, target_name, layer, target)
+        where = self._targets.get(current_key) or Target(current_key, None, *block_widths(current_key, target))
+        if isinstance(target, SoftMoALayer):
+            target.update_layer(adapter_name, peft_config, where, self._patch_grid)
+        else:
+            target = SoftMoALayer(target, adapter_name, peft_config, where, self._patch_grid)
+            self._replace_module(parent, target_name, target, target.base_layer)
+        target.connect(adapter_name, self.model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SoftMoAConfig, key: str) -> Any:
+        return is_target(peft_config, key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own method copies the weight of the child, which a block or a head does not have.
@@ -121,6 +126,10 @@ class SoftMoAModel(BaseTuner):
             if isinstance(module, ModulesToSaveWrapper):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
+        for module in self.model.modules():
+            if isinstance(module, SoftMoALayer):
+                for adapter_name in list(self.peft_config):
+                    module.delete_adapter(adapter_name)
         self._name_labels(enabled=False)
         stop_collecting(self.model)
         return super().unload()

@@ -5,14 +5,27 @@ Nothing else in the package knows the names of models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Optional
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from torch import nn
+from transformers import PreTrainedModel
 
 from .experts import PatchGrid
+from .masking import takes_mask
+from .mixture import EXPERTS, ROUTERS
 from .shapes import block_widths
+from .structure import Block, Layer, find_layers, find_module, is_repeated, own_module
+
+# Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
+ARROW = "->"
 
 
 def _ast_grid(config: dict[str, Any]) -> PatchGrid:
@@ -24,54 +37,32 @@ def _ast_grid(config: dict[str, Any]) -> PatchGrid:
 
 
 class Architecture(NamedTuple):
-    """Where the sub-blocks of one architecture are."""
+    """What the structure of a model does not show."""
 
-    layers: str  # name of the list of layers
-    attention: str  # name of the self-attention block in a layer
-    ffn: str  # name of the feed-forward block in a layer
     patch_grid: Optional[Callable[[dict[str, Any]], PatchGrid]] = None  # from the model's config to its grid
+    streaming: bool = False  # whether its tokens see little or nothing of those after them
 
 
+# By the `model_type` of the config. All that is not here goes by structure.
 ARCHITECTURES = {
-    "audio-spectrogram-transformer": Architecture(
-        layers="layers", attention="attention", ffn="mlp", patch_grid=_ast_grid
-    ),
+    # Only the config says how the patches lie.
+    "audio-spectrogram-transformer": Architecture(patch_grid=_ast_grid),
+    # These encoders are made to run while the audio comes in, but only their masks show it.
+    "gemma3n_audio": Architecture(streaming=True),
+    "moonshine_streaming_encoder": Architecture(streaming=True),
+    "nemotron_asr_streaming_encoder": Architecture(streaming=True),
 }
 
 
-def find_architecture(model_type: str) -> Architecture:
-    """Look up where the sub-blocks of an architecture are.
+class Target(NamedTuple):
+    """A block that is adapted."""
 
-    Args:
-        model_type (str): `model_type` of the model's config.
-
-    Returns:
-        Architecture: the names of its parts.
-
-    Raises:
-        ValueError: if no placement knows the architecture.
-    """
-    if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"No `placement` is known for models of type '{model_type}', only for: {', '.join(sorted(ARCHITECTURES))}. "
-            "Name the modules to adapt in `target_modules`, for example target_modules=['attention']."
-        )
-    return ARCHITECTURES[model_type]
-
-
-def placed_blocks(architecture: Architecture, placement: str) -> set[str]:
-    """Names of the blocks that a placement adapts in every layer.
-
-    Args:
-        architecture (Architecture): where the sub-blocks are.
-        placement (str): `"attention"`, `"ffn"` or `"both"`.
-
-    Returns:
-        set[str]: endings of module names, as for `target_modules`.
-    """
-    if placement == "both":
-        return {architecture.attention, architecture.ffn}
-    return {getattr(architecture, placement)}
+    name: str  # the module to whose output the mixture adds
+    entry: Optional[str]  # the module whose tokens it reads; None: its own
+    in_features: int  # D
+    out_features: int  # D'
+    layer: Optional[str] = None  # the layer around it
+    masks: tuple[str, ...] = ()  # modules that are called with its tokens' mask, if it is not
 
 
 def find_patch_grid(model_config: dict[str, Any]) -> PatchGrid:
@@ -87,7 +78,7 @@ def find_patch_grid(model_config: dict[str, Any]) -> PatchGrid:
         ValueError: if the architecture is not known to have one.
     """
     model_type = model_config.get("model_type", "unknown")
-    make = ARCHITECTURES[model_type].patch_grid if model_type in ARCHITECTURES else None
+    make = ARCHITECTURES.get(model_type, Architecture()).patch_grid
     if make is None:
         known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if architecture.patch_grid))
         raise ValueError(
@@ -97,24 +88,145 @@ def find_patch_grid(model_config: dict[str, Any]) -> PatchGrid:
     return make(model_config)
 
 
-def choose_targets(config: Any, model_config: dict[str, Any]) -> None:
+def choose_targets(config: Any, model: nn.Module) -> None:
     """Let `placement` choose the target modules, if they are not given.
+
+    In the layers of the audio encoder that is the self-attention, the last feed-forward, or both.
 
     Args:
         config (SoftMoAConfig): the choice is written into it.
-        model_config (dict): the model's config.
+        model (nn.Module): the model.
 
     Raises:
-        ValueError: if no placement knows the architecture.
+        ValueError: if the model has no audio encoder, or its layers not what `placement` wants.
     """
-    if config.target_modules is None:
-        architecture = find_architecture(model_config.get("model_type", "unknown"))
-        config.target_modules = placed_blocks(architecture, config.placement)
-        if config.layers_to_transform is not None and not config.layers_pattern:
-            config.layers_pattern = architecture.layers
+    if config.target_modules is not None:
+        return
+    layers = _select_layers(config, find_encoder(model))
+    names = set()
+    if config.placement in ("attention", "both"):
+        names |= _shortest_names([layer.attentions[0] for layer in layers], model)
+    if config.placement in ("ffn", "both"):
+        missing = next((layer.name for layer in layers if not layer.ffns), None)
+        if missing is not None:
+            raise ValueError(
+                f"`placement='{config.placement}'` looks for a feed-forward block in every layer, linear layers that "
+                f"widen tokens and narrow them again, but finds none in '{missing}'.{_describe_stacks(model)}"
+            )
+        names |= _shortest_names([layer.ffns[-1] for layer in layers], model)
+    config.target_modules = names
 
 
-def find_targets(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
+def find_encoder(model: nn.Module) -> list[Layer]:
+    """Find the layers of a model's audio encoder.
+
+    Its layers have one attention, which is not a decoder's, and belong to a part of the model that takes audio. If
+    several stacks are left, it is the one with most layers, together with those of the same class.
+
+    Args:
+        model (nn.Module): the model.
+
+    Returns:
+        list[Layer]: the layers.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    stacks = [
+        layers
+        for layers in find_layers(model)
+        if len(layers[0].attentions) == 1
+        # What does not say what it takes may take audio.
+        and "audio" in getattr(_part_of(model, layers[0].name), "input_modalities", "audio")
+    ]
+    by_class: dict[type, list[Layer]] = {}
+    for layers in stacks:
+        by_class.setdefault(type(find_module(model, layers[0].name)), []).extend(layers)
+    if not by_class:
+        raise ValueError(
+            "`placement` looks for the audio encoder of a model: a list of layers of one class, in a part of the model "
+            "that takes audio, with a self-attention in each and no cross-attention. "
+            f"{type(model).__name__} has none.{_describe_stacks(model)}"
+        )
+    return max(by_class.values(), key=len)
+
+
+def _part_of(model: nn.Module, name: str) -> Optional[PreTrainedModel]:
+    """The smallest pretrained model around a module: an audio encoder, a text decoder, or the whole one."""
+    around = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and (not path or name.startswith(f"{path}."))
+    ]
+    return around[-1] if around else None
+
+
+def _select_layers(config: Any, layers: list[Layer]) -> list[Layer]:
+    """The layers of `layers_to_transform`."""
+    if config.layers_to_transform is None:
+        return layers
+    if not config.layers_pattern:
+        config.layers_pattern = layers[0].name.split(".")[-2]
+    probe = copy.copy(config)
+    probe.exclude_modules = probe.modules_to_save = None
+    probe.target_modules = {"probe"}
+    selected = [layer for layer in layers if check_target_module_exists(probe, f"{layer.name}.probe")]
+    if not selected:
+        raise ValueError(
+            f"`layers_to_transform={config.layers_to_transform}` and `layers_pattern={config.layers_pattern!r}` match "
+            f"none of the layers '{layers[0].name}' to '{layers[-1].name}'."
+        )
+    return selected
+
+
+def _shortest_names(blocks: list[Block], model: nn.Module) -> set[str]:
+    """The shortest endings of names that match some blocks and nothing else."""
+    entries = {block.exit: block.entry for block in blocks}
+    others = {name.replace(".base_layer", "") for name, _ in model.named_modules()} - entries.keys() - {""}
+    shortest = _find_minimal_target_modules(set(entries), others)
+    names = set()
+    for exit, entry in entries.items():
+        ending = next(ending for ending in shortest if f".{exit}".endswith(f".{ending}"))
+        if entry == exit:
+            names.add(ending)
+            continue
+        # The names of both modules from where they part, and what the ending has before that.
+        parts, entry_parts = exit.split("."), entry.split(".")
+        common = next((i for i, (a, b) in enumerate(zip(parts, entry_parts)) if a != b), len(entry_parts))
+        common = min(common, len(parts) - 1, len(entry_parts) - 1, len(parts) - len(ending.split(".")))
+        names.add(".".join(entry_parts[common:]) + ARROW + ".".join(parts[common:]))
+    return names
+
+
+def is_target(config: Any, name: str) -> Any:
+    """Whether an adapter adapts a module: PEFT's own rule, applied to the end of a block that has two.
+
+    Args:
+        config (SoftMoAConfig): says which.
+        name (str): name of the module.
+
+    Returns:
+        What `peft.tuners.tuners_utils.check_target_module_exists` returns.
+    """
+    if isinstance(config.target_modules, set) and any(ARROW in target for target in config.target_modules):
+        config = copy.copy(config)
+        config.target_modules = {target.rpartition(ARROW)[2] for target in config.target_modules}
+    return check_target_module_exists(config, name)
+
+
+def _find_entry(config: Any, name: str) -> Optional[str]:
+    """The module where a matched block begins, if it is another one than where it ends."""
+    entries = set()
+    for target in config.target_modules if isinstance(config.target_modules, set) else ():
+        entry, _, exit = target.rpartition(ARROW)
+        if f".{name}".endswith(f".{exit}"):
+            entries.add(name[: len(name) - len(exit)] + entry if entry else name)
+    if len(entries) > 1:
+        raise ValueError(f"`target_modules` matches '{name}' as the end of several blocks: {sorted(entries)}.")
+    return next(iter(entries - {name}), None)
+
+
+def find_targets(config: Any, model: nn.Module) -> dict[str, Target]:
     """Find the modules that an adapter adapts, and check that it can adapt all of them.
 
     Args:
@@ -122,34 +234,104 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, tuple[int, int]]:
         model (nn.Module): the model; its own adapters may be on the same modules.
 
     Returns:
-        dict[str, tuple[int, int]]: D and D' by the name of the module.
+        dict[str, Target]: the blocks by the name of the module where they end.
 
     Raises:
         ValueError: if one of them cannot be adapted.
     """
-    _maybe_include_all_linear_layers(config, model)
+    layers = [layer for stack in find_layers(model) for layer in stack]
+    if config.target_modules == "all-linear":
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules = {name for name in config.target_modules if not _crosses(layers, name)}
     modules = dict(model.named_modules())
     adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
     inside_adapted = tuple(f"{name}." for name in adapted)
-    targets = [
-        name
-        for name in modules
-        if name and not name.startswith(inside_adapted) and check_target_module_exists(config, name)
-    ]
-    hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
-    widths = {}
-    for name in targets:
+    names = [name for name in modules if name and not name.startswith(inside_adapted) and is_target(config, name)]
+    targets = {}
+    for name in names:
         inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)
         if inner is not None and "softmoa_experts" not in getattr(modules[name], "adapter_layer_names", ()):
             raise ValueError(
                 f"`target_modules` matches '{name}', but '{inner}' in it has an adapter already, whose weights "
                 "would get other names. Adapt the same modules, or modules apart from it."
             )
-        outer = next((other for other in targets if name.startswith(f"{other}.")), None)
+        outer = next((other for other in names if name.startswith(f"{other}.")), None)
         if outer is not None:
             raise ValueError(
                 f"`target_modules` matches '{name}' and also '{outer}', which contains it. Write it so that it "
                 "matches one of them, or name the other in `exclude_modules`."
             )
-        widths[name] = block_widths(name, modules[name], hidden_size)
-    return widths
+        targets[name] = _make_target(config, model, name, _find_entry(config, name), layers)
+    return targets
+
+
+def _make_target(config: Any, model: nn.Module, name: str, entry: Optional[str], layers: list[Layer]) -> Target:
+    layer = next((layer for layer in reversed(layers) if name.startswith(f"{layer.name}.")), None)
+    if _crosses(layers, name):
+        raise ValueError(
+            f"`target_modules` matches '{name}', which belongs to the cross-attention of a decoder. Its queries and "
+            "keys are different sequences, so it is never adapted: name it in `exclude_modules`."
+        )
+    width = layer.width if layer else getattr(getattr(model, "config", None), "hidden_size", None)
+    if entry is None:
+        in_features, out_features = block_widths(name, find_module(model, name), width)
+    else:
+        try:
+            begin = find_module(model, entry)
+        except AttributeError as error:
+            raise ValueError(f"`target_modules` has a block from '{entry}' to '{name}', but no '{entry}'.") from error
+        in_features = block_widths(entry, begin, width)[0]
+        out_features = block_widths(name, find_module(model, name), width)[1]
+    if layer is None:
+        return Target(name, entry, in_features, out_features)
+    _check_order_in_time(config, model, layer, name)
+    return Target(name, entry, in_features, out_features, layer.name, _find_masks(model, layer, entry or name))
+
+
+def _crosses(layers: Iterable[Layer], name: str) -> bool:
+    """Whether a module is a cross-attention or a part of one."""
+    return any(f"{name}.".startswith(f"{attention.module}.") for layer in layers for attention in layer.attentions[1:])
+
+
+def _find_masks(model: nn.Module, layer: Layer, entry: str) -> tuple[str, ...]:
+    """The modules around or before a block that are called with the mask of its tokens."""
+    attention = layer.attentions[0].module
+    around = find_module(model, layer.name)
+    if f"{entry}.".startswith(f"{attention}."):
+        sources = [attention]
+    elif takes_mask(around):
+        sources = [layer.name, attention]
+    else:
+        sources = []  # the layer's own mask, if it makes one, is for windows of the attention only
+    return tuple(source for source in sources if takes_mask(find_module(model, source)))
+
+
+def _check_order_in_time(config: Any, model: nn.Module, layer: Layer, name: str) -> None:
+    """Check that no token would see the ones after it where the model does not let it."""
+    model_type = getattr(getattr(_part_of(model, name), "config", None), "model_type", "unknown")
+    if not (layer.causal or ARCHITECTURES.get(model_type, Architecture()).streaming):
+        return
+    for field, table in (("routing", ROUTERS), ("expert_type", EXPERTS)):
+        choice = getattr(config, field)
+        if table[choice][0].mixes_tokens:
+            works = [option for option, (kind, _) in table.items() if not kind.mixes_tokens]
+            raise ValueError(
+                f"`{field}='{choice}'` mixes all tokens of a sample, but '{name}' is in a causal or streaming layer, "
+                "whose tokens must not see the ones after them. "
+                f"There, {field} may be {' or '.join(map(repr, works))}."
+            )
+
+
+def _describe_stacks(model: nn.Module) -> str:
+    """The lists of layers in a model and what is in each layer, for errors."""
+    found = []
+    for name, module in model.named_modules():
+        if is_repeated(module):
+            layer = own_module(next(iter(module.children())))
+            parts = ", ".join(path for path, _ in layer.named_children())
+            found.append(f"\n  {name}: {len(list(module.children()))} x {type(layer).__name__} ({parts})")
+    what = f" Its repeated blocks are:{''.join(found)}\n" if found else " It has no repeated blocks. "
+    return (
+        f"{what}Name the modules to adapt in `target_modules`, for example target_modules=['self_attn'], or "
+        f"['fc1{ARROW}fc2'] for a block that begins in one module and ends in another."
+    )

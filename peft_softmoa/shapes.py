@@ -17,6 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .structure import is_norm
+
 # Tokens in a probe of a block. Prime and small: it should not happen to be the size of a block's weight.
 PROBE_TOKENS = 3
 
@@ -122,7 +124,7 @@ def _note_norms(module: nn.Module, name: str, blocks: set[str], width: int, foun
     norms: dict[int, tuple[str, Tensor]] = {}  # by the identity of the output, which is kept so that it stays unique
     for path, child in ghost.named_modules():
         full = f"{name}.{path}".strip(".")
-        if _is_norm(child):
+        if is_norm(child.original_module if isinstance(child, ModulesToSaveWrapper) else child):
             child.register_forward_hook(
                 lambda module, args, output, full=full: norms.update({id(output): (full, output)})
             )
@@ -136,13 +138,6 @@ def _note_norms(module: nn.Module, name: str, blocks: set[str], width: int, foun
             child.register_forward_pre_hook(note, with_kwargs=True)
     with torch.random.fork_rng(devices=[]):  # some draw numbers to drop layers
         _run_on_shapes(ghost, width)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    if isinstance(module, ModulesToSaveWrapper):
-        return _is_norm(module.original_module)
-    # LayerNorm, RMSNorm and the like, but not BatchNorm1d.
-    return type(module).__name__.lower().endswith("norm") and any(True for _ in module.parameters(recurse=False))
 
 
 def _ghost(module: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from torch import nn
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 from peft_softmoa import mixture as mixtures
 from peft_softmoa.experts import PatchGrid
+from peft_softmoa.placement import Target
 from peft_softmoa.shapes import block_widths
 
 CONFIG = SoftMoAConfig(num_experts=3, num_slots=2, r=4, scaling=0.5, init_weights=False)
@@ -23,7 +24,11 @@ class Attention(nn.Module):
 
 def make(base_layer, config=CONFIG):
     torch.manual_seed(0)
-    return SoftMoALayer(base_layer, "default", config, "encoder.block", block_widths("encoder.block", base_layer))
+    return SoftMoALayer(base_layer, "default", config, target(base_layer))
+
+
+def target(base_layer):
+    return Target("encoder.block", None, *block_widths("encoder.block", base_layer))
 
 
 def mixture(layer, tokens, adapter_name="default"):
@@ -56,7 +61,7 @@ def test_plain_rows_are_one_token_per_sample():
 
 def test_active_adapters_add_up():
     layer = make(Attention())
-    layer.update_layer("other", SoftMoAConfig(num_experts=2, r=3, init_weights=False))
+    layer.update_layer("other", SoftMoAConfig(num_experts=2, r=3, init_weights=False), target(layer.base_layer))
     tokens = torch.randn(2, 5, 6)
     base = layer.base_layer(tokens)[0]
     first, second = 0.5 * mixture(layer, tokens), mixture(layer, tokens, "other")
@@ -100,7 +105,8 @@ def test_tokens_of_the_wrong_shape(shape):
 
 def test_what_the_mixture_refuses_names_the_block():
     config = SoftMoAConfig(routing="dense", expert_type="convolution", patch_grid=True)
-    layer = SoftMoALayer(nn.Linear(6, 6), "default", config, "encoder.block", (6, 6), PatchGrid(2, 3, 4))
+    base_layer = nn.Linear(6, 6)
+    layer = SoftMoALayer(base_layer, "default", config, target(base_layer), PatchGrid(2, 3, 4))
     with pytest.raises(ValueError, match="^In the adapted block 'encoder.block': `patch_grid` takes 14 tokens.*got 5"):
         layer(torch.randn(2, 5, 6))
 

@@ -162,7 +162,8 @@ def test_flex_attention_finds_the_widths():
     model = ASTModel._from_config(tiny_ast_config(), attn_implementation="flex_attention")
     model = get_peft_model(model, SoftMoAConfig())
     layers = [module for module in model.modules() if isinstance(module, SoftMoALayer)]
-    assert [(layer.in_features, layer.out_features) for layer in layers] == [(32, 32), (32, 32)]
+    targets = [layer.softmoa_targets["default"] for layer in layers]
+    assert [(target.in_features, target.out_features) for target in targets] == [(32, 32), (32, 32)]
 
 
 def test_empty_batches():
@@ -177,10 +178,8 @@ def test_embeddings_cannot_be_adapted():
     assert not adapted(model)
 
 
-def test_unknown_architecture_asks_for_target_modules(tiny_wav2vec2):
+def test_whole_modules_as_targets(tiny_wav2vec2):
     model = tiny_wav2vec2(pre_norm=False)
-    with pytest.raises(ValueError, match="No `placement` is known for models of type 'wav2vec2'.*`target_modules`"):
-        get_peft_model(model, SoftMoAConfig())
     model = get_peft_model(model, SoftMoAConfig(target_modules=["attention", "feed_forward"]))
     assert len(adapted(model)) == 4
     assert model(torch.randn(2, 800)).last_hidden_state.isfinite().all()

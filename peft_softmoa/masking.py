@@ -1,0 +1,207 @@
+"""Which tokens are real: nothing else reads attention masks.
+
+Attention blocks are called with a mask, in one of many forms. Feed-forward blocks never are, and some blocks begin in
+one module and end in another: then hooks keep what the layer around them is called with. Letters: B batch, T tokens,
+H heads, W windows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .shapes import find_tokens
+
+# What masks are called; packed samples have limits instead, which `token_mask` refuses.
+MASKS = ("attention_mask", "attn_mask", "mask", "cu_seqlens", "cu_seq_lens_q")
+
+# An additive mask takes at least this much from the logits of a padded token: its weight is then below 1e-43.
+MASKED = -100.0
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module, in the order in which they are given by position."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def takes_mask(module: nn.Module) -> bool:
+    """Whether a module can be called with a mask, also if it only passes it on."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.name in MASKS or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def find_mask(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The mask that a module is called with.
+
+    Args:
+        names (tuple[str, ...]): names of the arguments by position.
+        args, kwargs: the arguments of the call.
+
+    Returns:
+        The mask in the form in which it is given, or None.
+    """
+    given = {**dict(zip(names, args)), **kwargs}
+    return next((given[name] for name in MASKS if given.get(name) is not None), None)
+
+
+def token_mask(mask: Any, batch: int, num_tokens: int) -> Optional[Tensor]:
+    """Read which tokens are real from a mask in the form that an attention takes.
+
+        2-D   (B, T)                      boolean or integer, nonzero for real tokens, as for flash attention
+        3-D   (B, T, T) or (W, T, T)      with one mask for each window, the same for all samples
+        4-D   (B or 1, H or 1, T or 1, T) boolean or integer, nonzero where a token is seen, or additive
+        flex attention's block mask
+
+    A mask of more than two dimensions says which tokens each token sees. A token is real if it sees itself: under
+    padding, windows, chunks and order in time alike.
+
+    Args:
+        mask: the mask; None if there is none.
+        batch (int): B, number of samples or of windows.
+        num_tokens (int): T.
+
+    Returns:
+        Tensor, optional: `(B, T)` boolean, true for real tokens; None if there is no mask.
+
+    Raises:
+        ValueError: for any other form.
+    """
+    if mask is None:
+        return None
+    if hasattr(mask, "mask_mod"):
+        return _read_block_mask(mask, batch, num_tokens)
+    if not isinstance(mask, Tensor):
+        raise ValueError(_not_understood(mask, type(mask).__name__, batch, num_tokens))
+    real = mask > MASKED if mask.is_floating_point() else mask != 0
+    if mask.ndim == 4:
+        real = real[:, 0]
+    if mask.ndim in (3, 4) and real.shape[-2] == real.shape[-1]:
+        real = real.diagonal(dim1=-2, dim2=-1)
+    elif mask.ndim in (3, 4) and real.shape[-2] == 1:
+        real = real[:, 0]
+    windows = mask.ndim == 3 and 0 < real.shape[0] < batch and batch % real.shape[0] == 0
+    if windows:
+        real = real.repeat(batch // real.shape[0], 1)
+    elif mask.ndim == 4 and real.shape[0] == 1:
+        real = real.expand(batch, -1)
+    # In two dimensions a float may be a weight or an addend.
+    if real.shape != (batch, num_tokens) or (mask.ndim == 2 and mask.is_floating_point()):
+        raise ValueError(_not_understood(mask, f"{mask.dtype} of shape {tuple(mask.shape)}", batch, num_tokens))
+    return real
+
+
+def _read_block_mask(mask: Any, batch: int, num_tokens: int) -> Tensor:
+    device = mask.kv_num_blocks.device
+    samples = torch.arange(batch, device=device)[:, None]
+    tokens = torch.arange(num_tokens, device=device)[None]
+    real = mask.mask_mod(samples, torch.zeros_like(tokens), tokens, tokens)
+    return real.to(torch.bool).expand(batch, num_tokens)
+
+
+def _not_understood(mask: Any, given: str, batch: int, num_tokens: int) -> str:
+    return (
+        f"Its attention mask, {given} ({type(mask).__name__}), is not understood for {batch} samples of {num_tokens} "
+        f"tokens. It may be ({batch}, {num_tokens}), boolean or integer; ({batch}, heads, {num_tokens}, "
+        f"{num_tokens}), boolean, integer or additive; or flex attention's block mask. With routing='dense' and "
+        "bottleneck experts no mask is needed."
+    )
+
+
+class LayerCall:
+    """What one call of a transformer's layer passes to an adapted block in it that does not get it itself.
+
+    Hooks keep it, and drop it after the call. Gradient checkpointing may run a layer's forward again without the
+    layer's own hooks; those of the modules inside of it run then, too, so the mask is taken from the attention as well.
+
+    Args:
+        reads_mask (bool): whether the block needs the mask at all.
+    """
+
+    def __init__(self, reads_mask: bool) -> None:
+        self.reads_mask = reads_mask
+        self.tokens: Optional[Tensor] = None
+        self.mask: Any = None
+        self.has_seen_mask = False
+        self.keeps_mask = False
+        self.is_open = False
+        self.handles: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies keep the hooks, but nothing of a call that an error has left open.
+        return {**self.__dict__, "tokens": None, "mask": None, "has_seen_mask": False, "is_open": False}
+
+    def keep_tokens(self, module: nn.Module) -> None:
+        """Keep the tokens that a module is called with.
+
+        Args:
+            module (nn.Module): the module where the block begins.
+        """
+        self.handles.append(module.register_forward_pre_hook(self._keep_tokens, with_kwargs=True))
+
+    def keep_mask(self, module: nn.Module) -> None:
+        """Keep the mask that a module is called with.
+
+        Args:
+            module (nn.Module): the layer, or its self-attention.
+        """
+        self.keeps_mask = True
+        keep = partial(self._keep_mask, argument_names(module))
+        self.handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+
+    def drop_after(self, layer: nn.Module) -> None:
+        """Drop everything when a layer has run, also if it fails.
+
+        Args:
+            layer (nn.Module): the layer around the block.
+        """
+        self.handles.append(layer.register_forward_pre_hook(self._open))
+        self.handles.append(layer.register_forward_hook(self._close, always_call=True))
+
+    def remove_hooks(self) -> None:
+        """Remove all hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def take_tokens(self) -> Optional[Tensor]:
+        """The tokens that are kept, once; None if there are none."""
+        tokens, self.tokens = self.tokens, None
+        return tokens
+
+    def take_mask(self) -> Any:
+        """The mask that is kept.
+
+        Returns:
+            The mask in the form in which it is given, or None.
+
+        Raises:
+            ValueError: if gradient checkpointing runs a block again that comes before the layer's attention.
+        """
+        if self.keeps_mask and not self.has_seen_mask and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "Under gradient checkpointing, its mask is not known when the backward pass runs it again, because "
+                "it comes before the self-attention of its layer. Adapt a block after it, use routing='dense', or "
+                "train without gradient checkpointing."
+            )
+        mask = self.mask
+        if not self.is_open:
+            self.mask, self.has_seen_mask = None, False
+        return mask
+
+    def _keep_tokens(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.tokens = find_tokens(args, kwargs)
+
+    def _keep_mask(self, names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.mask, self.has_seen_mask = find_mask(names, args, kwargs), True
+
+    def _open(self, layer: nn.Module, args: tuple) -> None:
+        self.is_open = True
+
+    def _close(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        self.tokens, self.mask, self.has_seen_mask, self.is_open = None, None, False, False

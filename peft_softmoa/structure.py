@@ -1,0 +1,200 @@
+"""Where the self-attention and the feed-forward of a transformer's layers are, by its structure.
+
+What counts is what the linear layers read and write, not what anything is called. Letters: D width of a layer's tokens,
+F width inside of its feed-forward, H width of all heads of its attention.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+class Block(NamedTuple):
+    """Where a mixture reads and where it adds: names of modules in the model."""
+
+    entry: str  # the mixture reads what this one is called with
+    exit: str  # and adds to what this one returns; for most blocks it is the same one
+    module: str  # the block as a whole, or its exit if it is not one module
+
+
+class Layer(NamedTuple):
+    """One layer of a transformer."""
+
+    name: str
+    width: int  # D
+    attentions: tuple[Block, ...]  # the self-attention, and after it a decoder's cross-attention
+    ffns: tuple[Block, ...]  # a Conformer has two half-steps
+    causal: bool  # whether its tokens do not see those after them
+
+
+class Linear(NamedTuple):
+    """A linear layer: its name, and the widths that it reads and writes."""
+
+    name: str
+    reads: int
+    writes: int
+
+
+def find_layers(model: nn.Module) -> list[list[Layer]]:
+    """Find the stacks of layers: lists of modules of one class with a self-attention in each.
+
+    A module in a layer is
+
+        a feed-forward   if all but one of its linear layers widen tokens, D → F, or D → 2F if one does so for two, and
+                         the other one narrows them, F → D, with F >= D; two modules with one linear layer each are
+                         one too
+        an attention     if three or more of its four or more linear layers read tokens, or if they write three times
+                         what the last one reads (fused queries, keys and values), H → D
+
+    Anything else is searched inside.
+
+    Args:
+        model (nn.Module): the model, with or without adapters and weights.
+
+    Returns:
+        list[list[Layer]]: the layers of each stack.
+    """
+    stacks = []
+    for name, module in model.named_modules():
+        if is_repeated(module):
+            layers = [_find_layer(f"{name}.{index}", layer) for index, layer in module.named_children()]
+            if all(layer.attentions for layer in layers):
+                stacks.append(layers)
+    return stacks
+
+
+def is_repeated(module: nn.Module) -> bool:
+    """Whether a module is a list of modules of one class, each of which has parts of its own."""
+    children = list(module.children())
+    return (
+        isinstance(module, nn.ModuleList)
+        and len({type(child) for child in children}) == 1
+        and all(any(True for _ in child.children()) for child in children)
+    )
+
+
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """The base model's own module of a name, also if it or one around it has adapters.
+
+    Args:
+        model (nn.Module): the model.
+        name (str): name of the module in the model without adapters.
+
+    Returns:
+        nn.Module: the module.
+
+    Raises:
+        AttributeError: if there is none.
+    """
+    module = own_module(model)
+    for part in name.split("."):
+        module = own_module(getattr(module, part))
+    return module
+
+
+def own_module(module: nn.Module) -> nn.Module:
+    """The base model's own module in a module that may have adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes tokens: LayerNorm, RMSNorm and the like, but not BatchNorm1d."""
+    return type(module).__name__.lower().endswith("norm") and any(True for _ in module.parameters(recurse=False))
+
+
+def _find_layer(name: str, layer: nn.Module) -> Layer:
+    layer = own_module(layer)
+    sizes = Counter(size for linear in _linears(layer, name) for size in (linear.reads, linear.writes))
+    width = max(sizes, key=lambda size: sizes[size], default=0)
+    blocks: dict[str, list[Block]] = {"attention": [], "ffn": []}
+    for kind, block in _find_blocks(layer, name, width):
+        blocks[kind].append(block)
+    # Some decoders set only the second.
+    flags = [getattr(module, flag, False) for module in layer.modules() for flag in ("is_causal", "is_decoder")]
+    causal = any(flag is True for flag in flags)
+    return Layer(name, width, tuple(blocks["attention"]), tuple(blocks["ffn"]), causal)
+
+
+def _find_blocks(module: nn.Module, name: str, width: int) -> Iterator[tuple[str, Block]]:
+    """The blocks in a module, in the order in which they are defined."""
+    widening: list[Linear] = []
+    for child_name, child in module.named_children():
+        path, child = f"{name}.{child_name}", own_module(child)
+        linears = list(_linears(child, path))
+        if is_repeated(child):
+            continue  # a stack of its own
+        if _is_ffn(linears, width):
+            yield "ffn", _ffn_block(child, path, linears)
+        elif _is_attention(child, path, linears, width):
+            yield "attention", _attention_block(child, path, linears, width)
+        elif len(linears) == 1:
+            widening += linears if linears[0].reads == width < linears[0].writes else ()
+            if widening and linears[0] not in widening and _is_ffn([*widening, *linears], width):
+                yield "ffn", Block(widening[0].name, linears[0].name, linears[0].name)
+                widening = []
+        else:
+            yield from _find_blocks(child, path, width)
+
+
+def _linears(module: nn.Module, name: str) -> Iterator[Linear]:
+    module = own_module(module)
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        yield Linear(name, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+    else:
+        for child_name, child in module.named_children():
+            yield from _linears(child, f"{name}.{child_name}")
+
+
+def _is_ffn(linears: list[Linear], width: int) -> bool:
+    if len(linears) not in (2, 3):
+        return False
+    *widening, narrowing = sorted(linears, key=lambda linear: linear.writes == width and linear.reads != width)
+    inner = narrowing.reads
+    return (
+        narrowing.writes == width
+        and all(linear.reads == width for linear in widening)
+        # Three linear layers of one width are rather queries, keys and values.
+        and (inner > width or inner == width and len(linears) == 2)
+        and [linear.writes for linear in widening] in ([inner], [2 * inner], [inner, inner])
+    )
+
+
+def _is_attention(module: nn.Module, name: str, linears: list[Linear], width: int) -> bool:
+    readers = [linear for linear in linears if linear.reads == width]
+    separate = len(linears) >= 4 and len(readers) >= 3
+    # Queries, keys and values from one or two linear layers, and the last one, which reads all heads.
+    fused = len(linears) in (2, 3) and linears[-1].writes == width
+    fused = fused and sum(linear.writes for linear in readers if linear != linears[-1]) == 3 * linears[-1].reads
+    if not (separate or fused):
+        return False
+    parts = [(f"{name}.{path}", part) for path, part in module.named_modules() if path]
+    return not any(_is_ffn(list(_linears(part, path)), width) for path, part in parts)
+
+
+def _ffn_block(module: nn.Module, name: str, linears: list[Linear]) -> Block:
+    # What comes after the last linear layer, such as dropout, comes after the mixture too.
+    if any(isinstance(part, nn.Dropout) or is_norm(part) for part in module.modules()):
+        exit = next(linear for linear in linears if linear.reads == max(each.reads for each in linears))
+        return Block(next(linear.name for linear in linears if linear != exit), exit.name, name)
+    return Block(name, name, name)
+
+
+def _attention_block(module: nn.Module, name: str, linears: list[Linear], width: int) -> Block:
+    entry = exit = name
+    for path, part in module.named_modules():
+        inside = list(_linears(part, f"{name}.{path}"))
+        after = [child for child in part.children() if isinstance(child, nn.Dropout) or is_norm(child)]
+        # As in BERT: the last linear layer in a module with dropout and normalization.
+        if path and len(inside) == 1 and after and inside[0].writes == width:
+            exit = inside[0].name
+    for path, part in module.named_modules():
+        if f"{name}.{path}" == linears[0].name:
+            break
+        if is_norm(part) and any(parameter.shape == (width,) for parameter in part.parameters()):
+            entry = linears[0].name  # normalized inside of the block
+    return Block(entry, exit, name)

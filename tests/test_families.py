@@ -1,0 +1,198 @@
+"""Every family of audio transformers with every placement. The README's table of models is made from these tests."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, build
+from peft import PeftModel, get_peft_model
+
+from peft_softmoa import SoftMoAConfig, SoftMoALayer
+from peft_softmoa import layer as layer_module
+
+PLACEMENTS = ("attention", "ffn", "both")
+WAVE_LAYERS = ["encoder.layers.0", "encoder.layers.1"]
+DENSE = ("feed_forward.intermediate_dense", "feed_forward.output_dense")
+# For each family, its layers, and in a layer where the attention and the feed-forward begin and end.
+PLACES = {
+    "AST": (
+        [f"audio_spectrogram_transformer.layers.{index}" for index in range(2)], ("attention",) * 2, ("mlp",) * 2
+    ),
+    **dict.fromkeys(
+        ("Wav2Vec2", "HuBERT", "WavLM", "UniSpeech", "UniSpeech-SAT", "SEW", "Data2VecAudio"),
+        (WAVE_LAYERS, ("attention",) * 2, DENSE),
+    ),
+    **dict.fromkeys(
+        ("Wav2Vec2-BERT", "Wav2Vec2-Conformer"),
+        (WAVE_LAYERS, ("self_attn",) * 2, ("ffn2.intermediate_dense", "ffn2.output_dense")),
+    ),
+    "SEW-D": (
+        ["encoder.encoder.layer.0", "encoder.encoder.layer.1"], ("attention", "attention.output.dense"),
+        ("intermediate.dense", "output.dense"),
+    ),
+    "Whisper, classification": (WAVE_LAYERS, ("self_attn",) * 2, ("fc1", "fc2")),
+    "Whisper, speech to text": ([f"model.{layer}" for layer in WAVE_LAYERS], ("self_attn",) * 2, ("fc1", "fc2")),
+    "CLAP": (
+        [f"audio_model.audio_encoder.layers.{stage}.blocks.{block}" for stage in range(2) for block in range(2)],
+        ("attention", "attention.output.dense"), ("intermediate.dense", "output.dense"),
+    ),
+    "SpeechT5": (
+        [f"speecht5.encoder.wrapped_encoder.layers.{index}" for index in range(2)], ("attention",) * 2, DENSE
+    ),
+    "Speech2Text": ([f"model.{layer}" for layer in WAVE_LAYERS], ("self_attn",) * 2, ("fc1", "fc2")),
+    "SeamlessM4T v2": (
+        [f"speech_encoder.encoder.layers.{index}" for index in range(3)], ("self_attn",) * 2,
+        ("ffn2.intermediate_dense", "ffn2.output_dense"),
+    ),
+    "Moonshine": ([f"model.{layer}" for layer in WAVE_LAYERS], ("self_attn",) * 2, ("mlp",) * 2),
+    "Parakeet-CTC": (WAVE_LAYERS, ("self_attn",) * 2, ("feed_forward2",) * 2),
+    **dict.fromkeys(
+        ("Qwen2-Audio", "Voxtral"),
+        ([f"model.audio_tower.layers.{index}" for index in range(2)], ("self_attn",) * 2, ("fc1", "fc2")),
+    ),
+}  # fmt: skip
+
+
+def adapted(model):
+    """Where each block of a model begins and ends."""
+    places = set()
+    for module in model.modules():
+        if isinstance(module, SoftMoALayer):
+            for target in module.softmoa_targets.values():
+                places.add((target.entry or target.name, target.name))
+    return places
+
+
+def hooks(model):
+    return [
+        (name, len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+    ]
+
+
+def encode(family, model, batch):
+    """Tokens of the encoder, from a model with or without an adapter."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    return family.encode(model, batch)
+
+
+def test_every_family_is_here():
+    assert PLACES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_placement(name, placement, tmp_path):
+    family, base = FAMILIES[name], build(name)
+    batch = family.inputs(list(family.lengths))
+    base.requires_grad_(False)  # WavLM's attention takes another kernel then
+    with torch.no_grad():
+        before = encode(family, base, batch)
+    state, hooks_before = copy.deepcopy(base.state_dict()), hooks(base)
+    kinds = [type(module) for module in base.modules()]
+
+    torch.manual_seed(0)
+    model = get_peft_model(base, SoftMoAConfig(placement=placement, num_experts=3, r=2))
+    layers, attention, ffn = PLACES[name]
+    wanted = {"attention": [attention], "ffn": [ffn], "both": [attention, ffn]}[placement]
+    assert adapted(model) == {
+        (f"{layer}.{entry}", f"{layer}.{exit}") for layer in layers for entry, exit in wanted
+    }  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(encode(family, model, batch), before)
+
+    model.train()
+    trainable = {key: tensor for key, tensor in model.named_parameters() if tensor.requires_grad}
+    assert trainable and all(".softmoa_" in key for key in trainable)
+    start = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=0.0)
+    weights = torch.randn(before.shape, generator=torch.Generator().manual_seed(2))
+    for _ in range(2):
+        optimizer.zero_grad()
+        (encode(family, model, batch) * weights).sum().backward()
+        assert all(tensor.grad is not None for tensor in trainable.values())
+        optimizer.step()
+    assert all(tensor.grad.isfinite().all() and tensor.grad.any() for tensor in trainable.values())
+    changes = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, start[key])}
+    # A batch norm counts its batches.
+    assert {key for key in changes if "batch_norm" not in key and ".norm." not in key} == set(trainable)
+
+    model.eval()
+    with torch.no_grad():
+        trained = encode(family, model, batch)
+    assert not torch.equal(trained, before)
+    model.save_pretrained(tmp_path)
+    fresh = build(name)
+    fresh.load_state_dict({key.replace(".base_layer", ""): tensor for key, tensor in base.state_dict().items()
+                           if ".softmoa_" not in key})  # fmt: skip
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(encode(family, loaded, batch), trained)
+
+    given_back = model.unload()
+    assert given_back is base and [type(module) for module in base.modules()] == kinds
+    assert hooks(base) == hooks_before
+    assert list(base.state_dict()) == list(state)
+    frozen = {key for key in state if "batch_norm" not in key and ".norm." not in key}
+    assert all(torch.equal(base.state_dict()[key], state[key]) for key in frozen)
+    base.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(encode(family, base, batch), before)
+
+
+def padded_model(name, placement, attention, **options):
+    """A model with a random adapter, whose frozen part lets no padding in."""
+    if attention == "sdpa" and not FAMILIES[name].config()[0]._supports_sdpa:
+        pytest.skip(f"transformers has no SDPA for {name}")
+    model = build(name, attention)
+    FAMILIES[name].prepare(model)
+    return get_peft_model(model, SoftMoAConfig(placement=placement, init_weights=False, scaling=4.0, **options)).eval()
+
+
+def difference(given, wanted):
+    return ((given - wanted).abs().max() / wanted.abs().max()).item()
+
+
+MASKED = [name for name, family in FAMILIES.items() if family.masked]
+OF_ANY_LENGTH = [name for name in MASKED if name != "Qwen2-Audio"]  # which pads every clip to 30 seconds
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("placement", ["attention", "ffn"])
+@pytest.mark.parametrize("name", OF_ANY_LENGTH)
+def test_padding(name, placement, attention, monkeypatch):
+    """A clip's outputs are the same alone and beside a longer one, and would not be without the mask."""
+    family, model = FAMILIES[name], padded_model(name, placement, attention)
+    short, long = family.lengths
+    alone, padded = family.inputs([short]), family.inputs([short, long])
+
+    def error():
+        with torch.no_grad():
+            wanted, given = encode(family, model, alone), encode(family, model, padded)
+        valid = wanted.shape[1] - (name == "Parakeet-CTC")  # whose last frame reads beyond the clip
+        return difference(given[0, :valid], wanted[0, :valid])
+
+    assert error() < 1e-5
+    monkeypatch.setattr(layer_module, "token_mask", lambda *args: None)
+    assert error() > 1e-3
+
+
+@pytest.mark.parametrize("placement", ["attention", "ffn"])
+@pytest.mark.parametrize("name", MASKED)
+def test_content_of_padding(name, placement):
+    """What stands in padded positions changes nothing."""
+    family, model = FAMILIES[name], padded_model(name, placement, "eager")
+    short, long = family.lengths
+    silent = family.inputs([short, long])
+    loud = {key: value.clone() for key, value in silent.items()}
+    for key in ("input_values", "input_features"):
+        if key in loud:
+            time = 1 if name != "Qwen2-Audio" else 2
+            valid = min(short // 10, 40) if name == "Qwen2-Audio" else short
+            part = loud[key][0].narrow(time - 1, valid, loud[key].shape[time] - valid)
+            part += torch.randn(part.shape, generator=torch.Generator().manual_seed(3))
+
+    with torch.no_grad():
+        wanted, given = encode(family, model, silent), encode(family, model, loud)
+        alone = encode(family, model, family.inputs([short]))
+    valid = alone.shape[1] - (name == "Parakeet-CTC")
+    assert difference(given[0, :valid], wanted[0, :valid]) < 1e-5
