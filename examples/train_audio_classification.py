@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Optional, get_type_hints
+from typing import Literal, Optional
 
 import torch
 import transformers
 from datasets import IterableDataset
 from huggingface_hub import HfApi
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.arguments import AdapterArguments
 from peft_softmoa.training import (
     ExtractFeatures,
     LogRouterLoss,
@@ -117,33 +118,6 @@ class DataArguments:
         default="skip",
         metadata={"help": "Audio that cannot be used is skipped, counted and named in a warning, or is an error."},
     )
-
-
-# SoftMoAConfig's own fields are arguments of this script, but for those that it sets itself.
-LISTS = {
-    "target_modules": Optional[list[str]],
-    "exclude_modules": Optional[list[str]],
-    "layers_to_transform": Optional[list[int]],
-}
-NOT_ARGUMENTS = {entry.name for entry in fields(PeftConfig)} | {
-    "init_weights",
-    "layers_pattern",
-    "modules_to_save",
-    "label_names",
-}
-TYPES = get_type_hints(SoftMoAConfig)
-AdapterArguments = make_dataclass(
-    "AdapterArguments",
-    [
-        (
-            entry.name,
-            LISTS.get(entry.name) or TYPES[entry.name],
-            field(default=entry.default, metadata={"help": entry.metadata["help"]}),
-        )
-        for entry in fields(SoftMoAConfig)
-        if entry.name not in NOT_ARGUMENTS
-    ],
-)
 
 
 def main(arguments: Optional[list[str]] = None) -> Trainer:

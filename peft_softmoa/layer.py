@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
-from .masking import MASKS, LayerCall, argument_names, find_mask, token_mask
+from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, is_mask, token_mask, unpack
 from .mixture import Router, build_mixture, mixture, reads_mask
 from .placement import Target
 from .shapes import find_tokens
@@ -44,7 +44,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     # All names of layers that may contain adapter (trainable) weights
     adapter_layer_names = ("softmoa_router", "softmoa_experts")
     # All names of other parameters that may contain adapter-related parameters
-    other_param_names = ("softmoa_scaling", "softmoa_targets", "softmoa_calls")
+    other_param_names = ("softmoa_scaling", "softmoa_targets", "softmoa_calls", "softmoa_hooks")
 
     def __init__(
         self,
@@ -58,13 +58,14 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.name = target.name
         self.base_layer = base_layer
         self._arguments = argument_names(base_layer)
-        self._takes_mask = any(name in MASKS for name in self._arguments)
+        self._takes_mask = any(map(is_mask, self._arguments))
         self.softmoa_router = nn.ModuleDict()
         self.softmoa_experts = nn.ModuleDict()
         self.softmoa_scaling: dict[str, float] = {}
         self.softmoa_targets: dict[str, Target] = {}
-        # What the adapters' hooks keep for them.
+        # What the adapters' hooks keep for them, and hooks of a whole adapter, which one of its layers has.
         self.softmoa_calls: dict[str, LayerCall] = {}
+        self.softmoa_hooks: dict[str, list[Any]] = {}
         # The losses of its routers, while a forward pass of the model collects them.
         self.router_losses: Optional[list[Tensor]] = None
         self._disable_adapters = False
@@ -91,6 +92,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_scaling[adapter_name] = config.scaling
         self.softmoa_targets[adapter_name] = target
         self.softmoa_calls[adapter_name] = LayerCall(reads_mask(config))
+        self.softmoa_hooks[adapter_name] = []
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -136,30 +138,39 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     def _mixture(self, adapter_name: str, tokens: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         router = cast(Router, self.softmoa_router[adapter_name])
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
-        rows = tokens.ndim == 2
-        tokens = tokens.unsqueeze(1) if rows else tokens
+        *shape, width = tokens.shape
         try:
-            mask = token_mask(self._find_mask(adapter_name, args, kwargs), *tokens.shape[:2])
-            output, loss = mixture(tokens, router, experts, mask)
+            given = self._find_mask(adapter_name, args, kwargs)
+            if given is not None and given.name in LIMITS:
+                tokens, mask = unpack(tokens.reshape(-1, width), given.value)
+                output, loss = mixture(tokens, router, experts, mask)
+                output = output[mask]
+            else:
+                tokens = tokens.unsqueeze(1) if len(shape) == 1 else tokens
+                output, loss = mixture(tokens, router, experts, token_mask(given, *tokens.shape[:2]))
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
         if loss is not None and self.router_losses is not None:
             self.router_losses.append(loss)
-        return self.softmoa_scaling[adapter_name] * (output.squeeze(1) if rows else output)
+        return self.softmoa_scaling[adapter_name] * output.reshape(*shape, output.shape[-1])
 
-    def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        call = self.softmoa_calls[adapter_name]
+    def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Optional[Mask]:
+        call = self._kept(adapter_name)
         if not call.reads_mask:
             return None
         return find_mask(self._arguments, args, kwargs) if self._takes_mask else call.take_mask()
 
-    def _take_tokens(self, adapter_name: str) -> Tensor:
-        if getattr(self, "_is_replica", False):
+    def _kept(self, adapter_name: str) -> LayerCall:
+        call = self.softmoa_calls[adapter_name]
+        if call.handles and getattr(self, "_is_replica", False):
             raise ValueError(
                 f"The adapted block '{self.name}' does not run under torch.nn.DataParallel, which shares its hooks "
                 "between devices. Start one process per device with `accelerate launch` or `torchrun`."
             )
-        tokens = self.softmoa_calls[adapter_name].take_tokens()
+        return call
+
+    def _take_tokens(self, adapter_name: str) -> Tensor:
+        tokens = self._kept(adapter_name).take_tokens()
         if tokens is None:
             raise ValueError(
                 f"The adapted block '{self.name}' begins in '{self.softmoa_targets[adapter_name].entry}', which was "
@@ -188,7 +199,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             adapter_name (str): its name.
         """
         if adapter_name in self.softmoa_calls:
-            self.softmoa_calls[adapter_name].remove_hooks()
+            for handle in (*self.softmoa_calls[adapter_name].handles, *self.softmoa_hooks[adapter_name]):
+                handle.remove()
         super().delete_adapter(adapter_name)
 
     def _get_base_layer_device_and_dtype(

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .layer import SoftMoALayer
 
@@ -19,17 +20,19 @@ LATEST = "_softmoa_router_aux_loss"
 
 
 class _Latest:
-    """Holds the loss of the latest pass, and whether anybody has added it to another.
+    """Holds the loss of the latest pass, whether anybody has added it to another, and the hooks that collect it.
 
-    Copies of the model do not get it: a tensor with a history cannot be copied.
+    Copies of the model do not get the loss: a tensor with a history cannot be copied.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, handles: list[RemovableHandle]) -> None:
         self.loss: Optional[Tensor] = None
         self.used = False
+        self.handles = handles
+        self.adapters = 0
 
-    def __reduce__(self) -> tuple:
-        return _Latest, ()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "loss": None, "used": False}
 
 
 class _Losses(list):
@@ -85,30 +88,28 @@ def _find_latest(model: nn.Module) -> Optional[_Latest]:
     return next((getattr(module, LATEST) for module in model.modules() if hasattr(module, LATEST)), None)
 
 
-def collect_router_losses(model: nn.Module) -> None:
-    """Make a model add the losses of its routers to the loss that it returns, in training.
+class Collecting:
+    """Makes a model add the losses of an adapter's routers to the loss that it returns, in training.
 
     Args:
         model (nn.Module): the base model, with adapters or before it gets them.
     """
-    if _open not in model._forward_pre_hooks.values():
-        setattr(model, LATEST, _Latest())
-        model.register_forward_pre_hook(_open)
-        model.register_forward_hook(_add, with_kwargs=True)
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        if not hasattr(model, LATEST):
+            handles = [model.register_forward_pre_hook(_open), model.register_forward_hook(_add, with_kwargs=True)]
+            setattr(model, LATEST, _Latest(handles))
+        getattr(model, LATEST).adapters += 1
 
-def stop_collecting(model: nn.Module) -> None:
-    """Undo `collect_router_losses`.
-
-    Args:
-        model (nn.Module): the base model.
-    """
-    for hooks, ours in ((model._forward_pre_hooks, _open), (model._forward_hooks, _add)):
-        for key in [key for key, hook in hooks.items() if hook is ours]:
-            del hooks[key]
-            model._forward_hooks_with_kwargs.pop(key, None)
-    if hasattr(model, LATEST):
-        delattr(model, LATEST)
+    def remove(self) -> None:
+        """Stop it, with the last adapter that needs it."""
+        latest = getattr(self.model, LATEST)
+        latest.adapters -= 1
+        if not latest.adapters:
+            for handle in latest.handles:
+                handle.remove()
+            delattr(self.model, LATEST)
 
 
 def _open(model: nn.Module, args: tuple) -> None:

@@ -2,7 +2,7 @@
 
 Attention blocks are called with a mask, in one of many forms. Feed-forward blocks never are, and some blocks begin in
 one module and end in another: then hooks keep what the layer around them is called with. Letters: B batch, T tokens,
-H heads, W windows.
+H heads, W windows, D width.
 """
 
 from __future__ import annotations
@@ -10,19 +10,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from .shapes import find_tokens
 
-# What masks are called; packed samples have limits instead, which `token_mask` refuses.
-MASKS = ("attention_mask", "attn_mask", "mask", "cu_seqlens", "cu_seq_lens_q")
+# What masks of tokens are called, and what the limits of samples that are packed one after another.
+MASKS = ("attention_mask", "attn_mask", "mask", "conv_attention_mask", "input_features_mask")
+LIMITS = ("cu_seqlens", "cu_seq_lens_q")
+
+# These belong to other tokens, or to heads.
+OTHER_MASKS = ("encoder_attention_mask", "head_mask", "layer_head_mask", "cross_attn_head_mask")
 
 # An additive mask takes at least this much from the logits of a padded token: its weight is then below 1e-43.
 MASKED = -100.0
+
+
+class Mask(NamedTuple):
+    """A mask, or limits, as a module is called with it."""
+
+    name: str  # of the argument
+    value: Any
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -30,27 +42,54 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
+def is_mask(name: str) -> bool:
+    """Whether an argument is a mask of tokens, or has the limits of packed samples, by its name."""
+    return name in LIMITS or (name.endswith("mask") and name not in OTHER_MASKS)
+
+
 def takes_mask(module: nn.Module) -> bool:
     """Whether a module can be called with a mask, also if it only passes it on."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return any(parameter.name in MASKS or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return any(is_mask(parameter.name) or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def find_mask(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """The mask that a module is called with.
+def find_mask(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) -> Optional[Mask]:
+    """The mask that a module is called with, also one of an unknown name, which `token_mask` refuses.
 
     Args:
         names (tuple[str, ...]): names of the arguments by position.
         args, kwargs: the arguments of the call.
 
     Returns:
-        The mask in the form in which it is given, or None.
+        Mask, optional: the mask in the form in which it is given, or None.
     """
     given = {**dict(zip(names, args)), **kwargs}
-    return next((given[name] for name in MASKS if given.get(name) is not None), None)
+    others = [name for name in given if is_mask(name) and name not in MASKS + LIMITS]
+    return next((Mask(name, given[name]) for name in (*MASKS, *LIMITS, *others) if given.get(name) is not None), None)
 
 
-def token_mask(mask: Any, batch: int, num_tokens: int) -> Optional[Tensor]:
+def unpack(tokens: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a padded batch from samples that are packed one after another.
+
+    Args:
+        tokens (Tensor): `(L, D)`, with the number L of all tokens.
+        limits (Tensor): `(B + 1,)` integer, from 0 to L: sample b has the tokens from `limits[b]` to `limits[b + 1]`.
+
+    Returns:
+        tuple[Tensor, Tensor]: tokens `(B, T, D)`, zero where they are padded, and the mask `(B, T)`, true for real
+        ones; `x[mask]` packs x again.
+
+    Raises:
+        ValueError: if the limits do not fit the tokens.
+    """
+    lengths = limits.diff()
+    if limits.ndim != 1 or limits.is_floating_point() or int(lengths.sum()) != len(tokens):
+        raise ValueError(f"Its limits of packed samples, {limits.tolist()}, do not fit {len(tokens)} tokens.")
+    padded = pad_sequence(tokens.split(lengths.tolist()), batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=limits.device) < lengths[:, None]
+
+
+def token_mask(mask: Optional[Mask], batch: int, num_tokens: int) -> Optional[Tensor]:
     """Read which tokens are real from a mask in the form that an attention takes.
 
         2-D   (B, T)                      boolean or integer, nonzero for real tokens, as for flash attention
@@ -62,7 +101,7 @@ def token_mask(mask: Any, batch: int, num_tokens: int) -> Optional[Tensor]:
     padding, windows, chunks and order in time alike.
 
     Args:
-        mask: the mask; None if there is none.
+        mask (Mask, optional): the mask; None if there is none.
         batch (int): B, number of samples or of windows.
         num_tokens (int): T.
 
@@ -74,25 +113,26 @@ def token_mask(mask: Any, batch: int, num_tokens: int) -> Optional[Tensor]:
     """
     if mask is None:
         return None
-    if hasattr(mask, "mask_mod"):
-        return _read_block_mask(mask, batch, num_tokens)
-    if not isinstance(mask, Tensor):
-        raise ValueError(_not_understood(mask, type(mask).__name__, batch, num_tokens))
-    real = mask > MASKED if mask.is_floating_point() else mask != 0
-    if mask.ndim == 4:
+    value = mask.value
+    if hasattr(value, "mask_mod"):
+        return _read_block_mask(value, batch, num_tokens)
+    if not isinstance(value, Tensor) or mask.name not in MASKS:
+        raise ValueError(_not_understood(mask, batch, num_tokens))
+    real = value > MASKED if value.is_floating_point() else value != 0
+    if value.ndim == 4:
         real = real[:, 0]
-    if mask.ndim in (3, 4) and real.shape[-2] == real.shape[-1]:
+    if value.ndim in (3, 4) and real.shape[-2] == real.shape[-1]:
         real = real.diagonal(dim1=-2, dim2=-1)
-    elif mask.ndim in (3, 4) and real.shape[-2] == 1:
+    elif value.ndim in (3, 4) and real.shape[-2] == 1:
         real = real[:, 0]
-    windows = mask.ndim == 3 and 0 < real.shape[0] < batch and batch % real.shape[0] == 0
+    windows = value.ndim == 3 and 0 < real.shape[0] < batch and batch % real.shape[0] == 0
     if windows:
         real = real.repeat(batch // real.shape[0], 1)
-    elif mask.ndim == 4 and real.shape[0] == 1:
+    elif value.ndim == 4 and real.shape[0] == 1:
         real = real.expand(batch, -1)
     # In two dimensions a float may be a weight or an addend.
-    if real.shape != (batch, num_tokens) or (mask.ndim == 2 and mask.is_floating_point()):
-        raise ValueError(_not_understood(mask, f"{mask.dtype} of shape {tuple(mask.shape)}", batch, num_tokens))
+    if real.shape != (batch, num_tokens) or (value.ndim == 2 and value.is_floating_point()):
+        raise ValueError(_not_understood(mask, batch, num_tokens))
     return real
 
 
@@ -104,12 +144,15 @@ def _read_block_mask(mask: Any, batch: int, num_tokens: int) -> Tensor:
     return real.to(torch.bool).expand(batch, num_tokens)
 
 
-def _not_understood(mask: Any, given: str, batch: int, num_tokens: int) -> str:
+def _not_understood(mask: Mask, batch: int, num_tokens: int) -> str:
+    given = type(mask.value).__name__
+    if isinstance(mask.value, Tensor):
+        given += f" {mask.value.dtype} of shape {tuple(mask.value.shape)}"
     return (
-        f"Its attention mask, {given} ({type(mask).__name__}), is not understood for {batch} samples of {num_tokens} "
-        f"tokens. It may be ({batch}, {num_tokens}), boolean or integer; ({batch}, heads, {num_tokens}, "
-        f"{num_tokens}), boolean, integer or additive; or flex attention's block mask. With routing='dense' and "
-        "bottleneck experts no mask is needed."
+        f"Its attention mask `{mask.name}`, a {given}, is not understood for {batch} samples of {num_tokens} tokens. "
+        f"A mask is called {', '.join(MASKS)}, and may be ({batch}, {num_tokens}), boolean or integer; ({batch}, "
+        f"heads, {num_tokens}, {num_tokens}), boolean, integer or additive; or flex attention's block mask. With "
+        "routing='dense' and bottleneck experts no mask is needed."
     )
 
 
@@ -117,7 +160,7 @@ class LayerCall:
     """What one call of a transformer's layer passes to an adapted block in it that does not get it itself.
 
     Hooks keep it, and drop it after the call. Gradient checkpointing may run a layer's forward again without the
-    layer's own hooks; those of the modules inside of it run then, too, so the mask is taken from the attention as well.
+    layer's own hooks; those of the modules inside of it run then too, so the mask is taken from the attention as well.
 
     Args:
         reads_mask (bool): whether the block needs the mask at all.
@@ -126,7 +169,7 @@ class LayerCall:
     def __init__(self, reads_mask: bool) -> None:
         self.reads_mask = reads_mask
         self.tokens: Optional[Tensor] = None
-        self.mask: Any = None
+        self.mask: Optional[Mask] = None
         self.has_seen_mask = False
         self.keeps_mask = False
         self.is_open = False
@@ -163,22 +206,16 @@ class LayerCall:
         self.handles.append(layer.register_forward_pre_hook(self._open))
         self.handles.append(layer.register_forward_hook(self._close, always_call=True))
 
-    def remove_hooks(self) -> None:
-        """Remove all hooks."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-
     def take_tokens(self) -> Optional[Tensor]:
         """The tokens that are kept, once; None if there are none."""
         tokens, self.tokens = self.tokens, None
         return tokens
 
-    def take_mask(self) -> Any:
+    def take_mask(self) -> Optional[Mask]:
         """The mask that is kept.
 
         Returns:
-            The mask in the form in which it is given, or None.
+            Mask, optional: the mask in the form in which it is given, or None.
 
         Raises:
             ValueError: if gradient checkpointing runs a block again that comes before the layer's attention.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Optional
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .checkpointing import let_gradients_in
 from .config import SoftMoAConfig
 from .head import check_head, find_saved, fit_heads, name_labels
 from .layer import CANNOT_MERGE, SoftMoALayer
-from .load_balancing import collect_router_losses, stop_collecting
+from .load_balancing import Collecting
 from .placement import Target, choose_targets, find_patch_grid, find_targets, is_target
 from .shapes import block_widths
 
@@ -95,8 +97,22 @@ class SoftMoAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config.label_names is not None:
             fit_heads(model, adapter_name, config.label_names)
-        if config.router_aux_loss_coef:
-            collect_router_losses(model)
+        self._add_hooks(model, adapter_name)
+
+    def _add_hooks(self, model: nn.Module, adapter_name: str) -> None:
+        """Add the hooks of an adapter that belong to more than one block; one block of each encoder removes them."""
+        encoders: dict[Optional[str], SoftMoALayer] = {}
+        for module in model.modules():
+            if isinstance(module, SoftMoALayer) and adapter_name in module.softmoa_targets:
+                layer = module.softmoa_targets[adapter_name].layer
+                # The module that has the outermost list around the block.
+                path = layer and re.split(r"\.?\b\d+\b", layer)[0].rpartition(".")[0]
+                encoders.setdefault(path, module)
+        for path, module in encoders.items():
+            if path is not None:
+                module.softmoa_hooks[adapter_name].append(let_gradients_in(model.get_submodule(path)))
+        if self.peft_config[adapter_name].router_aux_loss_coef:
+            next(iter(encoders.values())).softmoa_hooks[adapter_name].append(Collecting(model))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
@@ -109,8 +125,6 @@ class SoftMoAModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._name_labels()
-        if not any(getattr(config, "router_aux_loss_coef", None) for config in self.peft_config.values()):
-            stop_collecting(self.model)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
@@ -131,7 +145,6 @@ class SoftMoAModel(BaseTuner):
                 for adapter_name in list(self.peft_config):
                     module.delete_adapter(adapter_name)
         self._name_labels(enabled=False)
-        stop_collecting(self.model)
         return super().unload()
 
     def unmerge_adapter(self) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .experts import PatchGrid
-from .masking import takes_mask
+from .masking import argument_names, takes_mask
 from .mixture import EXPERTS, ROUTERS
 from .shapes import block_widths
 from .structure import Block, Layer, find_layers, find_module, is_repeated, own_module
@@ -40,7 +40,8 @@ class Architecture(NamedTuple):
     """What the structure of a model does not show."""
 
     patch_grid: Optional[Callable[[dict[str, Any]], PatchGrid]] = None  # from the model's config to its grid
-    streaming: bool = False  # whether its tokens see little or nothing of those after them
+    takes_audio: Optional[bool] = None  # by default what its class says
+    causal: Optional[bool] = None  # whether tokens see few or none of those after them; by default what flags say
 
 
 # By the `model_type` of the config. All that is not here goes by structure.
@@ -48,9 +49,14 @@ ARCHITECTURES = {
     # Only the config says how the patches lie.
     "audio-spectrogram-transformer": Architecture(patch_grid=_ast_grid),
     # These encoders are made to run while the audio comes in, but only their masks show it.
-    "gemma3n_audio": Architecture(streaming=True),
-    "moonshine_streaming_encoder": Architecture(streaming=True),
-    "nemotron_asr_streaming_encoder": Architecture(streaming=True),
+    "gemma3n_audio": Architecture(causal=True),
+    "gemma4_audio": Architecture(causal=True),
+    "moonshine_streaming_encoder": Architecture(causal=True),
+    "nemotron_asr_streaming_encoder": Architecture(causal=True),
+    # Its attention is flagged as causal, but sees whole clips.
+    "phi4_multimodal_audio": Architecture(causal=False),
+    # Its encoder is T5's, which takes the names of ids for its embedded spectrograms.
+    "pop2piano": Architecture(takes_audio=True),
 }
 
 
@@ -121,7 +127,7 @@ def find_encoder(model: nn.Module) -> list[Layer]:
     """Find the layers of a model's audio encoder.
 
     Its layers have one attention, which is not a decoder's, and belong to a part of the model that takes audio. If
-    several stacks are left, it is the one with most layers, together with those of the same class.
+    several stacks are left, it is the one with most layers, together with those of the same class in that part.
 
     Args:
         model (nn.Module): the model.
@@ -132,33 +138,49 @@ def find_encoder(model: nn.Module) -> list[Layer]:
     Raises:
         ValueError: if there is none.
     """
-    stacks = [
-        layers
-        for layers in find_layers(model)
-        if len(layers[0].attentions) == 1
-        # What does not say what it takes may take audio.
-        and "audio" in getattr(_part_of(model, layers[0].name), "input_modalities", "audio")
-    ]
-    by_class: dict[type, list[Layer]] = {}
-    for layers in stacks:
-        by_class.setdefault(type(find_module(model, layers[0].name)), []).extend(layers)
-    if not by_class:
+    found: dict[tuple, list[Layer]] = {}
+    for layers in find_layers(model):
+        parts = _parts_around(model, layers[0].name)
+        if len(layers[0].attentions) == 1 and _take_audio(parts):
+            classes = frozenset(type(find_module(model, layer.name)) for layer in layers)
+            found.setdefault((id(parts[-1]) if parts else None, classes), []).extend(layers)
+    if not found:
         raise ValueError(
-            "`placement` looks for the audio encoder of a model: a list of layers of one class, in a part of the model "
-            "that takes audio, with a self-attention in each and no cross-attention. "
-            f"{type(model).__name__} has none.{_describe_stacks(model)}"
+            "`placement` looks for the audio encoder of a model: a list of layers, in a part of the model that takes "
+            f"audio, with a self-attention in each and no cross-attention. {type(model).__name__} has none."
+            f"{_describe_stacks(model)}"
         )
-    return max(by_class.values(), key=len)
+    return max(found.values(), key=len)
 
 
-def _part_of(model: nn.Module, name: str) -> Optional[PreTrainedModel]:
-    """The smallest pretrained model around a module: an audio encoder, a text decoder, or the whole one."""
-    around = [
+def _parts_around(model: nn.Module, name: str) -> list[PreTrainedModel]:
+    """The pretrained models around a module, outermost first: the whole one, and in it an encoder or a decoder."""
+    return [
         module
         for path, module in model.named_modules()
         if isinstance(module, PreTrainedModel) and (not path or name.startswith(f"{path}."))
     ]
-    return around[-1] if around else None
+
+
+def _architecture_of(parts: list[PreTrainedModel]) -> Architecture:
+    """What is known of the innermost of some parts."""
+    return ARCHITECTURES.get(parts[-1].config.model_type, Architecture()) if parts else Architecture()
+
+
+def _take_audio(parts: list[PreTrainedModel]) -> bool:
+    """Whether all parts around a module take audio; some say of themselves what holds for another one around them."""
+    known = _architecture_of(parts).takes_audio
+    return all(map(_takes_audio, parts)) if known is None else known
+
+
+def _takes_audio(part: PreTrainedModel) -> bool:
+    modalities = part.input_modalities
+    if modalities != PreTrainedModel.input_modalities:
+        return "audio" in modalities
+    # Its class says nothing, or that it takes text.
+    names = argument_names(part)
+    takes_other = any(name.endswith(("input_ids", "pixel_values")) for name in names)
+    return not takes_other or "input_features" in names or "input_values" in names
 
 
 def _select_layers(config: Any, layers: list[Layer]) -> list[Layer]:
@@ -273,15 +295,14 @@ def _make_target(config: Any, model: nn.Module, name: str, entry: Optional[str],
             "keys are different sequences, so it is never adapted: name it in `exclude_modules`."
         )
     width = layer.width if layer else getattr(getattr(model, "config", None), "hidden_size", None)
-    if entry is None:
-        in_features, out_features = block_widths(name, find_module(model, name), width)
-    else:
+    is_block = layer is not None and name in [block.module for block in (*layer.attentions, *layer.ffns)]
+    in_features, out_features = block_widths(name, find_module(model, name), width, is_block)
+    if entry is not None:
         try:
             begin = find_module(model, entry)
         except AttributeError as error:
             raise ValueError(f"`target_modules` has a block from '{entry}' to '{name}', but no '{entry}'.") from error
         in_features = block_widths(entry, begin, width)[0]
-        out_features = block_widths(name, find_module(model, name), width)[1]
     if layer is None:
         return Target(name, entry, in_features, out_features)
     _check_order_in_time(config, model, layer, name)
@@ -308,8 +329,8 @@ def _find_masks(model: nn.Module, layer: Layer, entry: str) -> tuple[str, ...]:
 
 def _check_order_in_time(config: Any, model: nn.Module, layer: Layer, name: str) -> None:
     """Check that no token would see the ones after it where the model does not let it."""
-    model_type = getattr(getattr(_part_of(model, name), "config", None), "model_type", "unknown")
-    if not (layer.causal or ARCHITECTURES.get(model_type, Architecture()).streaming):
+    known = _architecture_of(_parts_around(model, name)).causal
+    if not (layer.causal if known is None else known):
         return
     for field, table in (("routing", ROUTERS), ("expert_type", EXPERTS)):
         choice = getattr(config, field)

@@ -17,13 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .structure import is_norm
+from .structure import CONVOLUTION, is_norm
 
 # Tokens in a probe of a block. Prime and small: it should not happen to be the size of a block's weight.
 PROBE_TOKENS = 3
 
 # Modules that read something else than tokens.
-NO_TOKENS = (nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+NO_TOKENS = (CONVOLUTION, nn.Embedding, nn.EmbeddingBag)
 
 
 def find_tokens(args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -38,7 +38,9 @@ def find_tokens(args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
 
 
-def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None) -> tuple[int, int]:
+def block_widths(
+    name: str, block: nn.Module, hidden_size: Optional[int] = None, is_block: bool = False
+) -> tuple[int, int]:
     """Widths D and D' of a module that maps tokens `(B, T, D)` to `(B, T, D')`.
 
     A linear layer says so itself. Any other block is asked: a copy of it without weights is run on shapes alone (the
@@ -50,6 +52,7 @@ def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None)
         name (str): name of the module, for the error.
         block (nn.Module): the module; it is neither run nor changed.
         hidden_size (int, optional): hidden size of the model. Default: unknown.
+        is_block (bool): whether it is known to be an attention or a feed-forward. Default: False.
 
     Returns:
         tuple[int, int]: D and D'.
@@ -64,7 +67,9 @@ def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None)
     sizes = Counter(size for parameter in parameters for size in parameter.shape)
     failure: Optional[Exception] = None
     # What is no block at all, or reads something else than tokens, is not taken for one that needs more than tokens.
-    refused = type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
+    refused = not is_block and (
+        type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
+    )
     for width, _ in sizes.most_common():
         try:
             output = _run_on_shapes(_ghost(base), width)

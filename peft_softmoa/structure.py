@@ -13,6 +13,8 @@ from typing import NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+CONVOLUTION = nn.modules.conv._ConvNd
+
 
 class Block(NamedTuple):
     """Where a mixture reads and where it adds: names of modules in the model."""
@@ -41,14 +43,14 @@ class Linear(NamedTuple):
 
 
 def find_layers(model: nn.Module) -> list[list[Layer]]:
-    """Find the stacks of layers: lists of modules of one class with a self-attention in each.
+    """Find the stacks of layers: lists of modules with a self-attention in each.
 
     A module in a layer is
 
         a feed-forward   if all but one of its linear layers widen tokens, D → F, or D → 2F if one does so for two, and
                          the other one narrows them, F → D, with F >= D; two modules with one linear layer each are
-                         one too
-        an attention     if three or more of its four or more linear layers read tokens, or if they write three times
+                         one too; a convolution beside them makes them something else
+        an attention     if three or more of its four or more linear layers read the same, or if they write three times
                          what the last one reads (fused queries, keys and values), H → D
 
     Anything else is searched inside.
@@ -61,9 +63,9 @@ def find_layers(model: nn.Module) -> list[list[Layer]]:
     """
     stacks = []
     for name, module in model.named_modules():
-        if is_repeated(module):
+        if isinstance(module, nn.ModuleList):
             layers = [_find_layer(f"{name}.{index}", layer) for index, layer in module.named_children()]
-            if all(layer.attentions for layer in layers):
+            if layers and all(layer.attentions for layer in layers):
                 stacks.append(layers)
     return stacks
 
@@ -120,25 +122,36 @@ def _find_layer(name: str, layer: nn.Module) -> Layer:
     return Layer(name, width, tuple(blocks["attention"]), tuple(blocks["ffn"]), causal)
 
 
-def _find_blocks(module: nn.Module, name: str, width: int) -> Iterator[tuple[str, Block]]:
-    """The blocks in a module, in the order in which they are defined."""
+def _find_blocks(module: nn.Module, name: str, width: int, pairs: bool = True) -> Iterator[tuple[str, Block]]:
+    """The blocks in a module, in the order in which they are defined; with or without those that are a pair in it."""
     widening: list[Linear] = []
     for child_name, child in module.named_children():
         path, child = f"{name}.{child_name}", own_module(child)
-        linears = list(_linears(child, path))
         if is_repeated(child):
             continue  # a stack of its own
-        if _is_ffn(linears, width):
+        linears = list(_linears(child, path))
+        path, child = _without_wrapping(child, path, linears)
+        if _is_ffn(linears, width) and not any(isinstance(part, CONVOLUTION) for part in child.modules()):
             yield "ffn", _ffn_block(child, path, linears)
         elif _is_attention(child, path, linears, width):
             yield "attention", _attention_block(child, path, linears, width)
-        elif len(linears) == 1:
+        elif len(linears) == 1 and pairs:
             widening += linears if linears[0].reads == width < linears[0].writes else ()
             if widening and linears[0] not in widening and _is_ffn([*widening, *linears], width):
                 yield "ffn", Block(widening[0].name, linears[0].name, linears[0].name)
                 widening = []
-        else:
-            yield from _find_blocks(child, path, width)
+        elif len(linears) > 1:
+            pairs_in_it = not any(isinstance(part, CONVOLUTION) for part in child.children())
+            yield from _find_blocks(child, path, width, pairs_in_it)
+
+
+def _without_wrapping(module: nn.Module, name: str, linears: list[Linear]) -> tuple[str, nn.Module]:
+    """The smallest module with all the linear layers of another one: T5 wraps norm and residual around its blocks."""
+    for child_name, child in module.named_children():
+        path, child = f"{name}.{child_name}", own_module(child)
+        if len(linears) > 1 and list(_linears(child, path)) == linears:
+            return _without_wrapping(child, path, linears)
+    return name, module
 
 
 def _linears(module: nn.Module, name: str) -> Iterator[Linear]:
@@ -165,11 +178,11 @@ def _is_ffn(linears: list[Linear], width: int) -> bool:
 
 
 def _is_attention(module: nn.Module, name: str, linears: list[Linear], width: int) -> bool:
-    readers = [linear for linear in linears if linear.reads == width]
-    separate = len(linears) >= 4 and len(readers) >= 3
+    # The first layer may read something narrower or wider than what it writes.
+    separate = len(linears) >= 4 and max(Counter(linear.reads for linear in linears).values()) >= 3
     # Queries, keys and values from one or two linear layers, and the last one, which reads all heads.
     fused = len(linears) in (2, 3) and linears[-1].writes == width
-    fused = fused and sum(linear.writes for linear in readers if linear != linears[-1]) == 3 * linears[-1].reads
+    fused = fused and sum(linear.writes for linear in linears[:-1] if linear.reads == width) == 3 * linears[-1].reads
     if not (separate or fused):
         return False
     parts = [(f"{name}.{path}", part) for path, part in module.named_modules() if path]

@@ -1,0 +1,67 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_ast_config
+from transformers import ASTForAudioClassification, BertConfig
+
+from peft_softmoa import SoftMoAConfig, describe_targets
+from peft_softmoa.cli import empty_model, main
+
+
+@pytest.fixture
+def config_folder(tmp_path):
+    """A model of which only the config is there."""
+    config = tiny_ast_config()
+    config.architectures = ["ASTForAudioClassification"]
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_targets(config_folder, capsys):
+    options = ["--placement", "ffn", "--routing", "dense", "--num_experts", "3", "--modules_to_save", "classifier"]
+    main(["targets", str(config_folder), *options, "--layers_to_transform", "1"])
+    with torch.device("meta"):
+        model = ASTForAudioClassification(tiny_ast_config())
+    config = SoftMoAConfig(
+        placement="ffn", routing="dense", num_experts=3, modules_to_save=["classifier"], layers_to_transform=[1]
+    )
+    assert capsys.readouterr().out == f"{describe_targets(model, config)}\n"
+
+
+def test_it_is_installed_as_a_command(config_folder):
+    command = Path(sys.executable).with_name("peft-softmoa")
+    done = subprocess.run([command, "targets", config_folder], capture_output=True, text=True, check=True)
+    assert "audio_spectrogram_transformer.layers.1.attention" in done.stdout
+
+
+def test_the_model_has_no_weights(config_folder):
+    model = empty_model(str(config_folder))
+    assert isinstance(model, ASTForAudioClassification) and {weight.device.type for weight in model.parameters()} == {
+        "meta"
+    }
+
+
+def test_a_config_that_names_no_class(tmp_path):
+    tiny_ast_config().save_pretrained(tmp_path)
+    assert type(empty_model(str(tmp_path))).__name__ == "ASTModel"
+
+
+def test_errors_are_one_message(tmp_path):
+    BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(SystemExit, match="peft-softmoa: `placement` looks for the audio encoder of a model"):
+        main(["targets", str(tmp_path)])
+    with pytest.raises(SystemExit, match="peft-softmoa: `num_experts` must be a positive integer, got 0"):
+        main(["targets", str(tmp_path), "--num_experts", "0"])
+    with pytest.raises(SystemExit, match="peft-softmoa: "):
+        main(["targets", str(tmp_path / "missing")])
+
+
+def test_unknown_words(capsys):
+    with pytest.raises(SystemExit):
+        main(["nothing", "model"])
+    assert "peft-softmoa targets MODEL [options]" in capsys.readouterr().err
