@@ -63,7 +63,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_experts = nn.ModuleDict()
         self.softmoa_scaling: dict[str, float] = {}
         self.softmoa_targets: dict[str, Target] = {}
-        # What the adapters' hooks keep for them, and hooks of a whole adapter, which one of its layers has.
+        # What the adapters' hooks keep for them, and what removes the hooks, also those of an adapter as a whole.
         self.softmoa_calls: dict[str, LayerCall] = {}
         self.softmoa_hooks: dict[str, list[Any]] = {}
         # The losses of its routers, while a forward pass of the model collects them.
@@ -104,12 +104,11 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             model (nn.Module): the base model.
         """
         target, call = self.softmoa_targets[adapter_name], self.softmoa_calls[adapter_name]
-        if target.entry is not None:
-            call.keep_tokens(find_module(model, target.entry))
-        for name in target.masks if call.reads_mask and not self._takes_mask else ():
-            call.keep_mask(find_module(model, name))
-        if call.handles and target.layer is not None:
-            call.drop_after(find_module(model, target.layer))
+        entry = find_module(model, target.entry) if target.entry else None
+        masks = target.masks if call.reads_mask and not self._takes_mask else ()
+        masked = [find_module(model, name) for name in masks]
+        layer = find_module(model, target.layer) if target.layer else None
+        self.softmoa_hooks[adapter_name] += call.hook(entry, masked, layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and add the active mixtures.
@@ -162,7 +161,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
 
     def _kept(self, adapter_name: str) -> LayerCall:
         call = self.softmoa_calls[adapter_name]
-        if call.handles and getattr(self, "_is_replica", False):
+        if call.has_hooks and getattr(self, "_is_replica", False):
             raise ValueError(
                 f"The adapted block '{self.name}' does not run under torch.nn.DataParallel, which shares its hooks "
                 "between devices. Start one process per device with `accelerate launch` or `torchrun`."
@@ -198,8 +197,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name (str): its name.
         """
-        if adapter_name in self.softmoa_calls:
-            for handle in (*self.softmoa_calls[adapter_name].handles, *self.softmoa_hooks[adapter_name]):
+        if adapter_name in self.softmoa_hooks:
+            for handle in self.softmoa_hooks[adapter_name]:
                 handle.remove()
         super().delete_adapter(adapter_name)
 

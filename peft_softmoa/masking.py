@@ -8,7 +8,7 @@ H heads, W windows, D width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -171,40 +171,38 @@ class LayerCall:
         self.tokens: Optional[Tensor] = None
         self.mask: Optional[Mask] = None
         self.has_seen_mask = False
+        self.has_hooks = False
         self.keeps_mask = False
         self.is_open = False
-        self.handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies keep the hooks, but nothing of a call that an error has left open.
         return {**self.__dict__, "tokens": None, "mask": None, "has_seen_mask": False, "is_open": False}
 
-    def keep_tokens(self, module: nn.Module) -> None:
-        """Keep the tokens that a module is called with.
+    def hook(
+        self, entry: Optional[nn.Module], masked: Sequence[nn.Module], layer: Optional[nn.Module]
+    ) -> list[RemovableHandle]:
+        """Add the hooks that a block needs.
 
         Args:
-            module (nn.Module): the module where the block begins.
+            entry (nn.Module, optional): the module where the block begins, if it is another one than where it ends.
+            masked (sequence of nn.Module): modules that are called with its tokens' mask, if it is not.
+            layer (nn.Module, optional): the layer around the block, after which everything is dropped.
+
+        Returns:
+            list[RemovableHandle]: they remove the hooks.
         """
-        self.handles.append(module.register_forward_pre_hook(self._keep_tokens, with_kwargs=True))
-
-    def keep_mask(self, module: nn.Module) -> None:
-        """Keep the mask that a module is called with.
-
-        Args:
-            module (nn.Module): the layer, or its self-attention.
-        """
-        self.keeps_mask = True
-        keep = partial(self._keep_mask, argument_names(module))
-        self.handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-
-    def drop_after(self, layer: nn.Module) -> None:
-        """Drop everything when a layer has run, also if it fails.
-
-        Args:
-            layer (nn.Module): the layer around the block.
-        """
-        self.handles.append(layer.register_forward_pre_hook(self._open))
-        self.handles.append(layer.register_forward_hook(self._close, always_call=True))
+        handles = []
+        if entry is not None:
+            handles.append(entry.register_forward_pre_hook(self._keep_tokens, with_kwargs=True))
+        for module in masked:
+            keep = partial(self._keep_mask, argument_names(module))
+            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        if handles and layer is not None:
+            handles.append(layer.register_forward_pre_hook(self._open))
+            handles.append(layer.register_forward_hook(self._close, always_call=True))
+        self.keeps_mask, self.has_hooks = bool(masked), bool(handles)
+        return handles
 
     def take_tokens(self) -> Optional[Tensor]:
         """The tokens that are kept, once; None if there are none."""

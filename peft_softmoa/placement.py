@@ -294,19 +294,29 @@ def _make_target(config: Any, model: nn.Module, name: str, entry: Optional[str],
             f"`target_modules` matches '{name}', which belongs to the cross-attention of a decoder. Its queries and "
             "keys are different sequences, so it is never adapted: name it in `exclude_modules`."
         )
-    width = layer.width if layer else getattr(getattr(model, "config", None), "hidden_size", None)
-    is_block = layer is not None and name in [block.module for block in (*layer.attentions, *layer.ffns)]
-    in_features, out_features = block_widths(name, find_module(model, name), width, is_block)
-    if entry is not None:
-        try:
-            begin = find_module(model, entry)
-        except AttributeError as error:
-            raise ValueError(f"`target_modules` has a block from '{entry}' to '{name}', but no '{entry}'.") from error
-        in_features = block_widths(entry, begin, width)[0]
+    in_features, out_features = _find_widths(model, name, entry, layer)
     if layer is None:
         return Target(name, entry, in_features, out_features)
     _check_order_in_time(config, model, layer, name)
     return Target(name, entry, in_features, out_features, layer.name, _find_masks(model, layer, entry or name))
+
+
+def _find_widths(model: nn.Module, name: str, entry: Optional[str], layer: Optional[Layer]) -> tuple[int, int]:
+    """Widths D and D' of a block: those that its layer shows, or those of the modules where it begins and ends."""
+    if layer is not None:
+        for block in (*layer.attentions, *layer.ffns):
+            if (entry, name) in ((None, block.module), (block.entry, block.exit)):
+                return block.reads, layer.width
+    try:
+        begin, end = find_module(model, entry or name), find_module(model, name)
+    except AttributeError as error:
+        raise ValueError(
+            f"`target_modules` has a block from '{entry}' to '{name}', but no '{entry}'. Write both names from the "
+            f"same module on, as in ['fc1{ARROW}fc2'] or ['layers.0.fc1{ARROW}layers.0.fc2']."
+        ) from error
+    width = layer.width if layer else getattr(getattr(model, "config", None), "hidden_size", None)
+    reads, writes = block_widths(entry or name, begin, width)
+    return reads, writes if entry is None else block_widths(name, end, width)[1]
 
 
 def _crosses(layers: Iterable[Layer], name: str) -> bool:

@@ -38,9 +38,7 @@ def find_tokens(args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
 
 
-def block_widths(
-    name: str, block: nn.Module, hidden_size: Optional[int] = None, is_block: bool = False
-) -> tuple[int, int]:
+def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None) -> tuple[int, int]:
     """Widths D and D' of a module that maps tokens `(B, T, D)` to `(B, T, D')`.
 
     A linear layer says so itself. Any other block is asked: a copy of it without weights is run on shapes alone (the
@@ -52,7 +50,6 @@ def block_widths(
         name (str): name of the module, for the error.
         block (nn.Module): the module; it is neither run nor changed.
         hidden_size (int, optional): hidden size of the model. Default: unknown.
-        is_block (bool): whether it is known to be an attention or a feed-forward. Default: False.
 
     Returns:
         tuple[int, int]: D and D'.
@@ -67,9 +64,7 @@ def block_widths(
     sizes = Counter(size for parameter in parameters for size in parameter.shape)
     failure: Optional[Exception] = None
     # What is no block at all, or reads something else than tokens, is not taken for one that needs more than tokens.
-    refused = not is_block and (
-        type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
-    )
+    refused = type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
     for width, _ in sizes.most_common():
         try:
             output = _run_on_shapes(_ghost(base), width)

@@ -22,6 +22,7 @@ class Block(NamedTuple):
     entry: str  # the mixture reads what this one is called with
     exit: str  # and adds to what this one returns; for most blocks it is the same one
     module: str  # the block as a whole, or its exit if it is not one module
+    reads: int  # width of the tokens that it reads; all write D
 
 
 class Layer(NamedTuple):
@@ -132,13 +133,13 @@ def _find_blocks(module: nn.Module, name: str, width: int, pairs: bool = True) -
         linears = list(_linears(child, path))
         path, child = _without_wrapping(child, path, linears)
         if _is_ffn(linears, width) and not any(isinstance(part, CONVOLUTION) for part in child.modules()):
-            yield "ffn", _ffn_block(child, path, linears)
+            yield "ffn", _ffn_block(child, path, linears, width)
         elif _is_attention(child, path, linears, width):
             yield "attention", _attention_block(child, path, linears, width)
         elif len(linears) == 1 and pairs:
             widening += linears if linears[0].reads == width < linears[0].writes else ()
             if widening and linears[0] not in widening and _is_ffn([*widening, *linears], width):
-                yield "ffn", Block(widening[0].name, linears[0].name, linears[0].name)
+                yield "ffn", Block(widening[0].name, linears[0].name, linears[0].name, width)
                 widening = []
         elif len(linears) > 1:
             pairs_in_it = not any(isinstance(part, CONVOLUTION) for part in child.children())
@@ -189,12 +190,12 @@ def _is_attention(module: nn.Module, name: str, linears: list[Linear], width: in
     return not any(_is_ffn(list(_linears(part, path)), width) for path, part in parts)
 
 
-def _ffn_block(module: nn.Module, name: str, linears: list[Linear]) -> Block:
+def _ffn_block(module: nn.Module, name: str, linears: list[Linear], width: int) -> Block:
     # What comes after the last linear layer, such as dropout, comes after the mixture too.
     if any(isinstance(part, nn.Dropout) or is_norm(part) for part in module.modules()):
         exit = next(linear for linear in linears if linear.reads == max(each.reads for each in linears))
-        return Block(next(linear.name for linear in linears if linear != exit), exit.name, name)
-    return Block(name, name, name)
+        return Block(next(linear.name for linear in linears if linear != exit), exit.name, name, width)
+    return Block(name, name, name, width)
 
 
 def _attention_block(module: nn.Module, name: str, linears: list[Linear], width: int) -> Block:
@@ -210,4 +211,5 @@ def _attention_block(module: nn.Module, name: str, linears: list[Linear], width:
             break
         if is_norm(part) and any(parameter.shape == (width,) for parameter in part.parameters()):
             entry = linears[0].name  # normalized inside of the block
-    return Block(entry, exit, name)
+    [(reads, _)] = Counter(linear.reads for linear in linears).most_common(1)
+    return Block(entry, exit, name, reads)

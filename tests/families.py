@@ -67,6 +67,9 @@ class Family:
         encode: the encoder's tokens `(B, T, D)`, from the model and a batch. Default: `last_hidden_state`.
         lengths: two lengths of clips that the model takes.
         prepare: for tests of padding, keeps the frozen model itself from letting padding in.
+        read: how many of the tokens of a clip read nothing beyond its end. Default: all.
+        checkpoints: whether transformers can checkpoint its layers.
+        listed: whether the documentation names it; the others are there because the search goes by structure.
     """
 
     name: str
@@ -76,6 +79,9 @@ class Family:
     encode: Callable[[nn.Module, dict[str, Any]], torch.Tensor] = lambda model, batch: model(**batch).last_hidden_state
     lengths: tuple[int, int] = (204, 400)
     prepare: Callable[[nn.Module], None] = lambda model: None
+    read: Callable[[int], int] = lambda tokens: tokens
+    checkpoints: bool = True
+    listed: bool = True
 
 
 def _clips(lengths: list[int], *size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,6 +248,27 @@ def _parakeet() -> tuple[type, tf.PreTrainedConfig]:
     return tf.ParakeetForCTC, tf.ParakeetCTCConfig(vocab_size=12, pad_token_id=0, encoder_config=encoder)
 
 
+def _fun_asr_nano_inputs(lengths: list[int]) -> dict[str, torch.Tensor]:
+    batch = features(24)(lengths)
+    return {"input_features": batch["input_features"], "input_features_mask": batch["attention_mask"]}
+
+
+def _qwen2_5_omni() -> tuple[type, tf.PreTrainedConfig]:
+    from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni, modeling_qwen2_5_omni
+
+    config = configuration_qwen2_5_omni.Qwen2_5OmniAudioEncoderConfig(
+        num_mel_bins=8, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, d_model=16,
+        max_source_positions=20, n_window=10, output_dim=12,
+    )  # fmt: skip
+    return modeling_qwen2_5_omni.Qwen2_5OmniAudioEncoder, config
+
+
+def _packed_inputs(lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Clips one after another, without padding."""
+    clips, mask = _clips(lengths, 8)
+    return {"input_features": clips[mask.bool()].mT.contiguous(), "feature_lens": torch.tensor(lengths)}
+
+
 def _encoder_of(name: str) -> Callable[[nn.Module, dict[str, Any]], torch.Tensor]:
     """Tokens of the part of a model that the batch goes to first."""
 
@@ -337,7 +364,7 @@ FAMILIES = {
             lambda: (tf.WhisperForConditionalGeneration, tf.WhisperConfig(**WHISPER)),
             _whisper_s2t, encode=_encoder_state,
         ),
-        Family("CLAP", _clap, _clap_inputs, encode=_encoder_of("audio_model")),
+        Family("CLAP", _clap, _clap_inputs, encode=_encoder_of("audio_model"), checkpoints=False),
         Family(
             "SpeechT5",
             lambda: (tf.SpeechT5ForSpeechToText,
@@ -378,12 +405,62 @@ FAMILIES = {
             ),
             _with_text(waves), masked=True, encode=_encoder_state, lengths=(1920, 3840), prepare=_prepare_moonshine,
         ),
-        Family("Parakeet-CTC", _parakeet, features(8), masked=True, encode=_encoder_of("encoder")),
+        Family(
+            "Parakeet-CTC", _parakeet, features(8), masked=True, encode=_encoder_of("encoder"),
+            read=lambda tokens: tokens - 1,
+        ),
         Family(
             "Qwen2-Audio", _qwen2_audio, _qwen2_audio_inputs, masked=True, encode=_qwen2_audio_tokens,
             prepare=_prepare_qwen2_audio,
         ),
         Family("Voxtral", _voxtral, _voxtral_inputs, encode=_encoder_of("model.audio_tower")),
+        Family(
+            "Pop2Piano",
+            lambda: (tf.Pop2PianoForConditionalGeneration,
+                tf.Pop2PianoConfig(
+                    vocab_size=12, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0,
+                )
+            ),
+            _with_text(features(16)), masked=True, encode=_encoder_state, lengths=(20, 40), listed=False,
+        ),
+        Family(
+            "LASR-CTC",
+            lambda: (tf.LasrForCTC,
+                tf.LasrCTCConfig(
+                    vocab_size=12, pad_token_id=0,
+                    encoder_config={
+                        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+                        "conv_kernel_size": 3, "subsampling_conv_channels": 4, "num_mel_bins": 8, "layerdrop": 0.0,
+                    },
+                )
+            ),
+            features(8), masked=True, encode=_encoder_of("encoder"), listed=False,
+        ),
+        Family(
+            "Granite Speech",
+            lambda: (tf.GraniteSpeechCTCEncoder,
+                tf.GraniteSpeechEncoderConfig(
+                    input_dim=8, num_layers=2, hidden_dim=16, num_heads=2, context_size=8, max_pos_emb=8,
+                    conv_kernel_size=3, output_dim=12,
+                )
+            ),
+            lambda lengths: {"hidden_states": features(8)(lengths)["input_features"]}, lengths=(20, 40),
+            checkpoints=False, listed=False,
+        ),
+        Family(
+            "Fun-ASR-Nano",
+            lambda: (tf.FunAsrNanoEncoder,
+                tf.FunAsrNanoEncoderConfig(
+                    num_mel_bins=4, num_stacked_frames=6, hidden_size=16, num_attention_heads=2, intermediate_size=32,
+                    num_hidden_layers=3, num_timestamp_prediction_layers=1, fsmn_kernel_size=3,
+                )
+            ),
+            _fun_asr_nano_inputs, masked=True, lengths=(20, 40), listed=False,
+        ),
+        Family(
+            "Qwen2.5-Omni",
+            _qwen2_5_omni, _packed_inputs, lengths=(36, 56), listed=False,
+        ),
     )
 }  # fmt: skip
 

@@ -1,10 +1,15 @@
 import pytest
 import torch
+import transformers as tf
 from conftest import tiny_ast_config
+from families import FAMILIES, build
+from peft import get_peft_model
+from torch import nn
 from transformers import ASTModel
 
+from peft_softmoa import SoftMoAConfig, SoftMoALayer, describe_targets
 from peft_softmoa.experts import PatchGrid
-from peft_softmoa.placement import find_patch_grid
+from peft_softmoa.placement import ARCHITECTURES, find_patch_grid
 
 
 def test_patch_grid_of_the_audio_spectrogram_transformer():
@@ -33,3 +38,243 @@ def test_patch_grid_of_other_models():
     for config in ({"model_type": "wav2vec2"}, {}):
         with pytest.raises(ValueError, match="`patch_grid` is known for models of type audio-spectrogram-transformer"):
             find_patch_grid(config)
+
+
+LOOKS_FOR = (
+    "`placement` looks for the audio encoder of a model: a list of layers, in a part of the model that takes audio"
+)
+
+
+def test_a_text_model():
+    config = tf.BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(ValueError, match=LOOKS_FOR) as error:
+        get_peft_model(tf.BertModel(config), SoftMoAConfig())
+    assert "BertModel has none. Its repeated blocks are:" in str(error.value)
+    assert "\n  encoder.layer: 3 x BertLayer (attention, intermediate, output)\n" in str(error.value)
+    assert "target_modules=['self_attn'], or ['fc1->fc2']" in str(error.value)
+
+
+def test_a_vision_model():
+    config = tf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(ValueError, match=LOOKS_FOR) as error:
+        get_peft_model(tf.ViTModel(config), SoftMoAConfig())
+    assert "2 x ViTLayer (" in str(error.value)
+
+
+def test_a_model_without_layers():
+    with pytest.raises(ValueError, match=LOOKS_FOR + ".* Sequential has none. It has no repeated blocks. Name the mod"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), SoftMoAConfig())
+
+
+def test_a_model_of_convolutions():
+    with torch.device("meta"):
+        model = tf.DacModel(tf.DacConfig())
+    with pytest.raises(ValueError, match=LOOKS_FOR) as error:
+        describe_targets(model, SoftMoAConfig())
+    children = "(res_unit1, res_unit2, res_unit3, snake1, conv1)"
+    assert f"\n  encoder.block: 4 x DacEncoderBlock {children}\n" in str(error.value)
+
+
+def test_a_text_decoder_and_a_text_encoder_of_speech_models():
+    whisper = build("Whisper, speech to text").config
+    with pytest.raises(ValueError, match=LOOKS_FOR) as error:
+        get_peft_model(tf.WhisperForCausalLM(whisper), SoftMoAConfig())
+    assert "model.decoder.layers: 2 x WhisperDecoderLayer (self_attn, activation_fn, " in str(error.value)
+    with pytest.raises(ValueError, match=LOOKS_FOR + ".* SpeechT5ForTextToSpeech has none"):
+        get_peft_model(tf.SpeechT5ForTextToSpeech(build("SpeechT5").config), SoftMoAConfig())
+
+
+class Mixing(nn.Module):
+    """An attention of nobody's kind."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.everything, self.back = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, frames, mask=None):
+        queries, keys, values = self.everything(frames).chunk(3, dim=-1)
+        logits = queries @ keys.mT
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None], -1e9)
+        return self.back(logits.softmax(dim=-1) @ values)
+
+
+class Step(nn.Module):
+    def __init__(self, width, feeds=True):
+        super().__init__()
+        self.before, self.mixing = nn.LayerNorm(width), Mixing(width)
+        if feeds:
+            self.between, self.wide, self.thin = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, frames, mask=None):
+        frames = frames + self.mixing(self.before(frames), mask)
+        if hasattr(self, "wide"):
+            frames = frames + self.thin(self.wide(self.between(frames)).relu())
+        return frames
+
+
+class Encoder(nn.Module):
+    """An encoder that no library has."""
+
+    def __init__(self, feeds=True):
+        super().__init__()
+        self.steps = nn.ModuleList([Step(8, feeds) for _ in range(2)])
+
+    def forward(self, frames, mask=None):
+        for step in self.steps:
+            frames = step(frames, mask)
+        return frames
+
+
+@pytest.mark.parametrize("placement", ["attention", "ffn"])
+def test_an_encoder_that_nobody_listed(placement):
+    torch.manual_seed(0)
+    model = get_peft_model(Encoder(), SoftMoAConfig(placement=placement, init_weights=False, scaling=9.0)).eval()
+    names = [name for name, module in model.base_model.model.named_modules() if isinstance(module, SoftMoALayer)]
+    assert names == [f"steps.{index}.{'mixing' if placement == 'attention' else 'thin'}" for index in range(2)]
+    frames = torch.randn(2, 6, 8)
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    with torch.no_grad():
+        alone, padded, blind = model(frames[:1, :4]), model(frames, mask)[:1, :4], model(frames)[:1, :4]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
+    assert (blind - alone).abs().max() > 1e-2
+
+
+def test_a_placement_that_the_architecture_does_not_have():
+    get_peft_model(Encoder(feeds=False), SoftMoAConfig())
+    for placement in ("ffn", "both"):
+        with pytest.raises(
+            ValueError, match=f"`placement='{placement}'` looks for a feed-forward block in every layer"
+        ):
+            get_peft_model(Encoder(feeds=False), SoftMoAConfig(placement=placement))
+
+
+def test_a_mask_that_is_not_understood_names_the_layer():
+    model = get_peft_model(Encoder(), SoftMoAConfig(placement="ffn"))
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    model.base_model.model.steps[0].mixing.forward = lambda frames, mask=None: frames
+    named = r"In the adapted block 'steps\.0\.thin': Its attention mask `mask`, a Tensor torch\.bool of shape \(2, 7\)"
+    with pytest.raises(ValueError, match=named):
+        model(torch.randn(2, 6, 8), mask)
+
+
+def test_layers_to_transform():
+    model = get_peft_model(Encoder(), SoftMoAConfig(placement="both", layers_to_transform=[1]))
+    names = [name for name, module in model.base_model.model.named_modules() if isinstance(module, SoftMoALayer)]
+    assert names == ["steps.1.mixing", "steps.1.thin"]
+    assert model.peft_config["default"].layers_pattern == "steps"
+    with pytest.raises(ValueError, match=r"`layers_to_transform=\[7\]` and `layers_pattern='steps'` match none of the"):
+        get_peft_model(Encoder(), SoftMoAConfig(layers_to_transform=[7]))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "`routing='soft'` mixes all tokens .* There, routing may be 'dense' or 'top_k'"),
+        ({"routing": "expert_choice"}, "`routing='expert_choice'` mixes all tokens"),
+        (
+            {"routing": "dense", "expert_type": "convolution"},
+            "`expert_type='convolution'` mixes .* may be 'bottleneck'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("block", ["self_attn", "fc1->decoder.layers.0.fc2", "self_attn.q_proj"])
+def test_a_causal_decoder_takes_nothing_that_mixes_tokens(options, named, block):
+    config = SoftMoAConfig(target_modules=[f"decoder.layers.0.{block}"], **options)
+    with pytest.raises(ValueError, match=named) as error:
+        get_peft_model(build("Whisper, speech to text"), config)
+    assert "is in a causal or streaming layer, whose tokens must not see the ones after them" in str(error.value)
+
+
+@pytest.mark.parametrize("routing", ["dense", "top_k"])
+def test_what_works_in_a_causal_decoder_does_not_see_ahead(routing):
+    targets = ["decoder.layers.0.self_attn", "decoder.layers.1.fc1->decoder.layers.1.fc2"]
+    config = SoftMoAConfig(routing=routing, target_modules=targets, init_weights=False, scaling=4.0)
+    base = build("Whisper, speech to text")
+    batch = {**FAMILIES["Whisper, speech to text"].inputs([40]), "decoder_input_ids": torch.tensor([[1, 4, 5, 6]])}
+    with torch.no_grad():
+        before = base(**batch).logits
+        model = get_peft_model(base, config).eval()
+        after = model(**batch).logits
+        batch["decoder_input_ids"] = torch.tensor([[1, 4, 7, 8]])
+        other = model(**batch).logits
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(other[:, :2], after[:, :2])
+    assert (other[:, 2:] - after[:, 2:]).abs().max() > 1e-3
+
+
+def test_cross_attention_is_never_adapted():
+    for block in ("encoder_attn", "encoder_attn.k_proj"):
+        config = SoftMoAConfig(routing="dense", target_modules=[f"decoder.layers.0.{block}"])
+        with pytest.raises(ValueError, match=f"'model.decoder.layers.0.{block}', which belongs to the cross-attention"):
+            get_peft_model(build("Whisper, speech to text"), config)
+    model = get_peft_model(
+        build("Whisper, speech to text"), SoftMoAConfig(routing="dense", target_modules="all-linear")
+    )
+    assert not [name for name in model.peft_config["default"].target_modules if "encoder_attn" in name]
+
+
+def _streaming(name):
+    if name == "nemotron_asr_streaming_encoder":
+        return tf.NemotronAsrStreamingEncoder, tf.NemotronAsrStreamingEncoderConfig()
+    if name == "moonshine_streaming_encoder":
+        from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingEncoder
+
+        return MoonshineStreamingEncoder, MoonshineStreamingEncoder.config_class()
+    if name == "gemma3n_audio":
+        return tf.Gemma3nAudioEncoder, tf.Gemma3nAudioConfig()
+    return tf.Gemma4AudioModel, tf.Gemma4AudioConfig()
+
+
+@pytest.mark.parametrize("name", [name for name, known in ARCHITECTURES.items() if known.causal])
+def test_streaming_encoders(name):
+    model_class, config = _streaming(name)
+    assert config.model_type == name
+    with torch.device("meta"):
+        model = model_class._from_config(config)
+    with pytest.raises(ValueError, match="is in a causal or streaming layer, .* routing may be 'dense' or 'top_k'"):
+        describe_targets(model, SoftMoAConfig())
+    assert describe_targets(model, SoftMoAConfig(routing="dense")).targets
+
+
+def test_a_flag_that_is_wrong():
+    """Phi-4's audio encoder says that it is causal, but it is not, and its mask is no order in time."""
+    with torch.device("meta"):
+        config = tf.Phi4MultimodalConfig()
+        model = tf.Phi4MultimodalModel._from_config(config)
+    targets = describe_targets(model, SoftMoAConfig()).targets
+    assert len(targets) == config.audio_config.num_blocks
+    assert all(target.name.endswith(".self_attn") and ".audio_embed." in target.name for target in targets)
+
+
+def test_a_block_whose_end_is_given_with_two_beginnings():
+    config = SoftMoAConfig(target_modules=["steps.0.wide->steps.0.thin", "between->thin"])
+    with pytest.raises(ValueError, match=r"matches 'steps.0.thin' as the end of several blocks"):
+        get_peft_model(Encoder(), config)
+
+
+def test_a_block_without_its_beginning():
+    with pytest.raises(
+        ValueError,
+        match="from 'steps.0.nothing' to 'steps.0.thin', but no 'steps.0.nothing'. Write both names from the same",
+    ):
+        get_peft_model(Encoder(), SoftMoAConfig(target_modules=["nothing->thin"]))
+
+
+def test_a_block_that_begins_where_nothing_is_called():
+    model = get_peft_model(Encoder(), SoftMoAConfig(target_modules=["between->thin"]))
+    model.base_model.model.steps[0].between = nn.Identity()
+    with pytest.raises(ValueError, match="'steps.0.thin' begins in 'steps.0.between', which was not called before it"):
+        model(torch.randn(2, 6, 8))
+
+
+def test_a_target_given_by_hand_reads_the_mask_too():
+    """A linear layer inside the attention, which is never called with a mask."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Encoder(), SoftMoAConfig(target_modules=["everything", "wide"], init_weights=False, scaling=9.0)
+    ).eval()
+    frames = torch.randn(2, 6, 8)
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(frames, mask)[:1, :4], model(frames[:1, :4]), rtol=0, atol=1e-5)
