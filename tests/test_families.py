@@ -6,6 +6,8 @@ import pytest
 import torch
 from families import FAMILIES, build
 from peft import PeftModel, get_peft_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 from peft_softmoa import layer as layer_module
@@ -160,6 +162,16 @@ def difference(given, wanted):
     return ((given - wanted).abs().max() / wanted.abs().max()).item()
 
 
+def padding_error(family, model):
+    """How much the outputs of a short clip change when it is padded beside a longer one."""
+    short, long = family.lengths
+    with torch.no_grad():
+        alone = encode(family, model, family.inputs([short]))
+        padded = encode(family, model, family.inputs([short, long]))
+    valid = family.read(alone.shape[1])
+    return difference(padded[0, :valid], alone[0, :valid])
+
+
 MASKED = [name for name, family in FAMILIES.items() if family.masked]
 OF_ANY_LENGTH = [name for name in MASKED if name != "Qwen2-Audio"]  # which pads every clip to 30 seconds
 
@@ -170,18 +182,9 @@ OF_ANY_LENGTH = [name for name in MASKED if name != "Qwen2-Audio"]  # which pads
 def test_padding(name, placement, attention, monkeypatch):
     """A clip's outputs are the same alone and beside a longer one, and would not be without the mask."""
     family, model = FAMILIES[name], padded_model(name, placement, attention)
-    short, long = family.lengths
-    alone, padded = family.inputs([short]), family.inputs([short, long])
-
-    def error():
-        with torch.no_grad():
-            wanted, given = encode(family, model, alone), encode(family, model, padded)
-        valid = family.read(wanted.shape[1])
-        return difference(given[0, :valid], wanted[0, :valid])
-
-    assert error() < 1e-5
+    assert padding_error(family, model) < 1e-5
     monkeypatch.setattr(layer_module, "token_mask", lambda *args: None)
-    assert error() > 1e-3
+    assert padding_error(family, model) > 1e-3
 
 
 @pytest.mark.parametrize("placement", ["attention", "ffn"])
@@ -204,3 +207,54 @@ def test_content_of_padding(name, placement):
         alone = encode(family, model, family.inputs([short]))
     valid = family.read(alone.shape[1])
     assert difference(given[0, :valid], wanted[0, :valid]) < 1e-5
+
+
+def test_packed_samples():
+    """Clips one after another in one sequence do not see each other."""
+    family, model = FAMILIES["Qwen2.5-Omni"], padded_model("Qwen2.5-Omni", "both", "eager")
+    first, second = family.lengths
+    with torch.no_grad():
+        alone, both = (encode(family, model, family.inputs(lengths)) for lengths in ([first], [first, second]))
+    assert len(both) > len(alone)
+    assert difference(both[: len(alone)], alone) < 1e-5
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """What flash attention computes with the mask that it takes, `(B, T)` or None."""
+    mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash_masks(monkeypatch):
+    """An attention that gets its masks in the form in which flash attention does, on the CPU."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "masks_of_two_dimensions", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "masks_of_two_dimensions", flash_attention_mask)
+    return "masks_of_two_dimensions"
+
+
+@pytest.mark.parametrize("placement", ["attention", "ffn"])
+@pytest.mark.parametrize("name", ["Wav2Vec2", "HuBERT", "Moonshine"])
+def test_padding_with_flash_masks(name, placement, flash_masks):
+    family, model = FAMILIES[name], padded_model(name, placement, flash_masks)
+    assert padding_error(family, model) < 1e-5
+
+
+def test_padding_with_flex_masks():
+    family, model = FAMILIES["Wav2Vec2"], padded_model("Wav2Vec2", "both", "flex_attention")
+    assert padding_error(family, model) < 1e-5
+
+
+@pytest.mark.parametrize("routing", ["soft", "expert_choice", "top_k"])
+@pytest.mark.parametrize("name", ["Wav2Vec2", "Wav2Vec2-BERT", "LASR-CTC"])
+def test_a_sample_without_tokens(name, routing):
+    family = FAMILIES[name]
+    model = get_peft_model(build(name, "eager"), SoftMoAConfig(routing=routing, placement="both", init_weights=False))
+    batch = family.inputs(list(family.lengths))
+    batch["attention_mask"][0] = 0
+    output = encode(family, model, batch)
+    output.square().mean().backward()
+    assert output.isfinite().all()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
