@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test models check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Writes the README's table of models, from the outcome of the tests.
+models: .venv/installed
+	$(BIN)/python tests/models_table.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -67,7 +67,8 @@ class SoftMoAConfig(PeftConfig):
         r (`int`, defaults to 6):
             R, the width of each expert's bottleneck.
         placement (`"attention"`, `"ffn"` or `"both"`, defaults to `"attention"`):
-            Which sub-blocks of every layer are adapted when `target_modules` is not given.
+            Which blocks of every layer of the audio encoder are adapted when `target_modules` is not given: the
+            self-attention, the feed-forward (the last one, if there are two half-steps), or both.
         activation (`str`, defaults to `"gelu"`):
             The non-linearity of the experts, by its name in transformers.
         dropout (`float`, defaults to 0.0):
@@ -79,8 +80,9 @@ class SoftMoAConfig(PeftConfig):
             tests.
         target_modules (`list[str]` or `str`, *optional*):
             The modules to adapt, as in `LoraConfig`: names, endings of names or one regular expression. Any linear
-            layer, or any block that maps tokens `(B, T, D)` to `(B, T, D')`. Without it, `placement` chooses by the
-            model's architecture, and the choice is written here.
+            layer, or any block that maps tokens `(B, T, D)` to `(B, T, D')`. Among names, `"fc1->fc2"` is a block that
+            begins in one module and ends in another. Without it, `placement` chooses by the model's structure, and the
+            choice is written here.
         exclude_modules (`list[str]` or `str`, *optional*):
             The modules not to adapt, in the same forms.
         modules_to_save (`list[str]`, *optional*):
@@ -181,8 +183,8 @@ class SoftMoAConfig(PeftConfig):
         default=None,
         metadata={
             "help": "The modules to adapt: names, endings of names or one regular expression. Any linear layer or any "
-            "block that maps (B, T, D) to (B, T, D'). Without it, placement chooses by the architecture.",
-            "example": "For example, ['attention'] or '.*layers.(0|1).mlp'.",
+            "block that maps (B, T, D) to (B, T, D'). Without it, placement chooses by the model's structure.",
+            "example": "For example, ['attention'], ['fc1->fc2'] or '.*layers.(0|1).mlp'.",
         },
     )
     exclude_modules: Optional[Union[list[str], set[str], str]] = field(

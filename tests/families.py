@@ -64,6 +64,7 @@ class Family:
         config: class and config of the model.
         inputs: from a list of lengths to a padded batch of random clips, in the features that the model takes.
         masked: whether the model honours the attention mask; then padding changes nothing.
+        unmasked: what it does about clips of different lengths, if it does not.
         encode: the encoder's tokens `(B, T, D)`, from the model and a batch. Default: `last_hidden_state`.
         lengths: two lengths of clips that the model takes.
         prepare: for tests of padding, keeps the frozen model itself from letting padding in.
@@ -76,6 +77,7 @@ class Family:
     config: Callable[[], tuple[type, tf.PreTrainedConfig]]
     inputs: Callable[[list[int]], dict[str, torch.Tensor]]
     masked: bool = False
+    unmasked: str = ""
     encode: Callable[[nn.Module, dict[str, Any]], torch.Tensor] = lambda model, batch: model(**batch).last_hidden_state
     lengths: tuple[int, int] = (204, 400)
     prepare: Callable[[nn.Module], None] = lambda model: None
@@ -297,7 +299,7 @@ FAMILIES = {
                 )
             ),
             _spectrograms(40, 16, "input_values", transposed=False),
-            encode=_encoder_of("audio_spectrogram_transformer"),
+            encode=_encoder_of("audio_spectrogram_transformer"), unmasked="fixed length",
         ),
         Family("Wav2Vec2", lambda: (tf.Wav2Vec2Model, tf.Wav2Vec2Config(**MASKED_WAVE)), waves, masked=True),
         Family(
@@ -357,14 +359,17 @@ FAMILIES = {
         Family(
             "Whisper, classification",
             lambda: (tf.WhisperForAudioClassification, tf.WhisperConfig(**WHISPER)),
-            _spectrograms(40, 8), encode=_encoder_of("encoder"),
+            _spectrograms(40, 8), encode=_encoder_of("encoder"), unmasked="fixed length, drops the mask",
         ),
         Family(
             "Whisper, speech to text",
             lambda: (tf.WhisperForConditionalGeneration, tf.WhisperConfig(**WHISPER)),
-            _whisper_s2t, encode=_encoder_state,
+            _whisper_s2t, encode=_encoder_state, unmasked="fixed length, drops the mask",
         ),
-        Family("CLAP", _clap, _clap_inputs, encode=_encoder_of("audio_model"), checkpoints=False),
+        Family(
+            "CLAP", _clap, _clap_inputs, encode=_encoder_of("audio_model"), checkpoints=False,
+            unmasked="fixed length, routes in windows",
+        ),
         Family(
             "SpeechT5",
             lambda: (tf.SpeechT5ForSpeechToText,
@@ -413,7 +418,7 @@ FAMILIES = {
             "Qwen2-Audio", _qwen2_audio, _qwen2_audio_inputs, masked=True, encode=_qwen2_audio_tokens,
             prepare=_prepare_qwen2_audio,
         ),
-        Family("Voxtral", _voxtral, _voxtral_inputs, encode=_encoder_of("model.audio_tower")),
+        Family("Voxtral", _voxtral, _voxtral_inputs, encode=_encoder_of("model.audio_tower"), unmasked="fixed length"),
         Family(
             "Pop2Piano",
             lambda: (tf.Pop2PianoForConditionalGeneration,
@@ -445,7 +450,7 @@ FAMILIES = {
                 )
             ),
             lambda lengths: {"hidden_states": features(8)(lengths)["input_features"]}, lengths=(20, 40),
-            checkpoints=False, listed=False,
+            checkpoints=False, unmasked="takes no mask", listed=False,
         ),
         Family(
             "Fun-ASR-Nano",
@@ -459,7 +464,7 @@ FAMILIES = {
         ),
         Family(
             "Qwen2.5-Omni",
-            _qwen2_5_omni, _packed_inputs, lengths=(36, 56), listed=False,
+            _qwen2_5_omni, _packed_inputs, lengths=(36, 56), unmasked="packs, routes in windows", listed=False,
         ),
     )
 }  # fmt: skip

@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 from conftest import write_parquet, write_tone
+from families import FAMILIES
+from models_table import BEGIN, END
 from peft import PeftConfig
+from transformers import WhisperConfig
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.cli import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -38,6 +42,24 @@ def test_budgets(capsys):
     exec(code("budget"), {})
     shown = re.search(r"<!-- budget -->.*?```\n\n```\n(.*?)```", README, re.DOTALL).group(1)
     assert capsys.readouterr().out == shown
+
+
+def test_targets(capsys, tmp_path, monkeypatch):
+    exec(code("targets"), {})
+    shown = re.search(r"<!-- targets -->.*?```\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    assert capsys.readouterr().out == shown
+    # The command prints the same.
+    config = WhisperConfig(architectures=["WhisperForConditionalGeneration"])
+    config.save_pretrained(tmp_path / "openai/whisper-tiny")
+    monkeypatch.chdir(tmp_path)
+    main(re.search(r"`peft-softmoa (targets openai/whisper-tiny .*?)`", README).group(1).split())
+    assert capsys.readouterr().out == shown
+
+
+def test_every_model_is_in_the_table():
+    """`make models` writes it, from the outcome of the tests."""
+    rows = README.partition(BEGIN)[2].partition(END)[0].splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {name}" for name in FAMILIES]
 
 
 def test_table_lists_every_field_with_its_default():

@@ -1,0 +1,77 @@
+"""Write the README's table of models from what the tests of `test_families.py` and `test_checkpointing.py` say.
+
+python tests/models_table.py
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from families import FAMILIES, Family
+from test_families import PLACEMENTS, PLACES
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- models: written by tests/models_table.py -->\n", "<!-- end of models -->\n"
+TESTS = ["test_placement", "test_padding", "test_content_of_padding", "test_gradients_are_the_same"]
+HEADING = ["model", "attention", "feed-forward", "placements that work", "padding", "gradient checkpointing"]
+
+
+class Outcomes:
+    """A plugin of pytest that keeps what each test says, with the parameters that it has."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[str, dict, str]] = []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if report.when == "call" or not report.passed:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            self.all.append((item.originalname, parameters, report.outcome))
+        return report
+
+    def works(self, test: str, **parameters) -> bool:
+        """Whether a test passed, each time that it ran with some parameters."""
+        found = [outcome for name, given, outcome in self.all if name == test and parameters.items() <= given.items()]
+        return bool(found) and set(found) == {"passed"}
+
+
+def row(family: Family, outcomes: Outcomes) -> list[str]:
+    name = family.name
+    placed = [place for place in PLACEMENTS if outcomes.works("test_placement", name=name, placement=place)]
+    tries = {"eager": "eager", "SDPA": "sdpa"}
+    padding = [label for label, key in tries.items() if outcomes.works("test_padding", name=name, attention=key)]
+    if not padding and outcomes.works("test_content_of_padding", name=name):
+        padding = ["eager"]
+    kinds = {"reentrant or not": (False, True), "not reentrant": (False,)}
+    checkpointing = [
+        label
+        for label, reentrant in kinds.items()
+        if all(outcomes.works("test_gradients_are_the_same", name=name, reentrant=each) for each in reentrant)
+    ]
+    return [
+        name,
+        *(f"`{entry}`" if entry == exit else f"`{entry}` to `{exit}`" for entry, exit in PLACES[name][1:]),
+        "all" if placed == list(PLACEMENTS) else ", ".join(placed) or "none",
+        f"no effect: {', '.join(padding)}" if padding else family.unmasked,
+        checkpointing[0] if checkpointing else "none in transformers",
+    ]
+
+
+def table(outcomes: Outcomes) -> str:
+    rows = [HEADING, ["---"] * len(HEADING), *(row(family, outcomes) for family in FAMILIES.values())]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def main() -> None:
+    outcomes = Outcomes()
+    files = [str(HERE / "test_families.py"), str(HERE / "test_checkpointing.py")]
+    status = pytest.main([*files, "-q", "-k", " or ".join(TESTS)], plugins=[outcomes])
+    before, after = README.read_text().split(BEGIN)
+    README.write_text(before + BEGIN + table(outcomes) + END + after.split(END)[1])
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
