@@ -65,7 +65,10 @@ def find_mask(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) ->
     """
     given = {**dict(zip(names, args)), **kwargs}
     others = [name for name in given if is_mask(name) and name not in MASKS + LIMITS]
-    return next((Mask(name, given[name]) for name in (*MASKS, *LIMITS, *others) if given.get(name) is not None), None)
+    for name in (*MASKS, *LIMITS, *others):
+        if given.get(name) is not None:
+            return Mask(name, given[name])
+    return None
 
 
 def unpack(tokens: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:

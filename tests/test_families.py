@@ -242,7 +242,12 @@ def test_padding_with_flash_masks(name, placement, flash_masks):
 
 
 def test_padding_with_flex_masks():
-    family, model = FAMILIES["Wav2Vec2"], padded_model("Wav2Vec2", "both", "flex_attention")
+    family = FAMILIES["Wav2Vec2"]
+    try:
+        encode(family, build("Wav2Vec2", "flex_attention"), family.inputs(list(family.lengths)))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"this torch does not compile flex attention here: {str(error)[:99]}")
+    model = padded_model("Wav2Vec2", "both", "flex_attention")
     assert padding_error(family, model) < 1e-5
 
 

@@ -607,6 +607,11 @@ def test_hooks_of_replicas_are_refused():
 def test_compiled(name):
     """In one graph, with the mask, and the same numbers."""
     family = FAMILIES[name]
+    batch = family.inputs(list(family.lengths))
+    try:
+        family.encode(torch.compile(build(name), backend="eager", fullgraph=True), batch)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"this torch and transformers do not compile {name} itself in one graph: {error.args[0][:99]}")
     model = get_peft_model(build(name), SoftMoAConfig(placement="both", init_weights=False)).eval()
     wanted = outputs(name, model)
     torch._dynamo.reset()
@@ -614,10 +619,9 @@ def test_compiled(name):
     base = model.get_base_model()
     compiled = torch.compile(base, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        given = family.encode(compiled, family.inputs(list(family.lengths)))
+        given = family.encode(compiled, batch)
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    batch = family.inputs(list(family.lengths))
     gradients = []
     for run in (base, compiled):
         model.zero_grad()
