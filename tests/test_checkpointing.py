@@ -4,6 +4,7 @@ import torch
 from families import FAMILIES, build
 from peft import get_peft_model
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_softmoa import SoftMoAConfig
 
@@ -66,10 +67,14 @@ def test_a_block_before_the_attention_has_no_mask_when_it_is_run_again():
     targets = ["ffn1.intermediate_dense->ffn1.output_dense"]
     model = get_peft_model(build("Wav2Vec2-BERT"), SoftMoAConfig(target_modules=targets, init_weights=False)).train()
     batch = family.inputs(list(family.lengths))
-    gradients(family, model, batch)
+    wanted = gradients(family, model, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with pytest.raises(ValueError, match="layers.1.ffn1.output_dense': Under gradient checkpointing, its mask"):
-        gradients(family, model, batch)
+    if "__call__" in vars(GradientCheckpointingLayer):  # earlier transformers run a layer's hooks again, too
+        given = gradients(family, model, batch)
+        assert all(torch.allclose(given[name], gradient, rtol=1e-4) for name, gradient in wanted.items())
+    else:
+        with pytest.raises(ValueError, match="layers.1.ffn1.output_dense': Under gradient checkpointing, its mask"):
+            gradients(family, model, batch)
     config = SoftMoAConfig(routing="dense", target_modules=targets, init_weights=False)
     model = get_peft_model(build("Wav2Vec2-BERT"), config).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -244,7 +244,8 @@ def test_padding_with_flash_masks(name, placement, flash_masks):
 def test_padding_with_flex_masks():
     family = FAMILIES["Wav2Vec2"]
     try:
-        encode(family, build("Wav2Vec2", "flex_attention"), family.inputs(list(family.lengths)))
+        with torch.no_grad():
+            encode(family, build("Wav2Vec2", "flex_attention"), family.inputs(list(family.lengths)))
     except torch._dynamo.exc.TorchDynamoException as error:
         pytest.skip(f"this torch does not compile flex attention here: {str(error)[:99]}")
     model = padded_model("Wav2Vec2", "both", "flex_attention")
