@@ -36,8 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_softmoa import SoftMoAConfig
-from peft_softmoa.arguments import AdapterArguments
+from peft_softmoa.arguments import AdapterArguments, make_config
 from peft_softmoa.training import (
     ExtractFeatures,
     LogRouterLoss,
@@ -129,7 +128,7 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
     logging.getLogger().setLevel(logging.WARNING)
     transformers.logging.set_verbosity_warning()
     check_arguments(data_args, training_args)
-    config = SoftMoAConfig(**vars(adapter_args), modules_to_save=["classifier"])
+    config = make_config(adapter_args, modules_to_save=["classifier"])
     if config.router_aux_loss_coef and training_args.label_smoothing_factor:
         raise ValueError(
             "--label_smoothing_factor and --routing top_k do not go together: the Trainer computes a smoothed loss "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import field, fields, make_dataclass
 from typing import Any, Optional, get_type_hints
 
@@ -24,7 +25,7 @@ NOT_ARGUMENTS = {entry.name for entry in fields(PeftConfig)} | {
 }
 TYPES = get_type_hints(SoftMoAConfig)
 
-# For `transformers.HfArgumentParser`; `SoftMoAConfig(**vars(arguments))` makes the config.
+# For `transformers.HfArgumentParser`; `make_config` makes the config from it.
 AdapterArguments = make_dataclass(
     "AdapterArguments",
     [
@@ -37,3 +38,28 @@ AdapterArguments = make_dataclass(
         if entry.name not in NOT_ARGUMENTS
     ],
 )
+
+
+def make_config(arguments: Any, **options: Any) -> SoftMoAConfig:
+    """Make the config from parsed arguments.
+
+    One word for `target_modules` or `exclude_modules` is a name, `all-linear` or, with any of `\\*+?^$()[]{}|`, a
+    regular expression; several words are names.
+
+    Args:
+        arguments (AdapterArguments): what was parsed.
+        options: fields of the config that are no arguments.
+
+    Returns:
+        SoftMoAConfig: the config.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
+    given = vars(arguments) | options
+    for name in ("target_modules", "exclude_modules"):
+        if given[name] is not None and len(given[name]) == 1:
+            [word] = given[name]
+            if word == "all-linear" or re.search(r"[\\*+?^$()\[\]{}|]", word):
+                given[name] = word
+    return SoftMoAConfig(**given)

@@ -11,13 +11,15 @@ from torch.utils.hooks import RemovableHandle
 
 
 def let_gradients_in(encoder: nn.Module) -> RemovableHandle:
-    """Make an encoder's input require gradients whenever its layers are under reentrant checkpointing.
+    """Make the input of an encoder, or of a layer, require gradients whenever it is under reentrant checkpointing.
 
     Such a checkpoint drops the gradients of a layer whose input needs none, and nothing before the first adapter does.
-    What transformers offers for that needs input embeddings, which most audio models do not have.
+    What transformers offers for that needs input embeddings, which most audio models do not have. Later versions of
+    transformers run a layer's hooks outside of its checkpoint, earlier ones inside, where it is too late: then the
+    encoder's have to do it.
 
     Args:
-        encoder (nn.Module): the module that has the list of layers.
+        encoder (nn.Module): the module that has the list of layers, or a layer.
 
     Returns:
         RemovableHandle: removes the hook that does it.

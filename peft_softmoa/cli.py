@@ -11,8 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, HfArgumentParser
 
-from .arguments import AdapterArguments
-from .config import SoftMoAConfig
+from .arguments import AdapterArguments, make_config
 from .describe import describe_targets
 
 USAGE = "peft-softmoa targets MODEL [options]"
@@ -25,6 +24,9 @@ class TargetsArguments:
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules apart from the adapter that are trained and saved with it."}
+    )
+    label_names: Optional[list[str]] = field(
+        default=None, metadata={"help": "The classes of the head in modules_to_save, if the model has others."}
     )
 
 
@@ -43,7 +45,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     options, adapter, rest = parser.parse_args_into_dataclasses(arguments)
     try:
         model = empty_model(rest.model, options.revision)
-        print(describe_targets(model, SoftMoAConfig(**vars(adapter), modules_to_save=options.modules_to_save)))
+        config = make_config(adapter, modules_to_save=options.modules_to_save, label_names=options.label_names)
+        print(describe_targets(model, config))
     except (ValueError, OSError) as error:
         sys.exit(f"peft-softmoa: {error}")
 
@@ -60,6 +63,6 @@ def empty_model(name: str, revision: str = "main") -> nn.Module:
     """
     config = AutoConfig.from_pretrained(name, revision=revision)
     classes = [getattr(transformers, architecture, None) for architecture in config.architectures or ()]
-    model_class = next(filter(None, classes), None)
+    model_class = next((each for each in classes if hasattr(each, "_from_config")), None)
     with torch.device("meta"):
         return model_class._from_config(config) if model_class else AutoModel.from_config(config)

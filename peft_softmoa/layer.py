@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
 from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, is_mask, token_mask, unpack
-from .mixture import Router, build_mixture, mixture, reads_mask
+from .mixture import Router, build_mixture, mixes_tokens, mixture
 from .placement import Target
 from .shapes import find_tokens
 from .structure import find_module
@@ -91,7 +91,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_experts[adapter_name] = experts
         self.softmoa_scaling[adapter_name] = config.scaling
         self.softmoa_targets[adapter_name] = target
-        self.softmoa_calls[adapter_name] = LayerCall(reads_mask(config))
+        self.softmoa_calls[adapter_name] = LayerCall(mixes_tokens(config), bool(config.router_aux_loss_coef))
         self.softmoa_hooks[adapter_name] = []
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -130,7 +130,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         output = self.base_layer(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         for name in active:
-            tokens = inputs[name] if name in own else self._take_tokens(name)
+            tokens = inputs[name] if name in own else self._take_tokens(name, hidden)
             hidden = hidden + self._mixture(name, tokens, args, kwargs).to(hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -145,7 +145,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 output, loss = mixture(tokens, router, experts, mask)
                 output = output[mask]
             else:
-                tokens = tokens.unsqueeze(1) if len(shape) == 1 else tokens
+                tokens = tokens.unsqueeze(1) if len(shape) == 1 else tokens.flatten(1, -2)
                 output, loss = mixture(tokens, router, experts, token_mask(given, *tokens.shape[:2]))
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
@@ -155,7 +155,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
 
     def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Optional[Mask]:
         call = self._kept(adapter_name)
-        if not call.reads_mask:
+        if not (call.mixes_tokens or (call.reads_mask and self.training)):
             return None
         return find_mask(self._arguments, args, kwargs) if self._takes_mask else call.take_mask()
 
@@ -168,14 +168,16 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             )
         return call
 
-    def _take_tokens(self, adapter_name: str) -> Tensor:
+    def _take_tokens(self, adapter_name: str, output: Tensor) -> Tensor:
         tokens = self._kept(adapter_name).take_tokens()
         if tokens is None:
             raise ValueError(
                 f"The adapted block '{self.name}' begins in '{self.softmoa_targets[adapter_name].entry}', which was "
                 "not called before it. Adapt another module."
             )
-        return self._check_tokens(adapter_name, tokens, (tokens,), {})
+        tokens = self._check_tokens(adapter_name, tokens, (tokens,), {})
+        # Some blocks pad their tokens inside, at the end.
+        return tokens[:, : output.shape[1]] if tokens.ndim == 3 else tokens
 
     def _check_tokens(self, adapter_name: str, tokens: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         width = self.softmoa_targets[adapter_name].in_features
@@ -184,10 +186,12 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 f"The adapted block '{self.name}' was called without tokens: they are its first positional argument, "
                 f"`hidden_states` or `input`, but it got {len(args)} positional arguments and {sorted(kwargs)}."
             )
-        if tokens.ndim not in (2, 3) or tokens.shape[-1] != width:
+        # More dimensions make no difference where each token is read alone.
+        wrong = tokens.ndim < 2 or (tokens.ndim > 3 and self.softmoa_calls[adapter_name].mixes_tokens)
+        if wrong or tokens.shape[-1] != width:
             raise ValueError(
                 f"The adapted block '{self.name}' takes tokens of shape (batch, tokens, {width}) or "
-                f"(batch, {width}), got {tuple(tokens.shape)}."
+                f"(batch, {width}), got {tuple(tokens.shape)}. Name it in `exclude_modules`, or adapt another one."
             )
         return tokens
 

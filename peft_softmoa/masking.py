@@ -166,11 +166,13 @@ class LayerCall:
     layer's own hooks; those of the modules inside of it run then too, so the mask is taken from the attention as well.
 
     Args:
-        reads_mask (bool): whether the block needs the mask at all.
+        mixes_tokens (bool): whether the mixture's output for a token depends on others, so that it needs the mask.
+        balances (bool): whether it has a load-balancing loss, which needs the mask in training.
     """
 
-    def __init__(self, reads_mask: bool) -> None:
-        self.reads_mask = reads_mask
+    def __init__(self, mixes_tokens: bool, balances: bool) -> None:
+        self.mixes_tokens = mixes_tokens
+        self.reads_mask = mixes_tokens or balances
         self.tokens: Optional[Tensor] = None
         self.mask: Optional[Mask] = None
         self.has_seen_mask = False

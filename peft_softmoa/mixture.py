@@ -207,20 +207,16 @@ def build_mixture(
     return router, experts
 
 
-def reads_mask(config: Any) -> bool:
-    """Whether a mixture does anything else where a mask says that tokens are padded.
+def mixes_tokens(config: Any) -> bool:
+    """Whether what a mixture adds to a token depends on other tokens, and so on which of them are padded.
 
     Args:
         config (SoftMoAConfig): the choices.
 
     Returns:
-        bool: false if each token's output depends on that token alone, and no loss on the others.
+        bool: false if each token's output depends on that token alone.
     """
-    return (
-        ROUTERS[config.routing][0].mixes_tokens
-        or EXPERTS[config.expert_type][0].mixes_tokens
-        or bool(config.router_aux_loss_coef)
-    )
+    return ROUTERS[config.routing][0].mixes_tokens or EXPERTS[config.expert_type][0].mixes_tokens
 
 
 def mixture(

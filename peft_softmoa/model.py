@@ -101,18 +101,19 @@ class SoftMoAModel(BaseTuner):
 
     def _add_hooks(self, model: nn.Module, adapter_name: str) -> None:
         """Add the hooks of an adapter that belong to more than one block; one block of each encoder removes them."""
-        encoders: dict[Optional[str], SoftMoALayer] = {}
+        lists: dict[Optional[str], SoftMoALayer] = {}
         for module in model.modules():
             if isinstance(module, SoftMoALayer) and adapter_name in module.softmoa_targets:
                 layer = module.softmoa_targets[adapter_name].layer
-                # The module that has the outermost list around the block.
-                path = layer and re.split(r"\.?\b\d+\b", layer)[0].rpartition(".")[0]
-                encoders.setdefault(path, module)
-        for path, module in encoders.items():
+                # The outermost list around the block.
+                lists.setdefault(layer and re.split(r"\.?\b\d+\b", layer)[0], module)
+        for path, module in lists.items():
             if path is not None:
-                module.softmoa_hooks[adapter_name].append(let_gradients_in(model.get_submodule(path)))
+                encoder = model.get_submodule(path.rpartition(".")[0])
+                hooked = [encoder, *model.get_submodule(path).children()] if path else [encoder]
+                module.softmoa_hooks[adapter_name] += map(let_gradients_in, hooked)
         if self.peft_config[adapter_name].router_aux_loss_coef:
-            next(iter(encoders.values())).softmoa_hooks[adapter_name].append(Collecting(model))
+            next(iter(lists.values())).softmoa_hooks[adapter_name].append(Collecting(model))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""

@@ -6,6 +6,7 @@ Nothing else in the package knows the names of models.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Optional
 
@@ -20,12 +21,15 @@ from transformers import PreTrainedModel
 
 from .experts import PatchGrid
 from .masking import argument_names, takes_mask
-from .mixture import EXPERTS, ROUTERS
+from .mixture import EXPERTS, ROUTERS, mixes_tokens
 from .shapes import block_widths
-from .structure import Block, Layer, find_layers, find_module, is_repeated, own_module
+from .structure import Block, Layer, find_layers, find_module, is_linear, is_repeated, own_module
 
 # Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
 ARROW = "->"
+
+# Arguments of models that generate token after token.
+CACHES = {"past_key_values", "cache_params", "use_cache"}
 
 
 def _ast_grid(config: dict[str, Any]) -> PatchGrid:
@@ -41,7 +45,7 @@ class Architecture(NamedTuple):
 
     patch_grid: Optional[Callable[[dict[str, Any]], PatchGrid]] = None  # from the model's config to its grid
     takes_audio: Optional[bool] = None  # by default what its class says
-    causal: Optional[bool] = None  # whether tokens see few or none of those after them; by default what flags say
+    causal: Optional[bool] = None  # whether tokens see few or none of those after them; by default what it looks like
 
 
 # By the `model_type` of the config. All that is not here goes by structure.
@@ -168,19 +172,20 @@ def _architecture_of(parts: list[PreTrainedModel]) -> Architecture:
 
 
 def _take_audio(parts: list[PreTrainedModel]) -> bool:
-    """Whether all parts around a module take audio; some say of themselves what holds for another one around them."""
+    """Whether all parts around a module take audio."""
     known = _architecture_of(parts).takes_audio
-    return all(map(_takes_audio, parts)) if known is None else known
+    return all(_takes_audio(part, part is parts[-1]) for part in parts) if known is None else known
 
 
-def _takes_audio(part: PreTrainedModel) -> bool:
-    modalities = part.input_modalities
-    if modalities != PreTrainedModel.input_modalities:
-        return "audio" in modalities
-    # Its class says nothing, or that it takes text.
+def _takes_audio(part: PreTrainedModel, is_innermost: bool) -> bool:
+    # Where its class says nothing, this is the default.
+    says = part.input_modalities != PreTrainedModel.input_modalities
+    if says and not (is_innermost and "audio" in part.input_modalities):
+        return "audio" in part.input_modalities
+    # An inner part may have inherited what holds for another one.
     names = argument_names(part)
     takes_other = any(name.endswith(("input_ids", "pixel_values")) for name in names)
-    return not takes_other or "input_features" in names or "input_values" in names
+    return not takes_other or any(name.endswith(("input_features", "input_values")) for name in names)
 
 
 def _select_layers(config: Any, layers: list[Layer]) -> list[Layer]:
@@ -230,9 +235,11 @@ def is_target(config: Any, name: str) -> Any:
     Returns:
         What `peft.tuners.tuners_utils.check_target_module_exists` returns.
     """
-    if isinstance(config.target_modules, set) and any(ARROW in target for target in config.target_modules):
-        config = copy.copy(config)
-        config.target_modules = {target.rpartition(ARROW)[2] for target in config.target_modules}
+    config = copy.copy(config)
+    for field in ("target_modules", "exclude_modules"):
+        names = getattr(config, field)
+        if isinstance(names, set):
+            setattr(config, field, {each.rpartition(ARROW)[2] for each in names})
     return check_target_module_exists(config, name)
 
 
@@ -295,17 +302,39 @@ def _make_target(config: Any, model: nn.Module, name: str, entry: Optional[str],
             "keys are different sequences, so it is never adapted: name it in `exclude_modules`."
         )
     in_features, out_features = _find_widths(model, name, entry, layer)
-    if layer is None:
-        return Target(name, entry, in_features, out_features)
-    _check_order_in_time(config, model, layer, name)
-    return Target(name, entry, in_features, out_features, layer.name, _find_masks(model, layer, entry or name))
+    around = _elements_around(model, name)
+    if around:
+        _check_order_in_time(config, model, name, around[-1])
+    elif takes_mask(model) and (mixes_tokens(config) or config.router_aux_loss_coef):
+        warnings.warn(
+            f"'{name}' is in no layer that could be called with a mask: for it, padded tokens count as real ones. Name "
+            "it in `exclude_modules`, use routing='dense', or give clips of one length.",
+            stacklevel=2,
+        )
+    if layer is not None:
+        return Target(name, entry, in_features, out_features, layer.name, _find_masks(model, layer, entry or name))
+    # What is no layer as `find_layers` knows it may still be called with a mask.
+    masks = [each for each in around if _takes_mask(model, each)][:1]
+    return Target(name, entry, in_features, out_features, next(iter(masks or around), None), tuple(masks))
+
+
+def _elements_around(model: nn.Module, name: str) -> list[str]:
+    """The elements of lists that a module is in, innermost first."""
+    parts = name.split(".")
+    found = []
+    for length in range(len(parts) - 1, 0, -1):
+        *outer, index = parts[:length]
+        if index.isdigit() and isinstance(find_module(model, ".".join(outer)) if outer else model, nn.ModuleList):
+            found.append(".".join(parts[:length]))
+    return found
 
 
 def _find_widths(model: nn.Module, name: str, entry: Optional[str], layer: Optional[Layer]) -> tuple[int, int]:
     """Widths D and D' of a block: those that its layer shows, or those of the modules where it begins and ends."""
     if layer is not None:
         for block in (*layer.attentions, *layer.ffns):
-            if (entry, name) in ((None, block.module), (block.entry, block.exit)):
+            is_whole = (entry, name) == (None, block.module) and not is_linear(find_module(model, name))
+            if is_whole or (entry or name, name) == (block.entry, block.exit):
                 return block.reads, layer.width
     try:
         begin, end = find_module(model, entry or name), find_module(model, name)
@@ -324,23 +353,27 @@ def _crosses(layers: Iterable[Layer], name: str) -> bool:
     return any(f"{name}.".startswith(f"{attention.module}.") for layer in layers for attention in layer.attentions[1:])
 
 
+def _takes_mask(model: nn.Module, name: str) -> bool:
+    return takes_mask(find_module(model, name))
+
+
 def _find_masks(model: nn.Module, layer: Layer, entry: str) -> tuple[str, ...]:
     """The modules around or before a block that are called with the mask of its tokens."""
     attention = layer.attentions[0].module
-    around = find_module(model, layer.name)
     if f"{entry}.".startswith(f"{attention}."):
         sources = [attention]
-    elif takes_mask(around):
+    elif _takes_mask(model, layer.name):
         sources = [layer.name, attention]
     else:
         sources = []  # the layer's own mask, if it makes one, is for windows of the attention only
-    return tuple(source for source in sources if takes_mask(find_module(model, source)))
+    return tuple(source for source in sources if _takes_mask(model, source))
 
 
-def _check_order_in_time(config: Any, model: nn.Module, layer: Layer, name: str) -> None:
+def _check_order_in_time(config: Any, model: nn.Module, name: str, layer: str) -> None:
     """Check that no token would see the ones after it where the model does not let it."""
-    known = _architecture_of(_parts_around(model, name)).causal
-    if not (layer.causal if known is None else known):
+    parts = _parts_around(model, name)
+    known = _architecture_of(parts).causal
+    if not (_looks_causal(find_module(model, layer), parts) if known is None else known):
         return
     for field, table in (("routing", ROUTERS), ("expert_type", EXPERTS)):
         choice = getattr(config, field)
@@ -351,6 +384,14 @@ def _check_order_in_time(config: Any, model: nn.Module, layer: Layer, name: str)
                 "whose tokens must not see the ones after them. "
                 f"There, {field} may be {' or '.join(map(repr, works))}."
             )
+
+
+def _looks_causal(layer: nn.Module, parts: list[PreTrainedModel]) -> bool:
+    """Whether a layer says that it is causal or, if it says nothing, belongs to a part that keeps a cache."""
+    # Some decoders have only the second flag.
+    flags = [getattr(module, flag, None) for module in layer.modules() for flag in ("is_causal", "is_decoder")]
+    keeps_cache = bool(parts) and not CACHES.isdisjoint(argument_names(parts[-1]))
+    return True in flags or (keeps_cache and False not in flags)
 
 
 def _describe_stacks(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .structure import CONVOLUTION, is_norm
+from .structure import CONVOLUTION, is_linear, is_norm
 
 # Tokens in a probe of a block. Prime and small: it should not happen to be the size of a block's weight.
 PROBE_TOKENS = 3
@@ -58,7 +58,7 @@ def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None)
         ValueError: if the module does not map tokens to tokens.
     """
     base = block.get_base_layer() if isinstance(block, BaseTunerLayer) else block
-    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+    if is_linear(base):
         return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
     parameters = [] if isinstance(base, NO_TOKENS) else base.parameters()
     sizes = Counter(size for parameter in parameters for size in parameter.shape)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 CONVOLUTION = nn.modules.conv._ConvNd
 
@@ -32,7 +33,6 @@ class Layer(NamedTuple):
     width: int  # D
     attentions: tuple[Block, ...]  # the self-attention, and after it a decoder's cross-attention
     ffns: tuple[Block, ...]  # a Conformer has two half-steps
-    causal: bool  # whether its tokens do not see those after them
 
 
 class Linear(NamedTuple):
@@ -50,7 +50,7 @@ def find_layers(model: nn.Module) -> list[list[Layer]]:
 
         a feed-forward   if all but one of its linear layers widen tokens, D → F, or D → 2F if one does so for two, and
                          the other one narrows them, F → D, with F >= D; two modules with one linear layer each are
-                         one too; a convolution beside them makes them something else
+                         one too, with F > D; a convolution beside them makes them something else
         an attention     if three or more of its four or more linear layers read the same, or if they write three times
                          what the last one reads (fused queries, keys and values), H → D
 
@@ -105,6 +105,11 @@ def own_module(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, quantised or not."""
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalizes tokens: LayerNorm, RMSNorm and the like, but not BatchNorm1d."""
     return type(module).__name__.lower().endswith("norm") and any(True for _ in module.parameters(recurse=False))
@@ -117,10 +122,7 @@ def _find_layer(name: str, layer: nn.Module) -> Layer:
     blocks: dict[str, list[Block]] = {"attention": [], "ffn": []}
     for kind, block in _find_blocks(layer, name, width):
         blocks[kind].append(block)
-    # Some decoders set only the second.
-    flags = [getattr(module, flag, False) for module in layer.modules() for flag in ("is_causal", "is_decoder")]
-    causal = any(flag is True for flag in flags)
-    return Layer(name, width, tuple(blocks["attention"]), tuple(blocks["ffn"]), causal)
+    return Layer(name, width, tuple(blocks["attention"]), tuple(blocks["ffn"]))
 
 
 def _find_blocks(module: nn.Module, name: str, width: int, pairs: bool = True) -> Iterator[tuple[str, Block]]:
@@ -157,8 +159,10 @@ def _without_wrapping(module: nn.Module, name: str, linears: list[Linear]) -> tu
 
 def _linears(module: nn.Module, name: str) -> Iterator[Linear]:
     module = own_module(module)
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+    if is_linear(module):
         yield Linear(name, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
+    elif isinstance(module, Conv1D):
+        yield Linear(name, *module.weight.shape)
     else:
         for child_name, child in module.named_children():
             yield from _linears(child, f"{name}.{child_name}")
@@ -193,7 +197,7 @@ def _is_attention(module: nn.Module, name: str, linears: list[Linear], width: in
 def _ffn_block(module: nn.Module, name: str, linears: list[Linear], width: int) -> Block:
     # What comes after the last linear layer, such as dropout, comes after the mixture too.
     if any(isinstance(part, nn.Dropout) or is_norm(part) for part in module.modules()):
-        exit = next(linear for linear in linears if linear.reads == max(each.reads for each in linears))
+        exit = [linear for linear in linears if linear.reads == max(each.reads for each in linears)][-1]
         return Block(next(linear.name for linear in linears if linear != exit), exit.name, name, width)
     return Block(name, name, name, width)
 
@@ -206,10 +210,14 @@ def _attention_block(module: nn.Module, name: str, linears: list[Linear], width:
         # As in BERT: the last linear layer in a module with dropout and normalization.
         if path and len(inside) == 1 and after and inside[0].writes == width:
             exit = inside[0].name
+    [(reads, _)] = Counter(linear.reads for linear in linears).most_common(1)
+    # Queries, keys and values are side by side; there may be projections of positions, too.
+    readers = [linear.name for linear in linears if linear.reads == reads]
+    [(parent, _)] = Counter(reader.rpartition(".")[0] for reader in readers).most_common(1)
+    first = next(reader for reader in readers if reader.rpartition(".")[0] == parent)
     for path, part in module.named_modules():
-        if f"{name}.{path}" == linears[0].name:
+        if f"{name}.{path}" == first:
             break
         if is_norm(part) and any(parameter.shape == (width,) for parameter in part.parameters()):
-            entry = linears[0].name  # normalized inside of the block
-    [(reads, _)] = Counter(linear.reads for linear in linears).most_common(1)
+            entry = first  # normalized inside of the block
     return Block(entry, exit, name, reads)

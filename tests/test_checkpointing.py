@@ -5,6 +5,8 @@ from families import FAMILIES, build
 from peft import get_peft_model
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.pe_audio.configuration_pe_audio import PeAudioEncoderConfig
+from transformers.models.pe_audio.modeling_pe_audio import PeAudioEncoder
 
 from peft_softmoa import SoftMoAConfig
 
@@ -39,6 +41,23 @@ def test_gradients_are_the_same(name, reentrant, placement):
     given = gradients(family, model, batch)
     for name, gradient in wanted.items():
         torch.testing.assert_close(given[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
+
+
+@pytest.mark.skipif("__call__" in vars(GradientCheckpointingLayer), reason="hooks of layers come too late there")
+def test_layers_behind_something_without_gradients():
+    """PE-Audio embeds under no_grad, so that it does not help if the encoder's own input requires gradients."""
+    encoder = PeAudioEncoder(
+        PeAudioEncoderConfig(
+            dac_config={
+                "encoder_hidden_size": 4, "downsampling_ratios": [2, 4], "hidden_size": 16, "codebook_dim": 8
+            },
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        )
+    )  # fmt: skip
+    model = get_peft_model(encoder, SoftMoAConfig(modules_to_save=["output"], init_weights=False)).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    encoder(torch.randn(2, 1, 400)).last_hidden_state.square().mean().backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
 def test_nothing_is_checkpointed_without_being_asked():

@@ -31,6 +31,29 @@ def test_targets(config_folder, capsys):
     assert capsys.readouterr().out == f"{describe_targets(model, config)}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["mlp"], ["mlp"]),
+        (["layers.0.mlp", "layers.1.attention"], ["layers.0.mlp", "layers.1.attention"]),
+        (["all-linear"], "all-linear"),
+        ([r".*layers\.(0|1)\.mlp"], r".*layers\.(0|1)\.mlp"),
+    ],
+)
+def test_forms_of_target_modules(config_folder, capsys, words, wanted):
+    main(["targets", str(config_folder), "--routing", "dense", "--target_modules", *words])
+    description = describe_targets(
+        empty_model(str(config_folder)), SoftMoAConfig(routing="dense", target_modules=wanted)
+    )
+    assert capsys.readouterr().out == f"{description}\n"
+
+
+def test_classes_of_an_own_head(config_folder, capsys):
+    main(["targets", str(config_folder), "--modules_to_save", "classifier", "--label_names", "a", "b", "c"])
+    config = SoftMoAConfig(modules_to_save=["classifier"], label_names=["a", "b", "c"])
+    assert capsys.readouterr().out == f"{describe_targets(empty_model(str(config_folder)), config)}\n"
+
+
 def test_it_is_installed_as_a_command(config_folder):
     command = Path(sys.executable).with_name("peft-softmoa")
     done = subprocess.run([command, "targets", config_folder], capture_output=True, text=True, check=True)
@@ -44,8 +67,11 @@ def test_the_model_has_no_weights(config_folder):
     }
 
 
-def test_a_config_that_names_no_class(tmp_path):
-    tiny_ast_config().save_pretrained(tmp_path)
+@pytest.mark.parametrize("architectures", [None, ["AutoModel"], ["Unknown"]])
+def test_a_config_that_names_no_class(tmp_path, architectures):
+    config = tiny_ast_config()
+    config.architectures = architectures
+    config.save_pretrained(tmp_path)
     assert type(empty_model(str(tmp_path))).__name__ == "ASTModel"
 
 

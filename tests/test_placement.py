@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import transformers as tf
@@ -10,6 +12,7 @@ from transformers import ASTModel
 from peft_softmoa import SoftMoAConfig, SoftMoALayer, describe_targets
 from peft_softmoa.experts import PatchGrid
 from peft_softmoa.placement import ARCHITECTURES, find_patch_grid
+from peft_softmoa.structure import is_linear
 
 
 def test_patch_grid_of_the_audio_spectrogram_transformer():
@@ -235,6 +238,137 @@ def test_streaming_encoders(name):
     with pytest.raises(ValueError, match="is in a causal or streaming layer, .* routing may be 'dense' or 'top_k'"):
         describe_targets(model, SoftMoAConfig())
     assert describe_targets(model, SoftMoAConfig(routing="dense")).targets
+
+
+def test_the_audio_tower_among_others():
+    """The class of Gemma 4's vision tower says that it takes audio, which holds for the model around it."""
+    with torch.device("meta"):
+        model = tf.Gemma4ForConditionalGeneration._from_config(
+            tf.Gemma4Config(vision_config=tf.Gemma4VisionConfig(), audio_config=tf.Gemma4AudioConfig())
+        )
+        vision = tf.Gemma4VisionModel._from_config(tf.Gemma4VisionConfig())
+    targets = describe_targets(model, SoftMoAConfig(routing="dense")).targets
+    assert targets and all(target.name.startswith("model.audio_tower.layers.") for target in targets)
+    with pytest.raises(ValueError, match=LOOKS_FOR):
+        describe_targets(vision, SoftMoAConfig())
+
+
+DECODERS = {
+    "GPT2Model": "h.0.attn",
+    "BloomModel": "h.0.self_attention",
+    "Phi3Model": "layers.0.self_attn.qkv_proj",
+    "MambaModel": "layers.0.mixer.in_proj",
+    "FalconModel": "h.0.mlp.dense_h_to_4h",
+    "ProphetNetDecoder": "layers.0.self_attn.key_proj",
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_of_any_structure(name):
+    """Also where the layers are none that are known, or say nothing of order in time."""
+    model_class = getattr(tf, name)
+    with torch.device("meta"):
+        model = model_class._from_config(model_class.config_class())
+    with pytest.raises(ValueError, match="is in a causal or streaming layer"):
+        describe_targets(model, SoftMoAConfig(target_modules=[DECODERS[name]]))
+    assert describe_targets(model, SoftMoAConfig(target_modules=[DECODERS[name]], routing="dense")).targets
+
+
+def test_a_text_encoder_may_be_named():
+    with torch.device("meta"):
+        model = tf.T5EncoderModel._from_config(tf.T5Config())
+    assert describe_targets(model, SoftMoAConfig(target_modules=["SelfAttention"])).targets
+
+
+def test_generation_with_top_k():
+    """With a cache, masks are no squares; they say nothing that a token's own choice of experts needs."""
+    name = "Whisper, speech to text"
+    config = SoftMoAConfig(routing="top_k", target_modules=r".*decoder.*self_attn", init_weights=False, scaling=4.0)
+    model = get_peft_model(build(name, "eager"), config).eval()
+    features = FAMILIES[name].inputs([40])["input_features"]
+    given = model.generate(
+        input_features=features, max_new_tokens=5, min_new_tokens=5, return_dict_in_generate=True, output_logits=True
+    )
+    logits = torch.stack(given.logits, dim=1)
+    with torch.no_grad():
+        wanted = model(input_features=features, decoder_input_ids=given.sequences[:, :-1]).logits
+    assert logits.shape[1] > 1
+    torch.testing.assert_close(logits, wanted[:, -logits.shape[1] :], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_linear_layers(name):
+    """Each with the widths that it has, whatever it is a part of."""
+    family, base = FAMILIES[name], build(name)
+    widths = {path: (each.in_features, each.out_features) for path, each in base.named_modules() if is_linear(each)}
+    model = get_peft_model(base, SoftMoAConfig(target_modules="all-linear", routing="dense", num_experts=2, r=1))
+    adapted = {layer.name: layer for layer in model.modules() if isinstance(layer, SoftMoALayer)}
+    assert adapted
+    for path, layer in adapted.items():
+        target = layer.softmoa_targets["default"]
+        assert (target.in_features, target.out_features) == widths[path]
+    family.encode(base.eval(), family.inputs(list(family.lengths)))
+
+
+def test_one_half_of_a_block():
+    config = SoftMoAConfig(target_modules=["fc2"], routing="dense", layers_to_transform=[0], layers_pattern="layers")
+    target = describe_targets(build("Whisper, classification"), config).targets[0]
+    assert (target.name, target.entry, target.in_features) == ("encoder.layers.0.fc2", None, 32)
+
+
+def test_outside_of_the_layers_there_is_no_mask():
+    for options, warns in (({}, True), ({"routing": "dense"}, False), ({"routing": "top_k"}, True)):
+        config = SoftMoAConfig(target_modules=["feature_projection.projection"], **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            get_peft_model(build("Wav2Vec2"), config)
+        said = [str(each.message) for each in caught if "padded tokens count as real ones" in str(each.message)]
+        assert bool(said) == warns and all("'feature_projection.projection' is in no layer" in each for each in said)
+
+
+def test_layers_of_an_unknown_structure_still_have_a_mask():
+    """The layer around a block that was named by hand is called with it."""
+
+    class Pool(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.only = nn.Linear(8, 8)
+
+        def forward(self, frames, mask=None):
+            return frames + self.only(frames)
+
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pools = nn.ModuleList([Pool(), Pool()])
+
+        def forward(self, frames, mask=None):
+            for pool in self.pools:
+                frames = pool(frames, mask=mask)
+            return frames
+
+    torch.manual_seed(0)
+    model = get_peft_model(Pools(), SoftMoAConfig(target_modules=["only"], init_weights=False, scaling=9.0)).eval()
+    frames = torch.randn(2, 6, 8)
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    with torch.no_grad():
+        alone, padded, blind = model(frames[:1, :4]), model(frames, mask)[:1, :4], model(frames)[:1, :4]
+    torch.testing.assert_close(padded, alone, rtol=0, atol=1e-5)
+    assert (blind - alone).abs().max() > 1e-2
+
+
+def test_excluded_blocks_in_the_same_form():
+    config = SoftMoAConfig(placement="ffn", exclude_modules=["layers.0.fc1->layers.0.fc2"])
+    targets = describe_targets(build("Whisper, classification"), config).targets
+    assert [target.name for target in targets] == ["encoder.layers.1.fc2"]
+
+
+def test_tokens_of_four_dimensions():
+    """WavLM's gate reads each head alone; what mixes tokens would not know which these are."""
+    batch = FAMILIES["WavLM"].inputs([204])
+    config = SoftMoAConfig(target_modules=["gru_rel_pos_linear"])
+    with pytest.raises(ValueError, match="gru_rel_pos_linear' takes tokens of .* Name it in `exclude_modules`"):
+        get_peft_model(build("WavLM"), config)(**batch)
 
 
 def test_a_flag_that_is_wrong():

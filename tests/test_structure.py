@@ -54,6 +54,12 @@ ATTENTIONS = {
                              ("mix.to_keys", "mix")),
     "with norms of heads inside": (lambda: layer(norm=nn.LayerNorm(4), **dict(separate().named_children())),
                                    ("mix", "mix")),
+    "with the norm inside and a projection of positions": (
+        lambda: layer(
+            norm=nn.LayerNorm(D), positions=layer(project=nn.Linear(D, D)), inner=separate(), back=nn.Linear(D, D)
+        ),
+        ("mix.inner.to_keys", "mix"),
+    ),
     "with dropout and norm after it": (
         lambda: layer(
             self=layer(q=nn.Linear(D, D), k=nn.Linear(D, D), v=nn.Linear(D, D)),
@@ -89,6 +95,10 @@ FFNS = {
     "the narrowing one defined first": (
         lambda: {"change": layer(down=nn.Linear(F, D), up=nn.Linear(D, F))},
         [("change", "change")],
+    ),
+    "one module with dropout, as wide inside": (
+        lambda: {"change": layer(**widen_and_narrow(D, D), drop=nn.Dropout(0.1))},
+        [("change.expand", "change.shrink")],
     ),
     "two modules of two modules": (
         lambda: {"intermediate": layer(dense=nn.Linear(D, F)), "output": layer(dense=nn.Linear(F, D))},
@@ -149,15 +159,6 @@ def test_stacks_in_a_stack():
     ]
     names = [[found.name for found in stack] for stack in find_layers(layer(stages=nn.ModuleList(stages)))]
     assert names == [["stages.0.blocks.0"], ["stages.1.blocks.0"]]
-
-
-@pytest.mark.parametrize("flag", ["is_causal", "is_decoder"])
-def test_order_in_time(flag):
-    attention = separate()
-    tower = layer(tower=nn.ModuleList([layer(mix=attention)]))
-    for value, wanted in ((True, True), (False, False), (None, False)):
-        setattr(attention, flag, value)
-        assert find_layers(tower)[0][0].causal is wanted
 
 
 @pytest.mark.parametrize(
