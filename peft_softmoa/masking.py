@@ -65,7 +65,7 @@ def find_mask(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) ->
     """
     given = {**dict(zip(names, args)), **kwargs}
     others = [name for name in given if is_mask(name) and name not in MASKS + LIMITS]
-    for name in (*MASKS, *LIMITS, *others):
+    for name in (*others, *MASKS, *LIMITS):
         if given.get(name) is not None:
             return Mask(name, given[name])
     return None

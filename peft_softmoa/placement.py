@@ -182,8 +182,10 @@ def _takes_audio(part: PreTrainedModel, is_innermost: bool) -> bool:
     says = part.input_modalities != PreTrainedModel.input_modalities
     if says and not (is_innermost and "audio" in part.input_modalities):
         return "audio" in part.input_modalities
-    # An inner part may have inherited what holds for another one.
     names = argument_names(part)
+    if is_innermost and "input_ids" in names and not CACHES.isdisjoint(names):
+        return False  # a decoder that generates, also from codes of audio
+    # An inner part may have inherited what holds for another one.
     takes_other = any(name.endswith(("input_ids", "pixel_values")) for name in names)
     return not takes_other or any(name.endswith(("input_features", "input_values")) for name in names)
 
@@ -319,10 +321,10 @@ def _make_target(config: Any, model: nn.Module, name: str, entry: Optional[str],
 
 
 def _elements_around(model: nn.Module, name: str) -> list[str]:
-    """The elements of lists that a module is in, innermost first."""
+    """The elements of lists that a module is in, or is, innermost first."""
     parts = name.split(".")
     found = []
-    for length in range(len(parts) - 1, 0, -1):
+    for length in range(len(parts), 0, -1):
         *outer, index = parts[:length]
         if index.isdigit() and isinstance(find_module(model, ".".join(outer)) if outer else model, nn.ModuleList):
             found.append(".".join(parts[:length]))

@@ -68,9 +68,10 @@ def main() -> None:
     outcomes = Outcomes()
     files = [str(HERE / "test_families.py"), str(HERE / "test_checkpointing.py")]
     status = pytest.main([*files, "-q", "-k", " or ".join(TESTS)], plugins=[outcomes])
+    if status:
+        sys.exit(status)
     before, after = README.read_text().split(BEGIN)
     README.write_text(before + BEGIN + table(outcomes) + END + after.split(END)[1])
-    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -264,3 +264,35 @@ def test_a_sample_without_tokens(name, routing):
     assert output.isfinite().all()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_mask_that_the_model_drops():
+    """Whisper takes a mask, and does not use it."""
+    name = "Whisper, speech to text"
+    family, model = FAMILIES[name], padded_model(name, "both", "eager")
+    batch = family.inputs([40, 40])
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, 20:] = 0
+    with torch.no_grad():
+        wanted, given = encode(family, model, batch), encode(family, model, {**batch, "attention_mask": mask})
+    assert torch.equal(given, wanted)
+
+
+@pytest.mark.parametrize("placement", ["attention", "ffn"])
+def test_the_load_balancing_loss_counts_real_tokens_only(placement, monkeypatch):
+    """Masks are read for it in training, and not needed afterwards."""
+    config = SoftMoAConfig(routing="top_k", placement=placement)
+    model = get_peft_model(build("Wav2Vec2"), config)
+    masks = []
+
+    def keep(tokens, router, experts, mask, mixture=layer_module.mixture):
+        masks.append(mask)
+        return mixture(tokens, router, experts, mask)
+
+    monkeypatch.setattr(layer_module, "mixture", keep)
+    batch = FAMILIES["Wav2Vec2"].inputs([204, 400])
+    model.train()(**batch)
+    assert len(masks) == 2 and all(mask.any(dim=1).all() and not mask.all() for mask in masks)
+    masks.clear()
+    model.eval()(**batch)
+    assert masks == [None, None]

@@ -258,6 +258,18 @@ def test_the_audio_tower_among_others():
         describe_targets(vision, SoftMoAConfig())
 
 
+def test_a_decoder_of_audio_codes_is_no_encoder():
+    with torch.device("meta"):
+        model = tf.CsmForConditionalGeneration._from_config(tf.CsmConfig())
+    targets = describe_targets(model, SoftMoAConfig(routing="dense")).targets
+    assert targets and all(target.name.startswith("codec_model.encoder.") for target in targets)
+
+
+def test_a_whole_causal_layer():
+    with pytest.raises(ValueError, match="'model.decoder.layers.0' is in a causal or streaming layer"):
+        get_peft_model(build("Whisper, speech to text"), SoftMoAConfig(target_modules=["decoder.layers.0"]))
+
+
 DECODERS = {
     "GPT2Model": "h.0.attn",
     "BloomModel": "h.0.self_attention",
