@@ -11,6 +11,8 @@ import soundfile
 import torch
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, Wav2Vec2Config, Wav2Vec2Model
 
+from peft_softmoa import layer as layer_module
+
 SAMPLING_RATE = 16_000
 MEL_BINS = 128
 FRAMES = 64
@@ -104,6 +106,19 @@ def esc10_folder():
     if not folder:
         pytest.skip("needs real audio: set SOFTMOA_ESC10 to a folder with the ESC-10 recordings and their metadata.csv")
     return Path(folder)
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """The token masks that mixtures are called with, in their order."""
+    seen = []
+
+    def keep(tokens, router, experts, mask, mixture=layer_module.mixture):
+        seen.append(mask)
+        return mixture(tokens, router, experts, mask)
+
+    monkeypatch.setattr(layer_module, "mixture", keep)
+    return seen
 
 
 @pytest.fixture

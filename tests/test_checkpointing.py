@@ -43,7 +43,10 @@ def test_gradients_are_the_same(name, reentrant, placement):
         torch.testing.assert_close(given[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
 
 
-@pytest.mark.skipif("__call__" in vars(GradientCheckpointingLayer), reason="hooks of layers come too late there")
+@pytest.mark.skipif(
+    "__call__" in vars(GradientCheckpointingLayer),
+    reason="layers have their hooks in their checkpoint",
+)
 def test_layers_behind_something_without_gradients():
     """PE-Audio embeds under no_grad, so that it does not help if the encoder's own input requires gradients."""
     encoder = PeAudioEncoder(
