@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.mixture import build_mixture, mixture
+from peft_softmoa.mixture import add_mixture, build_mixture
 
 SHAPE = (8, 590, 768)
 
@@ -33,7 +33,7 @@ def implementations(num_experts: int, r: int) -> dict[str, Callable[[Tensor], Te
     router, experts = build_mixture(config, SHAPE[-1], SHAPE[-1])
 
     def stacked(tokens: Tensor) -> Tensor:
-        return mixture(tokens, router, experts)[0]
+        return add_mixture(torch.zeros_like(tokens), tokens, router, experts)[0]
 
     def literal(tokens: Tensor) -> Tensor:
         gates = (tokens @ router.weight + router.bias).softmax(dim=-1)

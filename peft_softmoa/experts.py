@@ -71,22 +71,31 @@ class BottleneckExperts(nn.Module):
             uniform_(self.up_weight, fan_in=self.up_weight.shape[1])
             uniform_(self.up_bias, fan_in=self.up_weight.shape[1])
 
-    def forward(self, inputs: Tensor, weights: Optional[Tensor] = None, mask: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        weights: Optional[Tensor] = None,
+        mask: Optional[Tensor] = None,
+        hidden: Optional[Tensor] = None,
+    ) -> Tensor:
         """Apply expert ⌊s/P⌋ to slot s or, with weights, every expert to every token.
 
-            output[s] = expert_{⌊s/P⌋}(inputs)[s]                       without weights
-            output[t] = Σ_n weights[t, n] · expert_n(inputs)[t]         with weights
+            output[s] = expert_{⌊s/P⌋}(inputs)[s]                               without weights
+            output[t] = hidden[t] + Σ_n weights[t, n] · expert_n(inputs)[t]     with weights
 
         Args:
             inputs (Tensor): slots `(B, S, D)`, or tokens `(B, T, D)`.
             weights (Tensor, optional): `(B, T, N)`. Default: the inputs are slots.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens; it matters to experts that read
                 neighbours. Default: all are real.
+            hidden (Tensor, optional): `(B, T, D')`. Default: zero.
 
         Returns:
-            Tensor: `(B, S, D')` or `(B, T, D')`, in the dtype of the inputs.
+            Tensor: `(B, S, D')` or `(B, T, D')`, in the dtype of `hidden` if it is given, else of the inputs.
         """
-        return self._by_slot(inputs) if weights is None else self._by_token(inputs, weights, mask)
+        if weights is None:
+            return self._by_slot(inputs)
+        return self._by_token(inputs, weights, mask, inputs.new_zeros(1, 1) if hidden is None else hidden)
 
     def _by_slot(self, slots: Tensor) -> Tensor:
         num_experts, dtype = self.down_weight.shape[0], slots.dtype
@@ -99,14 +108,16 @@ class BottleneckExperts(nn.Module):
         outputs = torch.baddbmm(self.up_bias.to(dtype).unsqueeze(1), hidden, self.up_weight.to(dtype))
         return outputs.unflatten(1, (batch, num_slots)).transpose(0, 1).flatten(1, 2)
 
-    def _by_token(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor]) -> Tensor:
+    def _by_token(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor], hidden: Tensor) -> Tensor:
         num_experts, _, r = self.down_weight.shape
-        dtype = tokens.dtype
         # The experts side by side, D -> N·R -> D', with the weights in between: nothing of size T·N·D'.
-        down_weight = self.down_weight.to(dtype).transpose(0, 1).flatten(1, 2)
-        hidden = tokens @ down_weight + self.down_bias.to(dtype).flatten()
-        hidden = self._hidden(hidden.unflatten(-1, (num_experts, r)), mask) * weights.unsqueeze(-1)
-        return hidden.flatten(2) @ self.up_weight.to(dtype).flatten(0, 1) + weights @ self.up_bias.to(dtype)
+        down_weight = self.down_weight.to(tokens.dtype).mT.flatten(0, 1)
+        projected = F.linear(tokens, down_weight, self.down_bias.to(tokens.dtype).flatten())
+        answers = self._hidden(projected.unflatten(-1, (num_experts, r)), mask) * weights.unsqueeze(-1)
+        # The biases of `up` are one more input for each expert.
+        left = torch.cat([answers.flatten(2), weights], dim=-1).flatten(0, 1).to(hidden.dtype)
+        right = torch.cat([self.up_weight.flatten(0, 1), self.up_bias]).to(hidden.dtype)
+        return torch.addmm(hidden.flatten(0, -2), left, right).unflatten(0, tokens.shape[:2])
 
     def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """From the output of `down` to the input of `up`, both `(B, L, N, R)`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
 from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, is_mask, token_mask, unpack
-from .mixture import Router, build_mixture, mixes_tokens, mixture
+from .mixture import Router, add_mixture, build_mixture, mixes_tokens
 from .placement import Target
 from .shapes import find_tokens
 from .structure import find_module
@@ -131,27 +131,30 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         hidden = output[0] if isinstance(output, tuple) else output
         for name in active:
             tokens = inputs[name] if name in own else self._take_tokens(name, hidden)
-            hidden = hidden + self._mixture(name, tokens, args, kwargs).to(hidden.dtype)
+            hidden = self._add(name, hidden, tokens, args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _mixture(self, adapter_name: str, tokens: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _add(self, adapter_name: str, hidden: Tensor, tokens: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         router = cast(Router, self.softmoa_router[adapter_name])
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
-        *shape, width = tokens.shape
+        scaling = self.softmoa_scaling[adapter_name]
+        shape = hidden.shape
         try:
             given = self._find_mask(adapter_name, args, kwargs)
             if given is not None and given.name in LIMITS:
-                tokens, mask = unpack(tokens.reshape(-1, width), given.value)
-                output, loss = mixture(tokens, router, experts, mask)
+                hidden, tokens = hidden.flatten(0, -2), tokens.flatten(0, -2)
+                (hidden, mask), (tokens, _) = unpack(hidden, given.value), unpack(tokens, given.value)
+                output, loss = add_mixture(hidden, tokens, router, experts, mask, scaling)
                 output = output[mask]
             else:
-                tokens = tokens.unsqueeze(1) if len(shape) == 1 else tokens.flatten(1, -2)
-                output, loss = mixture(tokens, router, experts, token_mask(given, *tokens.shape[:2]))
+                hidden, tokens = _by_sample(hidden), _by_sample(tokens)
+                real = token_mask(given, *tokens.shape[:2])
+                output, loss = add_mixture(hidden, tokens, router, experts, real, scaling)
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
         if loss is not None and self.router_losses is not None:
             self.router_losses.append(loss)
-        return self.softmoa_scaling[adapter_name] * output.reshape(*shape, output.shape[-1])
+        return output.reshape(shape)
 
     def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Optional[Mask]:
         call = self._kept(adapter_name)
@@ -237,3 +240,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "softmoa." + super().__repr__()
+
+
+def _by_sample(tokens: Tensor) -> Tensor:
+    """Tokens `(B, D)` or `(B, …, D)` as `(B, T, D)`."""
+    return tokens.unsqueeze(1) if tokens.ndim == 2 else tokens.flatten(1, -2)

@@ -9,7 +9,6 @@ expert, S = N·P slots.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, Optional
 
@@ -17,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from .experts import BottleneckExperts, ConvolutionExperts, PatchGrid, uniform_
-from .routing import dense_routing, expert_choice_routing, load_balancing_loss, soft_routing, top_k_routing
+from .kernels import read_slots, without_autocast
+from .routing import (
+    dense_routing,
+    expert_choice_routing,
+    in_full_precision,
+    load_balancing_loss,
+    soft_routing,
+    top_k_routing,
+)
 
 
 class SoftRouter(nn.Module):
@@ -47,24 +54,37 @@ class SoftRouter(nn.Module):
             nn.init.ones_(self.scale)
 
     def forward(
-        self, tokens: Tensor, experts: BottleneckExperts, mask: Optional[Tensor] = None
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        experts: BottleneckExperts,
+        mask: Optional[Tensor] = None,
+        scaling: float = 1.0,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Let each expert read its slots, and each token all answers.
 
-            X̃ = dispatchᵀ x                  (B, S, D)
-            Ỹ[s] = expert_{⌊s/P⌋}(X̃[s])      (B, S, D')
-            output = combine Ỹ               (B, T, D')
+            X̃ = dispatchᵀ x                               (B, S, D)
+            Ỹ[s] = expert_{⌊s/P⌋}(X̃[s])                   (B, S, D')
+            output = F(x) + scaling · combine Ỹ           (B, T, D')
 
         Args:
+            hidden (Tensor): F(x), `(B, T, D')`.
             tokens (Tensor): x, `(B, T, D)`.
             experts (BottleneckExperts): N experts for the router's N·P slots.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            scaling (float): factor on what the experts add. Default: 1.0.
 
         Returns:
-            tuple[Tensor, None]: output, `(B, T, D')`; there is no loss.
+            tuple[Tensor, None]: output, `(B, T, D')`, in the dtype of F(x); there is no loss.
         """
-        dispatch, combine = soft_routing(tokens, self.slots, mask, self.scale)
-        return combine @ experts(dispatch.mT @ tokens), None
+        if self.scale is None:
+            read, _, combine = read_slots(tokens, self.slots, mask)
+        else:
+            tokens = in_full_precision(tokens)
+            dispatch, combine = (weights.mT for weights in soft_routing(tokens, self.slots, mask, self.scale))
+            read = dispatch @ tokens
+        answers = scaling * experts(read)
+        return torch.baddbmm(hidden, combine.mT.to(hidden.dtype), answers.to(hidden.dtype)), None
 
 
 class DenseRouter(nn.Module):
@@ -92,25 +112,33 @@ class DenseRouter(nn.Module):
             uniform_(self.bias, fan_in=self.weight.shape[0])
 
     def forward(
-        self, tokens: Tensor, experts: BottleneckExperts, mask: Optional[Tensor] = None
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        experts: BottleneckExperts,
+        mask: Optional[Tensor] = None,
+        scaling: float = 1.0,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Sum the experts by the weights that each token gives them.
 
-            output[t] = Σ_n weights[t, n] · expert_n(x)[t]
+            output[t] = F(x)[t] + scaling · Σ_n weights[t, n] · expert_n(x)[t]
 
         Args:
+            hidden (Tensor): F(x), `(B, T, D')`.
             tokens (Tensor): x, `(B, T, D)`.
             experts (BottleneckExperts): N experts.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            scaling (float): factor on what the experts add. Default: 1.0.
 
         Returns:
-            tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, and the loss that balances the experts, a scalar, or
-            None.
+            tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, in the dtype of F(x), and the loss that balances the
+            experts, a scalar, or None.
         """
+        tokens = in_full_precision(tokens)
         if self.weight is None or self.bias is None:
-            return experts(tokens, tokens.new_ones(*tokens.shape[:2], 1), mask), None
+            return experts(tokens, tokens.new_full((*tokens.shape[:2], 1), scaling), mask, hidden), None
         weights, loss = self._route(dense_routing(tokens, self.weight, self.bias), mask)
-        return experts(tokens, weights, mask), loss
+        return experts(tokens, scaling * weights, mask, hidden), loss
 
     def _route(self, gates: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """From the gates to the weights of the experts, both `(B, T, N)`, and the loss."""
@@ -219,37 +247,43 @@ def mixes_tokens(config: Any) -> bool:
     return ROUTERS[config.routing][0].mixes_tokens or EXPERTS[config.expert_type][0].mixes_tokens
 
 
-def mixture(
-    tokens: Tensor, router: Router, experts: BottleneckExperts, mask: Optional[Tensor] = None
+def add_mixture(
+    hidden: Tensor,
+    tokens: Tensor,
+    router: Router,
+    experts: BottleneckExperts,
+    mask: Optional[Tensor] = None,
+    scaling: float = 1.0,
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """What the experts add to the output of the block that reads the same tokens.
+    """Add what the experts say to the output of the block F that reads the same tokens.
 
-    It is computed in float32, or in float64 if the tokens are, and not under autocast: half-precision logits would
-    overflow for large tokens.
+    What they say is computed in float32, or in float64 if the tokens are, and not under autocast: half-precision
+    logits would overflow for large tokens. Only the last product, which adds it, runs in the dtype of F(x).
 
     Args:
+        hidden (Tensor): F(x), `(B, T, D')`.
         tokens (Tensor): x, `(B, T, D)`.
         router (Router): decides what the experts read and how their answers are summed; its `forward` has the formula.
         experts (BottleneckExperts): N experts.
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+        scaling (float): factor on what the experts add. Default: 1.0.
 
     Returns:
-        tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')` in float32 or float64, and the loss that balances the
+        tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, in the dtype of F(x), and the loss that balances the
         experts, a scalar, or None.
 
     Raises:
-        ValueError: if the mask does not fit the tokens.
+        ValueError: if the mask or F(x) does not fit the tokens.
     """
+    if hidden.shape[:2] != tokens.shape[:2]:
+        raise ValueError(
+            f"The block was given tokens of shape {tuple(tokens.shape)} and returns {tuple(hidden.shape)}: there must "
+            "be one output for each token. Adapt another block."
+        )
     if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(
             f"The mask of tokens {tuple(tokens.shape)} must be boolean with shape {tuple(tokens.shape[:2])}, true for "
             f"real tokens, got {mask.dtype} with shape {tuple(mask.shape)}."
         )
-    with _without_autocast(tokens.device.type):
-        return router(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), experts, mask)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    with without_autocast(tokens.device.type):
+        return router(hidden, tokens, experts, mask, scaling)

@@ -16,6 +16,11 @@ from torch import Tensor
 EPS = 1e-12
 
 
+def in_full_precision(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def soft_routing(
     tokens: Tensor, slots: Tensor, mask: Optional[Tensor] = None, scale: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
@@ -41,20 +46,34 @@ def soft_routing(
     Source: arXiv 2402.00828; arXiv 2308.00951, section 2.1 and, for the normalization, 2.3.
     """
     dtype = tokens.dtype
-    tokens = tokens.to(torch.promote_types(dtype, torch.float32))
+    tokens = in_full_precision(tokens)
     slots = slots.to(tokens.dtype)
     if scale is None:
         logits = tokens @ slots
     else:
         norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min(EPS)
         logits = scale.to(tokens.dtype) * (tokens @ F.normalize(slots, dim=0, eps=EPS)) / norms
-    combine = logits.softmax(dim=-1).to(dtype)
+    dispatch, combine = soft_weights(logits.mT, mask)
+    return dispatch.mT.to(dtype), combine.mT.to(dtype)
+
+
+def soft_weights(logits: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    """The two softmaxes of soft routing.
+
+    Args:
+        logits (Tensor): `(B, S, T)`.
+        mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+
+    Returns:
+        tuple[Tensor, Tensor]: dispatch and combine weights, `(B, S, T)` each, in the dtype of the logits.
+    """
+    combine = logits.softmax(dim=1)
     if mask is None:
-        return logits.softmax(dim=-2).to(dtype), combine
-    padding = ~mask.unsqueeze(-1)
+        return logits.softmax(dim=2), combine
+    padding = ~mask.unsqueeze(1)
     # A large negative number instead of -inf: a sample without tokens must not give NaN.
-    dispatch = logits.masked_fill(padding, torch.finfo(logits.dtype).min).softmax(dim=-2)
-    return dispatch.masked_fill(padding, 0.0).to(dtype), combine
+    dispatch = logits.masked_fill(padding, torch.finfo(logits.dtype).min).softmax(dim=2)
+    return dispatch.masked_fill(padding, 0.0), combine
 
 
 def dense_routing(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -73,7 +92,7 @@ def dense_routing(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Source: arXiv 2402.00828, Dense-MoA.
     """
     dtype = tokens.dtype
-    tokens = tokens.to(torch.promote_types(dtype, torch.float32))
+    tokens = in_full_precision(tokens)
     return (tokens @ weight.to(tokens.dtype) + bias.to(tokens.dtype)).softmax(dim=-1).to(dtype)
 
 

@@ -113,11 +113,11 @@ def masks(monkeypatch):
     """The token masks that mixtures are called with, in their order."""
     seen = []
 
-    def keep(tokens, router, experts, mask, mixture=layer_module.mixture):
+    def keep(hidden, tokens, router, experts, mask, scaling, add_mixture=layer_module.add_mixture):
         seen.append(mask)
-        return mixture(tokens, router, experts, mask)
+        return add_mixture(hidden, tokens, router, experts, mask, scaling)
 
-    monkeypatch.setattr(layer_module, "mixture", keep)
+    monkeypatch.setattr(layer_module, "add_mixture", keep)
     return seen
 
 

@@ -276,7 +276,7 @@ def shares_of_experts(model):
     for router in routers(model):
 
         def note(router, args, output):
-            gates = dense_routing(args[0], router.weight, router.bias)
+            gates = dense_routing(args[1], router.weight, router.bias)
             chosen = top_k_routing(gates, router.top_k)[1]
             shares.append(torch.bincount(chosen.flatten(), minlength=gates.shape[-1]) / chosen.numel())
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.experts import PatchGrid
-from peft_softmoa.mixture import build_mixture, mixture
+from peft_softmoa.mixture import add_mixture, build_mixture
 
 REFERENCE = sorted((Path(__file__).parent / "data" / "reference").glob("*.npz"))
 
@@ -44,6 +44,13 @@ def make(width, out_width=None, grid=None, dtype=torch.float64, **options):
     if config.normalize:
         torch.nn.init.constant_(router.scale, 2.5)
     return router.to(dtype), experts.to(dtype)
+
+
+def mixture(tokens, router, experts, mask=None):
+    """What the experts say, alone."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    nothing = torch.zeros(*tokens.shape[:2], experts.up_weight.shape[-1], dtype=dtype)
+    return add_mixture(nothing, tokens, router, experts, mask)
 
 
 def relative_error(given, expected):
