@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test models check format clean
+.PHONY: demo test models bench bench-quick check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -13,6 +13,13 @@ test: .venv/installed
 # Writes the README's table of models, from the outcome of the tests.
 models: .venv/installed
 	$(BIN)/python tests/models_table.py
+
+# Everything that the benchmark measures, in about an hour on two cores; the main rows, in three minutes.
+bench: .venv/installed
+	$(BIN)/python examples/benchmark/run.py
+
+bench-quick: .venv/installed
+	$(BIN)/python examples/benchmark/run.py --quick
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from benchmark_dense import implementations
 from conftest import SAMPLING_RATE, write_parquet
 from demo import write_base_model
 from loopback_hub import loopback_hub
@@ -75,18 +73,6 @@ def test_choices_of_the_adapter(base_folder, tones_folder, tmp_path):
     assert {name: saved[name] for name in options} == options and saved["layers_to_transform"] == [0]
     assert saved["modules_to_save"] == ["classifier", "audio_spectrogram_transformer.layers.0.layernorm_before"]
     assert any("router_aux_loss" in entry for entry in trainer.state.log_history)
-
-
-def test_both_dense_mixtures_of_the_benchmark_compute_the_same():
-    stacked, literal = implementations(num_experts=3, r=2).values()
-    tokens = torch.randn(2, 5, 768)
-    torch.testing.assert_close(stacked(tokens), literal(tokens))
-
-
-def test_benchmark_of_dense_mixtures():
-    script = Path(main.__code__.co_filename).parent / "benchmark_dense.py"
-    output = subprocess.check_output([sys.executable, script, "--num_experts", "2", "--repeats", "1"], text=True)
-    assert re.search(r"\n +2( +[\d.]+){5}\n$", output)
 
 
 def test_accelerate_launch(base_folder, tones_folder, tmp_path):

@@ -246,17 +246,54 @@ def test_the_load_balancing_loss_belongs_to_training():
     assert mixture(x, router, experts)[1] is None
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation makes."""
+class Operations(TorchDispatchMode):
+    """Notes which operations run, and the most elements and bytes of any tensor that they make."""
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.names, self.numel, self.nbytes = [], 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(output) if hasattr(leaf, "numel"))])
+        self.names.append(str(function))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.numel, self.nbytes = max(self.numel, leaf.numel()), max(self.nbytes, leaf.nbytes)
         return output
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize(
+    "routing", [SOFT, SOFT | {"normalize": True, "num_slots": 2}, DENSE, TOP_K, CHOICE], ids=name_of
+)
+def test_the_operations_do_not_depend_on_the_number_of_experts(routing, expert, masked):
+    ran = {}
+    for num_experts in (2, 15, 64):
+        router, experts = make(64, num_experts=num_experts, r=1, dtype=torch.float32, **routing, **expert)
+        x = torch.randn(2, 40, 64, requires_grad=True)
+        hidden = torch.randn(2, 40, 64, requires_grad=True)
+        mask = torch.rand(2, 40) < 0.8 if masked else None
+        with Operations() as operations:
+            add_mixture(hidden, x, router, experts, mask)[0].sum().backward()
+        ran[num_experts] = operations.names
+        assert not [name for name in operations.names if "item" in name or "_local_scalar" in name]
+    assert ran[2] == ran[15] == ran[64]
+
+
+def test_soft_routing_takes_few_operations():
+    """Each is a kernel to launch on a GPU, where their number is the cost of small batches."""
+    router, experts = make(64, num_experts=7, r=6, dtype=torch.float32)
+    hidden, x = (torch.randn(2, 40, 64, requires_grad=True) for _ in range(2))
+    views = {"view", "_unsafe_view", "transpose", "expand", "unsqueeze", "permute", "t", "alias", "detach"}
+    with Operations() as operations:
+        output, _ = add_mixture(hidden, x, router, experts)
+    kernels = [name for name in operations.names if name.split(".")[1] not in views]
+    assert len(kernels) <= 12, kernels
+    with Operations() as operations:
+        output.sum().backward()
+    kernels = [name for name in operations.names if name.split(".")[1] not in views]
+    assert len(kernels) <= 30, kernels
 
 
 @pytest.mark.parametrize("routing", [SOFT, DENSE, TOP_K, CHOICE], ids=name_of)
@@ -265,9 +302,9 @@ def test_no_tensor_grows_with_experts_times_tokens_times_width(routing, expert):
     num_experts, num_tokens, width = 15, 40, 64
     router, experts = make(width, num_experts=num_experts, **routing, **expert)
     x = torch.randn(2, num_tokens, width, dtype=torch.float64, requires_grad=True)
-    with LargestTensor() as largest:
+    with Operations() as operations:
         mixture(x, router, experts)[0].sum().backward()
-    assert largest.numel == 2 * num_tokens * width
+    assert operations.numel == 2 * num_tokens * width
 
 
 @pytest.mark.parametrize("routing", [SOFT, DENSE, TOP_K, CHOICE], ids=name_of)

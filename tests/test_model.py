@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -603,29 +604,44 @@ def test_hooks_of_replicas_are_refused():
             outputs("Wav2Vec2", model)
 
 
-@pytest.mark.parametrize("name", ["AST", "Wav2Vec2", "WavLM", "CLAP"])
-def test_compiled(name):
-    """In one graph, with the mask, and the same numbers."""
+@pytest.mark.parametrize(
+    "name, backend",
+    [
+        ("AST", "aot_eager"),
+        pytest.param(
+            "AST", "inductor", marks=pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+        ),
+        ("Wav2Vec2", "aot_eager"),
+        ("WavLM", "aot_eager"),
+        ("CLAP", "aot_eager"),
+    ],
+)
+def test_compiled(name, backend):
+    """In one graph for inference and one for training, with the mask, and the same numbers for every batch."""
     family = FAMILIES[name]
     batch = family.inputs(list(family.lengths))
+    batches = [batch, {key: value.roll(1, dims=0) for key, value in batch.items()}]
     try:
         family.encode(torch.compile(build(name), backend="eager", fullgraph=True), batch)
     except torch._dynamo.exc.Unsupported as error:
         pytest.skip(f"this torch and transformers do not compile {name} itself in one graph: {error.args[0][:99]}")
     model = get_peft_model(build(name), SoftMoAConfig(placement="both", init_weights=False)).eval()
-    wanted = outputs(name, model)
+    outputs(name, model)  # transformers installs hooks in the first call
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     base = model.get_base_model()
-    compiled = torch.compile(base, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        given = family.encode(compiled, batch)
-    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    gradients = []
-    for run in (base, compiled):
-        model.zero_grad()
-        family.encode(run, batch).square().sum().backward()
-        gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
-    for given, wanted in zip(*gradients, strict=True):
-        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    compiled = torch.compile(base, backend=backend, fullgraph=True)
+    for each in batches:
+        with torch.no_grad():
+            torch.testing.assert_close(family.encode(compiled, each), family.encode(base, each), rtol=0, atol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for each in batches:
+        gradients = []
+        for run in (base, compiled):
+            model.zero_grad()
+            output = family.encode(run, each)
+            output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(0)))
+            gradients.append([parameter.grad for parameter in adapter_parameters(model).values()])
+        for given, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -1,0 +1,103 @@
+"""The mixtures of adapters as their formulas are first written down: a loop over the experts, and large tensors.
+
+Letters of all shapes: B batch, T tokens, D hidden size, N experts, P slots per expert, R bottleneck.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_softmoa import SoftMoALayer
+from peft_softmoa.shapes import find_tokens
+
+
+def one_expert(experts: nn.Module, n: int) -> nn.Sequential:
+    """Expert n as modules of its own, with the same weights."""
+    layers = []
+    for name in ("down", "up"):
+        weight, bias = getattr(experts, f"{name}_weight")[n], getattr(experts, f"{name}_bias")[n]
+        layers.append(nn.Linear(*weight.shape))
+        layers[-1].load_state_dict({"weight": weight.detach().T, "bias": bias.detach()})
+    return nn.Sequential(layers[0], experts.activation, layers[1])
+
+
+class LiteralSoft(nn.Module):
+    """Soft-MoA, with slot parameters `(D, N, P)` and one module for each expert.
+
+    Args:
+        router (SoftRouter), experts (BottleneckExperts): the mixture whose weights it takes.
+    """
+
+    def __init__(self, router: nn.Module, experts: nn.Module) -> None:
+        super().__init__()
+        num_experts = len(experts.down_weight)
+        self.slots = nn.Parameter(router.slots.detach().unflatten(1, (num_experts, -1)).clone())
+        self.experts = nn.ModuleList(one_expert(experts, n) for n in range(num_experts))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = torch.einsum("btd,dnp->btnp", tokens, self.slots)
+        dispatch = logits.softmax(dim=1)
+        combine = logits.flatten(2).softmax(dim=-1).view_as(logits)
+        read = torch.einsum("btd,btnp->bnpd", tokens, dispatch)
+        answers = torch.stack([expert(read[:, n]) for n, expert in enumerate(self.experts)], dim=1)
+        return torch.einsum("bnpd,btnp->btd", answers, combine)
+
+
+class LiteralDense(nn.Module):
+    """Dense-MoA, with the answers of all experts to all tokens, `(B, T, D, N)`, in one tensor.
+
+    Args:
+        router (DenseRouter), experts (BottleneckExperts): the mixture whose weights it takes.
+    """
+
+    def __init__(self, router: nn.Module, experts: nn.Module) -> None:
+        super().__init__()
+        num_experts = len(experts.down_weight)
+        self.router = None
+        if router.weight is not None:
+            self.router = nn.Linear(*router.weight.shape)
+            self.router.load_state_dict({"weight": router.weight.detach().T, "bias": router.bias.detach()})
+        self.experts = nn.ModuleList(one_expert(experts, n) for n in range(num_experts))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        answers = torch.stack([expert(tokens) for expert in self.experts], dim=-1)
+        if self.router is None:
+            return answers.squeeze(-1)
+        return (answers * self.router(tokens).softmax(dim=-1).unsqueeze(2)).sum(dim=-1)
+
+
+LITERAL = {"soft": LiteralSoft, "dense": LiteralDense}
+
+
+class LiteralBlock(nn.Module):
+    """A block of the base model and a literal mixture of what it reads.
+
+    Args:
+        block (nn.Module): the frozen block.
+        mixture (nn.Module): maps tokens `(B, T, D)` to what is added to the block's output.
+    """
+
+    def __init__(self, block: nn.Module, mixture: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.mixture = mixture
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.block(*args, **kwargs)
+        return (output[0] + self.mixture(find_tokens(args, kwargs)), *output[1:])
+
+
+def write_literally(model: nn.Module, routing: str) -> None:
+    """Put literal mixtures in place of a model's adapted blocks.
+
+    Args:
+        model (nn.Module): a base model with one adapter on blocks that return tuples; it is changed.
+        routing (str): the adapter's routing, `"soft"` or `"dense"`.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SoftMoALayer):
+            mixture = LITERAL[routing](layer.softmoa_router["default"], layer.softmoa_experts["default"])
+            model.set_submodule(name, LiteralBlock(layer.base_layer, mixture))

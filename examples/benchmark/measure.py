@@ -1,0 +1,154 @@
+"""Measuring: times of functions that run in turn, memory, floating-point operations, and where all that was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+PACKAGES = ("torch", "transformers", "peft", "peft-softmoa")
+# glibc gives the memory of large tensors back to the system whenever they are freed. The page faults when it is taken
+# again are most of the noise of short measurements, so they are made without.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def keep_memory() -> None:
+    """Start this process again with an allocator that keeps what it has, once, where that is glibc's."""
+    if platform.libc_ver()[0] == "glibc" and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+
+
+def in_turn(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, device: str, note: Callable[[str], None] = str
+) -> dict[str, list[float]]:
+    """Time functions one after another, round by round, so that what disturbs the machine disturbs all of them.
+
+    Each round begins with another function. One more round comes first and does not count.
+
+    Args:
+        functions (mapping): what to run, by name.
+        rounds (int): how often.
+        device (str): which device they use.
+        note (callable): is told each function's name before it runs. Default: nothing happens.
+
+    Returns:
+        dict[str, list[float]]: seconds, by name and round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            note(name)
+            synchronize(device)
+            start = time.perf_counter()
+            functions[name]()
+            synchronize(device)
+            if turn > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what it was told to."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def memory_of(forward: Callable[[], Tensor], model: nn.Module, device: str) -> int:
+    """Bytes that a training step needs besides the model.
+
+    On a CUDA device they are the growth of the allocator's peak. Elsewhere they are what autograd keeps for the
+    backward pass, each storage once, without the model's own parameters and buffers.
+
+    Args:
+        forward (callable): runs the forward pass and returns the loss.
+        model (nn.Module): the model that it runs.
+        device (str): which device.
+
+    Returns:
+        int: bytes.
+    """
+    if device == "cuda":
+        forward().backward()  # so that the gradients exist
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward().backward()
+        return torch.cuda.max_memory_allocated() - before
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # the tensors are held, for a freed one's address would be used again
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward()
+    loss.detach_()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products and convolutions, two for each multiplication and sum."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def import_seconds(rounds: int) -> dict[str, list[float]]:
+    """Seconds from the start of Python until each package is imported, in processes that run in turn."""
+    statements = {"peft": "import peft", "peft and peft_softmoa": "import peft, peft_softmoa"}
+    return in_turn(
+        {
+            name: lambda statement=statement: subprocess.run([sys.executable, "-c", statement], check=True)
+            for name, statement in statements.items()
+        },
+        rounds,
+        "cpu",
+    )
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Hardware, versions, threads and commit."""
+    folder = Path(__file__).parent
+    commit = changed = None
+    if (folder.parent.parent / ".git").exists():
+        git = ["git", "-C", str(folder)]
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        changed = bool(subprocess.check_output([*git, "status", "--porcelain"], text=True))
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "allocator keeps memory": all(os.environ.get(name) == value for name, value in KEEP_MEMORY.items()),
+        "commit": commit,
+        "uncommitted changes": changed,
+    }
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def ratio(seconds: list[float], reference: list[float]) -> float:
+    """The median over the rounds of one time as a multiple of another of the same round."""
+    return statistics.median(one / other for one, other in zip(seconds, reference, strict=True))

@@ -1,0 +1,217 @@
+#!/usr/bin/env python
+"""Tables and pictures of a run's results.
+
+    python examples/benchmark/report.py examples/benchmark/results/amd-epyc-2-threads.json --readme README.md
+
+Prints the tables, draws the pictures into a folder beside the file, and puts the main tables into a README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import ratio
+from methods import FLOOR, PROBE
+
+# The swept value of each point, by the beginning of the sweep's name.
+AXES = {"experts": "num_experts", "slots": "num_slots", "tokens": "num_tokens", "batch": "batch_size"}
+BEGIN, END = "<!-- benchmark: written by examples/benchmark/report.py -->\n", "<!-- end of benchmark -->\n"
+# Colours that colour-blind readers can tell apart (Okabe and Ito), and a marker for each.
+STYLES = {
+    "Soft-MoA": ("#0072B2", "o", "-"),
+    "Soft-MoA, literal": ("#56B4E9", "s", "--"),
+    "Dense-MoA": ("#D55E00", "^", "-"),
+    "Dense-MoA, literal": ("#E69F00", "v", "--"),
+}
+
+
+def times(seconds: Sequence[float], factor: float = 1.0, digits: int = 2) -> str:
+    """Median, and least and greatest in brackets."""
+    middle, least, greatest = (factor * number for number in (statistics.median(seconds), min(seconds), max(seconds)))
+    return f"{middle:.{digits}f} ({least:.{digits}f}–{greatest:.{digits}f})"
+
+
+def model_table(part: dict[str, Any]) -> str:
+    """One model in one setting: a row for each method.
+
+    Args:
+        part (dict): what `run.measure_models` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    rows = {row["method"]: row for row in part["rows"]}
+    sizes = [key for key in rows[PROBE] if key.startswith("forward_")]
+    heading = ["method", "trained", f"step of {part['batch_size']}, s", "of floor"]
+    for key in sizes:
+        heading += [f"forward of {key.split('_')[1]}, s", "of frozen"]
+    has_memory = "memory_bytes" in rows[FLOOR]
+    if has_memory:
+        heading += ["memory, MiB", "of floor", "TFLOP"]
+    table = [heading]
+    for method, row in rows.items():
+        cells = [method, "0" if method == FLOOR else f"{row['trainable_parameters']:,}", times(row["step_seconds"])]
+        cells.append(f"{ratio(row['step_seconds'], rows[FLOOR]['step_seconds']):.2f}")
+        for key in sizes:
+            cells += [times(row[key]), f"{ratio(row[key], rows[PROBE][key]):.2f}"]
+        if has_memory:
+            memory = row["memory_bytes"]
+            cells += [f"{memory / 2**20:,.0f}", f"{memory / rows[FLOOR]['memory_bytes']:.2f}"]
+            cells.append(f"{row['step_flops'] / 1e12:.2f}")
+        table.append(cells)
+    return markdown(table)
+
+
+def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
+    """One sweep of the layer alone: a row for each point.
+
+    Args:
+        name (str): of the sweep.
+        rows (list[dict]): what `run.measure_layer` gives, for all points.
+        dtype (str): which of them to show.
+
+    Returns:
+        str: a Markdown table.
+    """
+    axis = next(key for beginning, key in AXES.items() if name.startswith(beginning))
+    rows = [row for row in rows if row["dtype"] == dtype]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    table = [[name.partition(" at ")[0], *(["R"] if len({row["r"] for row in rows}) > 1 else [])]]
+    table[0] += [f"{method}, ms" for method in methods] + ["literal / Soft-MoA", "memory, MiB", "literal"]
+    for value in dict.fromkeys(row[axis] for row in rows):
+        here = {row["method"]: row for row in rows if row[axis] == value}
+        soft, literal = here["Soft-MoA"], here["Soft-MoA, literal"]
+        cells = [f"{value:,}", *([str(soft["r"])] if "R" in table[0] else [])]
+        cells += [times(here[method]["seconds"], 1000, 1) if method in here else "—" for method in methods]
+        cells.append(f"{ratio(literal['seconds'], soft['seconds']):.2f}")
+        cells += [f"{row['memory_bytes'] / 2**20:,.0f}" for row in (soft, literal)]
+        table.append(cells)
+    return markdown(table)
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Rows of cells as a Markdown table; the first row is the heading."""
+    rows = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def machine(results: dict[str, Any]) -> str:
+    """On what a run was made, in a line."""
+    given = results["environment"]
+    versions = ", ".join(f"{name} {given[name]}" for name in ("torch", "transformers", "peft"))
+    return f"{given['device']}, {given['threads']} threads, {versions}"
+
+
+def tables(results: dict[str, Any]) -> str:
+    """All tables of a run.
+
+    Args:
+        results (dict): what a run writes.
+
+    Returns:
+        str: Markdown.
+    """
+    parts = [machine(results)]
+    for part in results["models"]:
+        mode = "compiled" if part["compiled"] else "eager"
+        parts += [f"{part['model']}, {part['layers']} layers, {part['dtype']}, {mode}:", model_table(part)]
+    for name, rows in results["layer"].items():
+        for dtype in dict.fromkeys(row["dtype"] for row in rows):
+            parts += [f"One layer, {dtype}, {name}:", layer_table(name, rows, dtype)]
+    if "import" in results:
+        parts.append("\n".join(f"{name}: {times(seconds)} s" for name, seconds in results["import"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def for_readme(results: dict[str, Any]) -> str:
+    """The main tables of a run.
+
+    Args:
+        results (dict): what a run writes.
+
+    Returns:
+        str: Markdown.
+    """
+    part = results["models"][0]
+    name, rows = next(iter(results["layer"].items()))
+    rounds, layer_rounds = len(part["rows"][0]["step_seconds"]), len(rows[0]["seconds"])
+    return "\n\n".join(
+        [
+            f"{machine(results)}, float32, eager.",
+            f"{part['model']}, {part['layers']} layers, {rounds} rounds:",
+            model_table(part),
+            f"One layer alone on tokens (8, 590, 768), forward and backward, {name}, {layer_rounds} rounds:",
+            layer_table(name, rows, "float32"),
+            "",
+        ]
+    )
+
+
+def draw_sweeps(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw the sweeps of the layer in float32: time above, memory below.
+
+    Args:
+        results (dict): what a run writes.
+        folder (Path): where to; it is made.
+
+    Returns:
+        list[Path]: one PNG for each sweep.
+    """
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, rows in results["layer"].items():
+        axis = next(key for beginning, key in AXES.items() if name.startswith(beginning))
+        rows = [row for row in rows if row["dtype"] == "float32"]
+        figure = Figure(figsize=(6, 6.5), layout="constrained")
+        time, memory = figure.subplots(2, 1, sharex=True)
+        for method, (color, marker, line) in STYLES.items():
+            points = [row for row in rows if row["method"] == method]
+            if not points:
+                continue
+            values = [row[axis] for row in points]
+            milliseconds = [[1000 * second for second in row["seconds"]] for row in points]
+            medians = [statistics.median(each) for each in milliseconds]
+            spread = [
+                [middle - min(each) for middle, each in zip(medians, milliseconds, strict=True)],
+                [max(each) - middle for middle, each in zip(medians, milliseconds, strict=True)],
+            ]
+            style = {"color": color, "marker": marker, "linestyle": line, "label": method}
+            time.errorbar(values, medians, yerr=spread, capsize=2, **style)
+            memory.plot(values, [row["memory_bytes"] / 2**20 for row in points], **style)
+        for axes, label in ((time, "forward and backward, ms"), (memory, "memory, MiB")):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+        memory.set_xticks(ticks := sorted({row[axis] for row in rows}), [f"{tick:,}" for tick in ticks])
+        memory.minorticks_off()
+        memory.set_xlabel(name)
+        time.set_title(machine(results), fontsize=8)
+        time.legend()
+        paths.append(folder / f"{name.replace(',', '').replace('=', '-').replace(' ', '-')}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", type=Path, help="a file with a place for the main tables")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    print(tables(results))
+    draw_sweeps(results, arguments.results.with_suffix(""))
+    if arguments.readme:
+        before, _, after = arguments.readme.read_text().partition(BEGIN)
+        arguments.readme.write_text(before + BEGIN + for_readme(results) + END + after.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

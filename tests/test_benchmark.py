@@ -1,0 +1,137 @@
+"""The benchmark's parts. What it measures is asserted nowhere: times are noise on a busy machine."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from literal import LITERAL, write_literally
+from measure import count_flops, in_turn, memory_of, ratio
+from methods import FLOOR, METHODS, PROBE, make_batch
+from peft import get_peft_model
+from report import tables
+from run import main
+from torch import nn
+from transformers import ASTConfig, ASTForAudioClassification
+
+from peft_softmoa import SoftMoAConfig
+from peft_softmoa.mixture import add_mixture, build_mixture
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "examples" / "benchmark" / "results").glob("*.json"))
+
+
+def tiny_ast(layers=2):
+    torch.manual_seed(0)
+    return ASTForAudioClassification(
+        ASTConfig(
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_length=64,
+            frequency_stride=16,
+            time_stride=16,
+            num_labels=4,
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("num_experts, num_slots", [(3, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("routing", ["soft", "dense"])
+def test_the_literal_mixtures_compute_the_same(routing, num_experts, num_slots):
+    torch.manual_seed(0)
+    options = {"num_slots": num_slots} if routing == "soft" else {}
+    config = SoftMoAConfig(routing=routing, num_experts=num_experts, r=2, init_weights=False, **options)
+    router, experts = (part.double() for part in build_mixture(config, 8, 6))
+    literal = LITERAL[routing](router, experts).double()
+    tokens = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    given = literal(tokens)
+    expected = add_mixture(torch.zeros_like(given), tokens, router, experts)[0]
+    torch.testing.assert_close(given, expected)
+    upstream = torch.randn_like(given)
+    gradients = [torch.autograd.grad((output * upstream).sum(), tokens) for output in (given, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("routing", ["soft", "dense"])
+def test_a_model_with_literal_mixtures_computes_the_same(routing):
+    model = get_peft_model(tiny_ast(), SoftMoAConfig(routing=routing, r=2, init_weights=False)).get_base_model()
+    values = torch.randn(2, 64, 128)
+    expected = model(values).logits
+    write_literally(model, routing)
+    torch.testing.assert_close(model(values).logits, expected)
+    assert not any("softmoa" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_each_method_trains(method):
+    model = METHODS[method](tiny_ast())
+    model(torch.randn(2, 64, 128), labels=torch.arange(2)).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = {name for name, _ in model.named_parameters() if name.startswith("classifier.")}
+    if method == FLOOR:
+        assert trained == {"audio_spectrogram_transformer.layers.0.zero"}
+    elif method == PROBE:
+        assert trained == head
+    else:
+        assert trained > head
+        assert (method == "full fine-tuning") == (len(trained) == len(list(model.parameters())))
+
+
+def test_the_batch_fits_the_model():
+    batch = make_batch("AST-base, 500 frames", 3, "cpu")
+    assert batch["input_values"].shape == (3, 500, 128) and batch["labels"].tolist() == [0, 1, 2]
+
+
+def test_functions_run_in_turn():
+    calls = []
+    seconds = in_turn({name: lambda name=name: calls.append(name) for name in "abc"}, 2, "cpu")
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert set(seconds) == set("abc") and all(len(each) == 2 and min(each) >= 0 for each in seconds.values())
+
+
+def test_memory_is_what_autograd_keeps():
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    inputs = torch.randn(5, 8)
+    # The inputs of both layers and of the activation; not the weights.
+    assert memory_of(lambda: model(inputs).sum(), model, "cpu") == 4 * 5 * (8 + 16 + 16)
+    model.requires_grad_(False)
+    assert memory_of(lambda: model(inputs).sum(), model, "cpu") == 0
+
+
+def test_floating_point_operations():
+    model = nn.Linear(8, 16)
+    assert count_flops(lambda: model(torch.randn(5, 8))) == 2 * 5 * 8 * 16
+
+
+def test_ratios_are_of_the_same_round():
+    assert ratio([2.0, 20.0, 1.0], [1.0, 10.0, 10.0]) == 2.0
+
+
+def test_a_quick_run(tmp_path, capsys):
+    main(
+        ["--quick", "--layers", "1", "--batch_size", "1", "--forward_batch_sizes", "1", "--rounds", "1"]
+        + ["--layer_rounds", "1", "--output_dir", str(tmp_path)]
+    )
+    (path,) = tmp_path.glob("*-quick.json")
+    results = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    assert printed == f"{tables(results)}\nEvery single time is in {path}.\n"
+    for row in results["models"][0]["rows"]:
+        assert re.search(rf"^\| {row['method']} \| ", printed, re.MULTILINE)
+        assert len(row["step_seconds"]) == len(row["forward_1_seconds"]) == 1
+    assert {"device", "threads", "torch", "commit", "uncommitted changes"} <= set(results["environment"])
+    # Soft-MoA needs no gradient in front of its first block, and keeps no more than its tokens for each.
+    memory = {row["method"]: row["memory_bytes"] for row in results["models"][0]["rows"]}
+    assert memory["Soft-MoA"] < memory["floor"]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_can_be_shown(path):
+    results = json.loads(path.read_text())
+    assert results["environment"]["commit"] and not results["environment"]["uncommitted changes"]
+    assert (path.with_suffix(".md")).read_text() == tables(results)
+    assert list(path.with_suffix("").glob("*.png"))
