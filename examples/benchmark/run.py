@@ -34,18 +34,19 @@ from peft_softmoa.mixture import add_mixture, build_mixture
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.
 WIDTH, BATCH, TOKENS = 768, 8, 590
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Compared in every setting; the others in the first one, float32 and eager.
-EVERYWHERE = (PROBE, FLOOR, "LoRA", "Dense-MoA", "Soft-MoA")
+# Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
+EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
 
 def measure_models(
-    model_name: str, methods: list[str], setting: dict[str, Any], arguments: argparse.Namespace
+    model_name: str, methods: list[str], sizes: list[int], setting: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Train one model in all ways, and run it.
 
     Args:
         model_name (str): one of MODELS.
         methods (list[str]): names from METHODS.
+        sizes (list[int]): batch sizes of forward passes.
         setting (dict): `dtype`, of autocast, and `compiled`.
         arguments (Namespace): of the command line.
 
@@ -53,12 +54,10 @@ def measure_models(
         dict[str, Any]: the setting and one row for each method.
     """
     device = arguments.device
-    batches = {
-        size: make_batch(model_name, size, device) for size in (*arguments.forward_batch_sizes, arguments.batch_size)
-    }
+    batches = {size: make_batch(model_name, size, device) for size in (*sizes, arguments.batch_size)}
     autocast = torch.autocast(device, torch.bfloat16) if setting["dtype"] == "bfloat16" else nullcontext()
     rows, models, steps = {}, {}, {}
-    forwards: dict[int, dict[str, Callable[[], None]]] = {size: {} for size in arguments.forward_batch_sizes}
+    forwards: dict[int, dict[str, Callable[[], None]]] = {size: {} for size in sizes}
     for method in methods:
         torch.manual_seed(0)
         base = MODELS[model_name][0](arguments.layers).to(device)
@@ -207,11 +206,11 @@ def main(argv: list[str] | None = None) -> None:
         "--forward_batch_sizes", type=int, nargs="+", help="of forward passes; 1 and 16, or 4 with --quick"
     )
     parser.add_argument("--layers", type=int, default=12, help="of each model")
-    parser.add_argument("--rounds", type=int, help="how often each model is timed; 5, or 3 with --quick")
-    parser.add_argument("--layer_rounds", type=int, default=9, help="how often each layer is timed")
+    parser.add_argument("--rounds", type=int, help="how often each model is timed; 3, or 2 with --quick")
+    parser.add_argument("--layer_rounds", type=int, help="how often each layer is timed; 9, or 5 with --quick")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"))
     arguments = parser.parse_args(argv)
-    defaults = {"batch_size": (8, 4), "forward_batch_sizes": ([1, 16], [4]), "rounds": (5, 3)}
+    defaults = {"batch_size": (8, 4), "forward_batch_sizes": ([1, 16], [4]), "rounds": (3, 2), "layer_rounds": (9, 5)}
     for name, values in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, values[arguments.quick])
@@ -243,8 +242,9 @@ def main(argv: list[str] | None = None) -> None:
     for model_name in arguments.models[: 1 if arguments.quick else None]:
         for index, setting in enumerate(settings[: 1 if arguments.quick else None]):
             methods = EVERYWHERE if index or arguments.quick else METHODS
+            sizes = arguments.forward_batch_sizes[: 1 if index else None]
             torch.compiler.reset()
-            results["models"].append(measure_models(model_name, list(methods), setting, arguments))
+            results["models"].append(measure_models(model_name, list(methods), sizes, setting, arguments))
             save()
     if not arguments.quick:
         results["import"] = import_seconds(arguments.rounds)
