@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from literal import LITERAL, write_literally
-from measure import count_flops, in_turn, memory_of, ratio
+from measure import count_flops, import_seconds, in_turn, memory_of, ratio
 from methods import FLOOR, METHODS, PROBE, make_batch
 from peft import get_peft_model
 from report import tables
@@ -105,6 +105,11 @@ def test_memory_is_what_autograd_keeps():
 def test_floating_point_operations():
     model = nn.Linear(8, 16)
     assert count_flops(lambda: model(torch.randn(5, 8))) == 2 * 5 * 8 * 16
+
+
+def test_the_time_of_the_import():
+    (seconds,) = import_seconds(1)
+    assert seconds > 0
 
 
 def test_ratios_are_of_the_same_round():

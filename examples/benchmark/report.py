@@ -123,8 +123,8 @@ def tables(results: dict[str, Any]) -> str:
     for name, rows in results["layer"].items():
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
             parts += [f"One layer, {dtype}, {name}:", layer_table(name, rows, dtype)]
-    if "import" in results:
-        parts.append("\n".join(f"{name}: {times(seconds)} s" for name, seconds in results["import"].items()))
+    if "import_seconds" in results:
+        parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} s")
     return "\n\n".join(parts) + "\n"
 
 

@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             results["models"].append(measure_models(model_name, list(methods), sizes, setting, arguments))
             save()
     if not arguments.quick:
-        results["import"] = import_seconds(arguments.rounds)
+        results["import_seconds"] = import_seconds(arguments.layer_rounds)
         save()
         draw_sweeps(results, path.with_suffix(""))
         path.with_suffix(".md").write_text(tables(results))
