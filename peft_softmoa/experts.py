@@ -76,26 +76,26 @@ class BottleneckExperts(nn.Module):
         inputs: Tensor,
         weights: Optional[Tensor] = None,
         mask: Optional[Tensor] = None,
-        hidden: Optional[Tensor] = None,
+        added_to: Optional[Tensor] = None,
     ) -> Tensor:
         """Apply expert ⌊s/P⌋ to slot s or, with weights, every expert to every token.
 
-            output[s] = expert_{⌊s/P⌋}(inputs)[s]                               without weights
-            output[t] = hidden[t] + Σ_n weights[t, n] · expert_n(inputs)[t]     with weights
+            output[s] = expert_{⌊s/P⌋}(inputs)[s]                                   without weights
+            output[t] = added_to[t] + Σ_n weights[t, n] · expert_n(inputs)[t]       with weights
 
         Args:
             inputs (Tensor): slots `(B, S, D)`, or tokens `(B, T, D)`.
             weights (Tensor, optional): `(B, T, N)`. Default: the inputs are slots.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens; it matters to experts that read
                 neighbours. Default: all are real.
-            hidden (Tensor, optional): `(B, T, D')`. Default: zero.
+            added_to (Tensor, optional): `(B, T, D')`, with weights only. Default: zero.
 
         Returns:
-            Tensor: `(B, S, D')` or `(B, T, D')`, in the dtype of `hidden` if it is given, else of the inputs.
+            Tensor: `(B, S, D')` or `(B, T, D')`, in the dtype of `added_to` if it is given, else of the inputs.
         """
         if weights is None:
             return self._by_slot(inputs)
-        return self._by_token(inputs, weights, mask, inputs.new_zeros(1, 1) if hidden is None else hidden)
+        return self._by_token(inputs, weights, mask, inputs.new_zeros(1, 1) if added_to is None else added_to)
 
     def _by_slot(self, slots: Tensor) -> Tensor:
         num_experts, dtype = self.down_weight.shape[0], slots.dtype
@@ -108,16 +108,16 @@ class BottleneckExperts(nn.Module):
         outputs = torch.baddbmm(self.up_bias.to(dtype).unsqueeze(1), hidden, self.up_weight.to(dtype))
         return outputs.unflatten(1, (batch, num_slots)).transpose(0, 1).flatten(1, 2)
 
-    def _by_token(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor], hidden: Tensor) -> Tensor:
+    def _by_token(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor], added_to: Tensor) -> Tensor:
         num_experts, _, r = self.down_weight.shape
         # The experts side by side, D -> N·R -> D', with the weights in between: nothing of size T·N·D'.
         down_weight = self.down_weight.to(tokens.dtype).mT.flatten(0, 1)
         projected = F.linear(tokens, down_weight, self.down_bias.to(tokens.dtype).flatten())
         answers = self._hidden(projected.unflatten(-1, (num_experts, r)), mask) * weights.unsqueeze(-1)
         # The biases of `up` are one more input for each expert.
-        left = torch.cat([answers.flatten(2), weights], dim=-1).flatten(0, 1).to(hidden.dtype)
-        right = torch.cat([self.up_weight.flatten(0, 1), self.up_bias]).to(hidden.dtype)
-        return torch.addmm(hidden.flatten(0, -2), left, right).unflatten(0, tokens.shape[:2])
+        left = torch.cat([answers.flatten(2), weights], dim=-1).flatten(0, 1).to(added_to.dtype)
+        right = torch.cat([self.up_weight.flatten(0, 1), self.up_bias]).to(added_to.dtype)
+        return torch.addmm(added_to.flatten(0, -2), left, right).unflatten(0, tokens.shape[:2])
 
     def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """From the output of `down` to the input of `up`, both `(B, L, N, R)`."""

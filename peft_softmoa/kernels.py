@@ -31,7 +31,8 @@ def read_slots(tokens: Tensor, slots: Tensor, mask: Optional[Tensor] = None) -> 
 
     The weights lie as `(B, S, T)`, so that every product runs along the tokens as they are in memory. The tokens get
     their gradient, through the logits and through the average, in one product; what is kept for it are the tokens as
-    they are given, in half precision too, and the weights.
+    they are given, in half precision too, and the weights. There is no forward-mode derivative. Where no gradient is
+    recorded, these are plain operations, for whatever traces them. Call it without autocast.
 
     Args:
         tokens (Tensor): x, `(B, T, D)`.
@@ -41,8 +42,11 @@ def read_slots(tokens: Tensor, slots: Tensor, mask: Optional[Tensor] = None) -> 
     Returns:
         tuple[Tensor, Tensor, Tensor]: X̃, `(B, S, D)`; dispatch and combine weights, `(B, S, T)` each; in float32, or
         in float64 if the tokens are.
+
+    Source: arXiv 2402.00828; arXiv 2308.00951, section 2.1.
     """
-    return _ReadSlots.apply(tokens, slots, mask)
+    run = _ReadSlots.apply if torch.is_grad_enabled() else _ReadSlots.forward
+    return run(tokens, slots, mask)
 
 
 class _ReadSlots(torch.autograd.Function):

@@ -142,8 +142,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         try:
             given = self._find_mask(adapter_name, args, kwargs)
             if given is not None and given.name in LIMITS:
-                hidden, tokens = hidden.flatten(0, -2), tokens.flatten(0, -2)
-                (hidden, mask), (tokens, _) = unpack(hidden, given.value), unpack(tokens, given.value)
+                mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
                 output, loss = add_mixture(hidden, tokens, router, experts, mask, scaling)
                 output = output[mask]
             else:

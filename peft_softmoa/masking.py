@@ -71,25 +71,26 @@ def find_mask(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) ->
     return None
 
 
-def unpack(tokens: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """Make a padded batch from samples that are packed one after another.
+def unpack(limits: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
+    """Make padded batches from samples that are packed one after another.
 
     Args:
-        tokens (Tensor): `(L, D)`, with the number L of all tokens.
         limits (Tensor): `(B + 1,)` integer, from 0 to L: sample b has the tokens from `limits[b]` to `limits[b + 1]`.
+        packed (Tensor): any number of `(L, D)`, with the number L of all tokens.
 
     Returns:
-        tuple[Tensor, Tensor]: tokens `(B, T, D)`, zero where they are padded, and the mask `(B, T)`, true for real
-        ones; `x[mask]` packs x again.
+        tuple[Tensor, ...]: the mask `(B, T)`, true for real tokens, and for each input `(B, T, D)`, zero where it is
+        padded; `x[mask]` packs x again.
 
     Raises:
         ValueError: if the limits do not fit the tokens.
     """
     lengths = limits.diff()
-    if limits.ndim != 1 or limits.is_floating_point() or int(lengths.sum()) != len(tokens):
-        raise ValueError(f"Its limits of packed samples, {limits.tolist()}, do not fit {len(tokens)} tokens.")
-    padded = pad_sequence(tokens.split(lengths.tolist()), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=limits.device) < lengths[:, None]
+    on_host = lengths.tolist()
+    if limits.ndim != 1 or limits.is_floating_point() or any(sum(on_host) != len(tokens) for tokens in packed):
+        raise ValueError(f"Its limits of packed samples, {limits.tolist()}, do not fit {len(packed[0])} tokens.")
+    padded = [pad_sequence(tokens.split(on_host), batch_first=True) for tokens in packed]
+    return torch.arange(padded[0].shape[1], device=limits.device) < lengths[:, None], *padded
 
 
 def token_mask(mask: Optional[Mask], batch: int, num_tokens: int) -> Optional[Tensor]:

@@ -83,8 +83,8 @@ class SoftRouter(nn.Module):
             tokens = in_full_precision(tokens)
             dispatch, combine = (weights.mT for weights in soft_routing(tokens, self.slots, mask, self.scale))
             read = dispatch @ tokens
-        answers = scaling * experts(read)
-        return torch.baddbmm(hidden, combine.mT.to(hidden.dtype), answers.to(hidden.dtype)), None
+        answers = experts(read).to(hidden.dtype)
+        return torch.baddbmm(hidden, combine.mT.to(hidden.dtype), answers, alpha=scaling), None
 
 
 class DenseRouter(nn.Module):
@@ -221,7 +221,7 @@ def build_mixture(
         patch_grid (PatchGrid, optional): the grid that convolution experts run over. Default: none.
 
     Returns:
-        tuple[Router, BottleneckExperts]: the parts that `mixture` takes.
+        tuple[Router, BottleneckExperts]: the parts that `add_mixture` takes.
     """
     router_class, fields = ROUTERS[config.routing]
     router = router_class(in_features, config.num_experts, **{name: getattr(config, name) for name in fields})
@@ -258,7 +258,8 @@ def add_mixture(
     """Add what the experts say to the output of the block F that reads the same tokens.
 
     What they say is computed in float32, or in float64 if the tokens are, and not under autocast: half-precision
-    logits would overflow for large tokens. Only the last product, which adds it, runs in the dtype of F(x).
+    logits would overflow for large tokens. Only the last product, which sums it up and adds it to F(x), and that
+    product's gradients are in the dtype of F(x), as those of the block's own layers are.
 
     Args:
         hidden (Tensor): F(x), `(B, T, D')`.
@@ -275,10 +276,10 @@ def add_mixture(
     Raises:
         ValueError: if the mask or F(x) does not fit the tokens.
     """
-    if hidden.shape[:2] != tokens.shape[:2]:
+    if hidden.shape != (*tokens.shape[:2], experts.up_weight.shape[-1]):
         raise ValueError(
-            f"The block was given tokens of shape {tuple(tokens.shape)} and returns {tuple(hidden.shape)}: there must "
-            "be one output for each token. Adapt another block."
+            f"For tokens {tuple(tokens.shape)} the block must return {experts.up_weight.shape[-1]} numbers for each "
+            f"token, but it returns {tuple(hidden.shape)}. Adapt another block."
         )
     if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
         raise ValueError(

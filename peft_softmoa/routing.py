@@ -60,12 +60,17 @@ def soft_routing(
 def soft_weights(logits: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """The two softmaxes of soft routing.
 
+        dispatch = softmax over the valid T of L
+        combine  = softmax over S of L
+
     Args:
-        logits (Tensor): `(B, S, T)`.
+        logits (Tensor): L, `(B, S, T)`.
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
     Returns:
         tuple[Tensor, Tensor]: dispatch and combine weights, `(B, S, T)` each, in the dtype of the logits.
+
+    Source: arXiv 2308.00951, section 2.1.
     """
     combine = logits.softmax(dim=1)
     if mask is None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from literal import LITERAL, write_literally
 from measure import count_flops, import_seconds, in_turn, memory_of, ratio
-from methods import FLOOR, METHODS, PROBE, make_batch
+from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, make_ast, make_batch
 from peft import get_peft_model
-from report import tables
+from report import BEGIN, END, draw_sweeps, for_readme, tables, write_into
 from run import main
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
@@ -88,23 +88,51 @@ def test_the_batch_fits_the_model():
 
 def test_functions_run_in_turn():
     calls = []
-    seconds = in_turn({name: lambda name=name: calls.append(name) for name in "abc"}, 2, "cpu")
-    assert "".join(calls) == "abc" + "bca" + "cab"
-    assert set(seconds) == set("abc") and all(len(each) == 2 and min(each) >= 0 for each in seconds.values())
+    seconds = in_turn({name: lambda name=name: calls.append(name) for name in "abcde"}, 2, "cpu")
+    rounds = ["".join(calls[i : i + 5]) for i in (0, 5, 10)]
+    assert len(calls) == 15 and all(sorted(turn) == list("abcde") for turn in rounds) and len(set(rounds)) == 3
+    assert set(seconds) == set("abcde") and all(len(each) == 2 and min(each) >= 0 for each in seconds.values())
 
 
 def test_memory_is_what_autograd_keeps():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     inputs = torch.randn(5, 8)
     # The inputs of both layers and of the activation; not the weights.
-    assert memory_of(lambda: model(inputs).sum(), model, "cpu") == 4 * 5 * (8 + 16 + 16)
+    assert memory_of(lambda: model(inputs).sum(), None, model, "cpu") == 4 * 5 * (8 + 16 + 16)
     model.requires_grad_(False)
-    assert memory_of(lambda: model(inputs).sum(), model, "cpu") == 0
+    assert memory_of(lambda: model(inputs).sum(), None, model, "cpu") == 0
+
+
+def test_soft_moa_keeps_little_more_than_the_floor():
+    """On AST-base; of a batch, each sample takes its part."""
+    batch = make_batch("AST-base, 500 frames", 1, "cpu")
+    kept = {}
+    for method in (FLOOR, "Soft-MoA"):
+        model = METHODS[method](make_ast(12)).train()
+        kept[method] = memory_of(lambda model=model: model(**batch).loss, None, model, "cpu")
+    assert kept["Soft-MoA"] <= 1.10 * kept[FLOOR]
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+def test_methods_have_one_budget(model_name):
+    trained = {}
+    for method in METHODS:
+        if "literal" not in method:  # they take the parameters of others
+            with torch.device("meta"):
+                model = METHODS[method](MODELS[model_name][0](12))
+            trained[method] = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    head = trained.pop(PROBE)
+    assert trained.pop(FLOOR) == 1 and trained.pop("full fine-tuning") > 80e6
+    assert trained["Soft-MoA"] == 903_672 + head
+    assert all(0.97 * BUDGET < number - head <= BUDGET for number in trained.values()), trained
 
 
 def test_floating_point_operations():
     model = nn.Linear(8, 16)
     assert count_flops(lambda: model(torch.randn(5, 8))) == 2 * 5 * 8 * 16
+    query = torch.randn(1, 2, 5, 4)
+    attend = nn.functional.scaled_dot_product_attention
+    assert count_flops(lambda: attend(query, query, query)) == 2 * (2 * 2 * 5 * 5 * 4)
 
 
 def test_the_time_of_the_import():
@@ -129,9 +157,15 @@ def test_a_quick_run(tmp_path, capsys):
         assert re.search(rf"^\| {row['method']} \| ", printed, re.MULTILINE)
         assert len(row["step_seconds"]) == len(row["forward_1_seconds"]) == 1
     assert {"device", "threads", "torch", "commit", "uncommitted changes"} <= set(results["environment"])
-    # Soft-MoA needs no gradient in front of its first block, and keeps no more than its tokens for each.
-    memory = {row["method"]: row["memory_bytes"] for row in results["models"][0]["rows"]}
-    assert memory["Soft-MoA"] < memory["floor"]
+    for picture in draw_sweeps(results, tmp_path / "pictures"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}old\n{END}after\n")
+    write_into(readme, results)
+    assert readme.read_text() == f"before\n{BEGIN}{for_readme(results)}{END}after\n"
+    readme.write_text("no place\n")
+    with pytest.raises(ValueError, match="has no place for the tables"):
+        write_into(readme, results)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

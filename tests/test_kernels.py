@@ -61,12 +61,23 @@ def test_gradients_of_single_samples(masked):
         read, _, combine = run(tokens[None], slots, mask[None] if masked else None)
         return read.square().sum() + combine.square().sum()
 
-    given, expected = (
-        torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, None))(slots, tokens, mask, run)
-        for run in (read_slots, plainly)
-    )
-    assert given.shape == (3, *slots.shape)
-    torch.testing.assert_close(given, expected)
+    in_dims = (None, 0, 0, None)
+
+    def total(slots, tokens, mask, run):
+        return torch.func.vmap(loss, in_dims=in_dims)(slots, tokens, mask, run).sum()
+
+    for gradient in (torch.func.vmap(torch.func.grad(loss, (0, 1)), in_dims=in_dims), torch.func.grad(total, (0, 1))):
+        given, expected = (gradient(slots, tokens, mask, run) for run in (read_slots, plainly))
+        assert given[0].shape[-2:] == slots.shape and given[1].shape == tokens.shape
+        torch.testing.assert_close(given, expected)
+
+
+def test_it_is_traced_as_plain_operations():
+    tokens, slots, _ = draw()
+    with torch.no_grad():
+        traced = torch.jit.trace(read_slots, (tokens, slots))
+        torch.testing.assert_close(traced(2 * tokens, slots), read_slots(2 * tokens, slots))
+    assert "PythonOp" not in str(traced.graph)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

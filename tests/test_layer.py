@@ -1,5 +1,6 @@
 import pytest
 import torch
+from operations import Operations
 from torch import nn
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
@@ -117,6 +118,49 @@ def test_a_call_without_tokens():
     layer = make(Attention())
     with pytest.raises(ValueError, match=r"'encoder.block' was called without tokens.*\['query'\]"):
         layer(query=torch.randn(2, 5, 6))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("expert_type", ["bottleneck", "convolution"])
+@pytest.mark.parametrize(
+    "routing", [{}, {"normalize": True}, {"routing": "dense"}, {"routing": "top_k"}, {"routing": "expert_choice"}]
+)
+def test_the_operations_do_not_depend_on_the_number_of_experts(routing, expert_type, masked):
+    ran = {}
+    for num_experts in (2, 15, 64):
+        config = SoftMoAConfig(num_experts=num_experts, r=1, expert_type=expert_type, init_weights=False, **routing)
+        layer = make(Attention(), config)
+        mask = torch.ones(2, 5, dtype=torch.bool) if masked else None
+        with Operations() as operations:
+            layer(torch.randn(2, 5, 6, requires_grad=True), mask)[0].sum().backward()
+        ran[num_experts] = operations.names
+        # None waits for the device to tell a number to Python.
+        assert not [name for name in operations.names if "_local_scalar_dense" in name]
+    assert ran[2] == ran[15] == ran[64]
+
+
+def test_soft_routing_takes_few_operations():
+    """Each is a kernel to launch on a GPU, where their number is the cost of small batches."""
+    layer = make(nn.Linear(6, 6), SoftMoAConfig(init_weights=False))
+    layer.base_layer.requires_grad_(False)
+    tokens = torch.randn(2, 40, 6, requires_grad=True)
+    alone, adapted = Operations(), Operations()
+    with alone:
+        layer.base_layer(tokens).backward(tokens.detach())
+    with adapted:
+        layer(tokens).backward(tokens.detach())
+    added = len(adapted.kernels()) - len(alone.kernels())
+    assert added <= 38, adapted.kernels()
+
+
+def test_a_block_that_returns_another_number_of_tokens():
+    class Pooling(nn.Linear):
+        def forward(self, input):
+            return super().forward(input[:, ::2])
+
+    layer = SoftMoALayer(Pooling(6, 6), "default", CONFIG, Target("encoder.block", None, 6, 6))
+    with pytest.raises(ValueError, match=r"block 'encoder.block': For tokens \(2, 5, 6\) .* it returns \(2, 3, 6\)"):
+        layer(torch.randn(2, 5, 6))
 
 
 def test_merging_is_refused():

@@ -113,7 +113,7 @@ def test_takes_mask():
 
 def test_unpack():
     tokens = torch.arange(12.0).reshape(6, 2)
-    padded, mask = unpack(tokens, torch.tensor([0, 2, 2, 6], dtype=torch.int32))
+    mask, padded, doubled = unpack(torch.tensor([0, 2, 2, 6], dtype=torch.int32), tokens, 2 * tokens)
     assert mask.tolist() == [[True, True, False, False], [False] * 4, [True] * 4]
     assert torch.equal(padded[mask], tokens) and not padded[~mask].any()
     assert torch.equal(padded[2], tokens[2:])
@@ -122,4 +122,4 @@ def test_unpack():
 @pytest.mark.parametrize("limits", [[0, 2, 5], [0, 2, 7], [[0, 6]], [0.0, 6.0]])
 def test_limits_that_do_not_fit(limits):
     with pytest.raises(ValueError, match=r"limits of packed samples, .*, do not fit 6 tokens"):
-        unpack(torch.zeros(6, 2), torch.tensor(limits))
+        unpack(torch.tensor(limits), torch.zeros(6, 2))

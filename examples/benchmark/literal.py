@@ -93,6 +93,8 @@ class LiteralBlock(nn.Module):
 def write_literally(model: nn.Module, routing: str) -> None:
     """Put literal mixtures in place of a model's adapted blocks.
 
+    They know no padding, and nothing of a config but its routing and its sizes.
+
     Args:
         model (nn.Module): a base model with one adapter on blocks that return tuples; it is changed.
         routing (str): the adapter's routing, `"soft"` or `"dense"`.

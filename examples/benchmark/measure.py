@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 PACKAGES = ("torch", "transformers", "peft", "peft-softmoa")
@@ -30,26 +32,31 @@ def keep_memory() -> None:
 
 
 def in_turn(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, device: str, note: Callable[[str], None] = str
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    note: Optional[Callable[[str], None]] = None,
 ) -> dict[str, list[float]]:
     """Time functions one after another, round by round, so that what disturbs the machine disturbs all of them.
 
-    Each round begins with another function. One more round comes first and does not count.
+    Each round has an order of its own, for each function leaves its traces in caches and memory for the next. One
+    more round comes first and does not count.
 
     Args:
         functions (mapping): what to run, by name.
         rounds (int): how often.
         device (str): which device they use.
-        note (callable): is told each function's name before it runs. Default: nothing happens.
+        note (callable, optional): is told each function's name before it runs. Default: None.
 
     Returns:
         dict[str, list[float]]: seconds, by name and round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
+    order = random.Random(0)
     for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            note(name)
+        for name in order.sample(list(functions), len(functions)):
+            if note is not None:
+                note(name)
             synchronize(device)
             start = time.perf_counter()
             functions[name]()
@@ -65,25 +72,26 @@ def synchronize(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def memory_of(forward: Callable[[], Tensor], model: nn.Module, device: str) -> int:
+def memory_of(forward: Callable[[], Tensor], step: Callable[[], None], model: nn.Module, device: str) -> int:
     """Bytes that a training step needs besides the model.
 
-    On a CUDA device they are the growth of the allocator's peak. Elsewhere they are what autograd keeps for the
-    backward pass, each storage once, without the model's own parameters and buffers.
+    On a CUDA device they are the growth of the allocator's peak, with gradients and the optimizer's state. Elsewhere
+    they are what autograd keeps for the backward pass, each storage once, without the model's own parameters and
+    buffers.
 
     Args:
         forward (callable): runs the forward pass and returns the loss.
-        model (nn.Module): the model that it runs.
+        step (callable): runs a whole training step.
+        model (nn.Module): the model that they run.
         device (str): which device.
 
     Returns:
         int: bytes.
     """
     if device == "cuda":
-        forward().backward()  # so that the gradients exist
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward().backward()
+        step()
         return torch.cuda.max_memory_allocated() - before
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}  # the tensors are held, for a freed one's address would be used again
@@ -101,7 +109,8 @@ def memory_of(forward: Callable[[], Tensor], model: nn.Module, device: str) -> i
 
 def count_flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of matrix products and convolutions, two for each multiplication and sum."""
-    with FlopCounterMode(display=False) as counter:
+    # The counter does not know the CPU's fused attention, but what it is made of.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
@@ -115,13 +124,15 @@ def import_seconds(rounds: int) -> list[float]:
 def environment(device: str) -> dict[str, Any]:
     """Hardware, versions, threads and commit."""
     folder = Path(__file__).parent
-    commit = changed = None
-    if (folder.parent.parent / ".git").exists():
-        git = ["git", "-C", str(folder)]
+    git = ["git", "-C", str(folder)]
+    try:
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
         changed = bool(subprocess.check_output([*git, "status", "--porcelain"], text=True))
+    except (OSError, subprocess.CalledProcessError):
+        commit = changed = None  # a copy without its history
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +25,19 @@ BEGIN, END = "<!-- benchmark: written by examples/benchmark/report.py -->\n", "<
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and a marker for each.
 STYLES = {
     "Soft-MoA": ("#0072B2", "o", "-"),
+    "Soft-MoA, plain": ("#009E73", "D", ":"),
     "Soft-MoA, literal": ("#56B4E9", "s", "--"),
     "Dense-MoA": ("#D55E00", "^", "-"),
     "Dense-MoA, literal": ("#E69F00", "v", "--"),
 }
 
 
-def times(seconds: Sequence[float], factor: float = 1.0, digits: int = 2) -> str:
-    """Median, and least and greatest in brackets."""
-    middle, least, greatest = (factor * number for number in (statistics.median(seconds), min(seconds), max(seconds)))
-    return f"{middle:.{digits}f} ({least:.{digits}f}–{greatest:.{digits}f})"
+def times(seconds: Sequence[float]) -> str:
+    """Median, and least and greatest in brackets, in milliseconds with three digits at least."""
+    milliseconds = [1000 * number for number in (statistics.median(seconds), min(seconds), max(seconds))]
+    digits = max(0, 2 - math.floor(math.log10(milliseconds[0])))
+    middle, least, greatest = (f"{number:,.{digits}f}" for number in milliseconds)
+    return f"{middle} ({least}–{greatest})"
 
 
 def model_table(part: dict[str, Any]) -> str:
@@ -47,16 +51,17 @@ def model_table(part: dict[str, Any]) -> str:
     """
     rows = {row["method"]: row for row in part["rows"]}
     sizes = [key for key in rows[PROBE] if key.startswith("forward_")]
-    heading = ["method", "trained", f"step of {part['batch_size']}, s", "of floor"]
+    heading = ["method", "trained", f"step of {part['batch_size']}, ms", "of floor", "of LoRA"]
     for key in sizes:
-        heading += [f"forward of {key.split('_')[1]}, s", "of frozen"]
+        heading += [f"forward of {key.split('_')[1]}, ms", "of frozen"]
     has_memory = "memory_bytes" in rows[FLOOR]
     if has_memory:
         heading += ["memory, MiB", "of floor", "TFLOP"]
     table = [heading]
     for method, row in rows.items():
         cells = [method, "0" if method == FLOOR else f"{row['trainable_parameters']:,}", times(row["step_seconds"])]
-        cells.append(f"{ratio(row['step_seconds'], rows[FLOOR]['step_seconds']):.2f}")
+        for reference in (FLOOR, "LoRA"):
+            cells.append(f"{ratio(row['step_seconds'], rows[reference]['step_seconds']):.2f}")
         for key in sizes:
             cells += [times(row[key]), f"{ratio(row[key], rows[PROBE][key]):.2f}"]
         if has_memory:
@@ -82,15 +87,19 @@ def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
     rows = [row for row in rows if row["dtype"] == dtype]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     table = [[name.partition(" at ")[0], *(["R"] if len({row["r"] for row in rows}) > 1 else [])]]
-    table[0] += [f"{method}, ms" for method in methods] + ["literal / Soft-MoA", "memory, MiB", "literal"]
+    first = next(row for row in rows if row["method"] == "Soft-MoA")
+    table[0] += [f"{method}, ms" for method in methods]
+    table[0] += [f"Soft-MoA, of that at {first[axis]:,}", "literal, of Soft-MoA", "memory of Soft-MoA, MiB"]
     for value in dict.fromkeys(row[axis] for row in rows):
         here = {row["method"]: row for row in rows if row[axis] == value}
         soft, literal = here["Soft-MoA"], here["Soft-MoA, literal"]
         cells = [f"{value:,}", *([str(soft["r"])] if "R" in table[0] else [])]
-        cells += [times(here[method]["seconds"], 1000, 1) if method in here else "—" for method in methods]
-        cells.append(f"{ratio(literal['seconds'], soft['seconds']):.2f}")
-        cells += [f"{row['memory_bytes'] / 2**20:,.0f}" for row in (soft, literal)]
-        table.append(cells)
+        cells += [times(here[method]["seconds"]) if method in here else "—" for method in methods]
+        cells += [
+            f"{ratio(soft['seconds'], first['seconds']):.2f}",
+            f"{ratio(literal['seconds'], soft['seconds']):.2f}",
+        ]
+        table.append([*cells, f"{soft['memory_bytes'] / 2**20:,.1f}"])
     return markdown(table)
 
 
@@ -104,7 +113,7 @@ def machine(results: dict[str, Any]) -> str:
     """On what a run was made, in a line."""
     given = results["environment"]
     versions = ", ".join(f"{name} {given[name]}" for name in ("torch", "transformers", "peft"))
-    return f"{given['device']}, {given['threads']} threads, {versions}"
+    return f"{given['device']}, {given['threads']} threads on {given['cores']} cores, {versions}"
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -124,7 +133,7 @@ def tables(results: dict[str, Any]) -> str:
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
             parts += [f"One layer, {dtype}, {name}:", layer_table(name, rows, dtype)]
     if "import_seconds" in results:
-        parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} s")
+        parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} ms")
     return "\n\n".join(parts) + "\n"
 
 
@@ -150,6 +159,23 @@ def for_readme(results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def write_into(readme: Path, results: dict[str, Any]) -> None:
+    """Put the main tables of a run into a file.
+
+    Args:
+        readme (Path): the file, with a place for them.
+        results (dict): what a run writes.
+
+    Raises:
+        ValueError: if the file has no place for them.
+    """
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme} has no place for the tables: it needs the lines {BEGIN!r} and {END!r}.")
+    readme.write_text(before + BEGIN + for_readme(results) + END + after)
 
 
 def draw_sweeps(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -209,8 +235,7 @@ def main() -> None:
     print(tables(results))
     draw_sweeps(results, arguments.results.with_suffix(""))
     if arguments.readme:
-        before, _, after = arguments.readme.read_text().partition(BEGIN)
-        arguments.readme.write_text(before + BEGIN + for_readme(results) + END + after.partition(END)[2])
+        write_into(arguments.readme, results)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
     python examples/benchmark/run.py --quick
     python examples/benchmark/run.py --device cuda
 
-Prints tables, and writes them into the output folder, with pictures of the sweeps and a JSON file with every time.
+Prints tables, and writes every single time into a JSON file in the output folder; without --quick the tables and
+pictures of the sweeps, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import sys
@@ -30,6 +30,7 @@ from transformers import ASTConfig, ASTModel
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.mixture import add_mixture, build_mixture
+from peft_softmoa.routing import soft_routing
 
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.
 WIDTH, BATCH, TOKENS = 768, 8, 590
@@ -39,7 +40,12 @@ EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
 
 def measure_models(
-    model_name: str, methods: list[str], sizes: list[int], setting: dict[str, Any], arguments: argparse.Namespace
+    model_name: str,
+    methods: list[str],
+    sizes: list[int],
+    rounds: int,
+    setting: dict[str, Any],
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train one model in all ways, and run it.
 
@@ -47,6 +53,7 @@ def measure_models(
         model_name (str): one of MODELS.
         methods (list[str]): names from METHODS.
         sizes (list[int]): batch sizes of forward passes.
+        rounds (int): how often each is timed.
         setting (dict): `dtype`, of autocast, and `compiled`.
         arguments (Namespace): of the command line.
 
@@ -56,12 +63,13 @@ def measure_models(
     device = arguments.device
     batches = {size: make_batch(model_name, size, device) for size in (*sizes, arguments.batch_size)}
     autocast = torch.autocast(device, torch.bfloat16) if setting["dtype"] == "bfloat16" else nullcontext()
-    rows, models, steps = {}, {}, {}
+    rows: dict[str, dict[str, Any]] = {}
+    models, steps = {}, {}
     forwards: dict[int, dict[str, Callable[[], None]]] = {size: {} for size in sizes}
     for method in methods:
         torch.manual_seed(0)
         base = MODELS[model_name][0](arguments.layers).to(device)
-        model = models[method] = METHODS[method](base).train()
+        model = models[method] = METHODS[method](base).to(device).train()
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # The floor's only parameter is not there to be trained.
         optimizer = torch.optim.AdamW(trainable, lr=1e-6) if method != FLOOR else None
@@ -87,18 +95,17 @@ def measure_models(
 
         row = rows[method] = {"method": method, "trainable_parameters": sum(each.numel() for each in trainable)}
         if not setting["compiled"]:
-            row["memory_bytes"] = memory_of(loss, model, device)
-            model.zero_grad()
+            row["memory_bytes"] = memory_of(loss, step, model, device)
             row["step_flops"] = count_flops(step)
         steps[method] = step
         for size in forwards:
             forwards[size][method] = partial(forward, size)
-    for method, seconds in in_turn(steps, arguments.rounds, device, note).items():
+    for method, seconds in in_turn(steps, rounds, device, note).items():
         rows[method]["step_seconds"] = seconds
     for model in models.values():
         model.eval()
     for size, functions in forwards.items():
-        for method, seconds in in_turn(functions, arguments.rounds, device, note).items():
+        for method, seconds in in_turn(functions, rounds, device, note).items():
             rows[method][f"forward_{size}_seconds"] = seconds
     return {
         "model": model_name,
@@ -133,58 +140,81 @@ def sweeps(quick: bool) -> dict[str, list[dict[str, int]]]:
     }
 
 
-def measure_layer(point: dict[str, int], dtype: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Forward and backward pass of one mixture and the sum with its block's output, without the block.
+def forms(point: dict[str, int], dtype: str, device: str) -> dict[str, tuple[nn.Module, Callable[[], Tensor]]]:
+    """The mixture of a point in each form, and how it runs on some tokens, whose block returns them as they are.
 
     Args:
         point (dict): N, P, R, batch size and tokens.
         dtype (str): of the tokens and of the block's output; the adapter is in float32.
+        device (str): where.
+
+    Returns:
+        dict: what holds the parameters, and the forward pass, by the name of the form.
+    """
+    shape = (point["batch_size"], point["num_tokens"], WIDTH)
+    tokens = torch.randn(shape, dtype=DTYPES[dtype], device=device, requires_grad=True)
+    built: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {}
+    for routing, name in (("soft", "Soft-MoA"), ("dense", "Dense-MoA")):
+        options = {"num_slots": point["num_slots"]} if routing == "soft" else {}
+        if routing == "dense" and point["num_slots"] > 1:
+            continue
+        torch.manual_seed(0)
+        config = SoftMoAConfig(
+            routing=routing, num_experts=point["num_experts"], r=point["r"], init_weights=False, **options
+        )
+        router, experts = (part.to(device) for part in build_mixture(config, WIDTH, WIDTH))
+        parts = nn.ModuleList([router, experts])
+        built[name] = parts, partial(lambda *parts: add_mixture(tokens, tokens, *parts)[0], *parts)
+        if routing == "soft":
+            built[f"{name}, plain"] = parts, partial(plainly, tokens, *parts)
+        # The answers of all experts to all tokens would be gigabytes.
+        if routing == "soft" or point["num_experts"] * shape[0] * shape[1] <= 16 * BATCH * TOKENS:
+            literal = LITERAL[routing](router, experts).to(device)
+            built[f"{name}, literal"] = (
+                literal,
+                partial(lambda literal: tokens + literal(tokens.to(torch.float32)).to(tokens.dtype), literal),
+            )
+    return {name: (parts, partial(_zeroed, tokens, run)) for name, (parts, run) in built.items()}
+
+
+def _zeroed(tokens: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    tokens.grad = None
+    return run()
+
+
+def plainly(tokens: Tensor, router: nn.Module, experts: nn.Module) -> Tensor:
+    """Soft-MoA with the backward pass that autograd makes of its formula."""
+    dispatch, combine = soft_routing(tokens, router.slots)
+    return torch.baddbmm(tokens, combine, experts(dispatch.mT @ tokens))
+
+
+def measure_layer(points: list[dict[str, int]], dtype: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forward and backward pass of one mixture and the sum with its block's output, without the block.
+
+    Args:
+        points (list[dict]): N, P, R, batch size and tokens of each.
+        dtype (str): of the tokens.
         arguments (Namespace): of the command line.
 
     Returns:
-        list[dict[str, Any]]: one row for each routing and form.
+        list[dict[str, Any]]: one row for each point and form.
     """
-    shape = (point["batch_size"], point["num_tokens"], WIDTH)
-    rows, functions = [], {}
-    for routing, literally in itertools.product(("soft", "dense"), (False, True)):
-        if routing == "dense" and (
-            point["num_slots"] > 1 or (literally and point["num_experts"] * shape[0] * shape[1] > 16 * BATCH * TOKENS)
-        ):
-            continue  # it has no slots; and its tensor (B, T, D, N) would be gigabytes
-        torch.manual_seed(0)
-        options = {"routing": routing, "num_experts": point["num_experts"], "r": point["r"], "init_weights": False}
-        if routing == "soft":
-            options["num_slots"] = point["num_slots"]
-        router, experts = build_mixture(SoftMoAConfig(**options), WIDTH, WIDTH)
-        parts = nn.ModuleList([LITERAL[routing](router, experts)] if literally else [router, experts])
-        parts.to(arguments.device)
-        tokens = torch.randn(shape, dtype=DTYPES[dtype], device=arguments.device, requires_grad=True)
+    rows, functions = {}, {}
+    for point in points:
+        for name, (parts, run) in forms(point, dtype, arguments.device).items():
 
-        def run(parts: nn.ModuleList = parts, tokens: Tensor = tokens, literally: bool = literally) -> Tensor:
-            if literally:
-                return tokens + parts[0](tokens.to(torch.float32)).to(tokens.dtype)
-            return add_mixture(tokens, tokens, *parts)[0]
+            def both(parts: nn.Module = parts, run: Callable[[], Tensor] = run) -> None:
+                parts.zero_grad()
+                output = run()
+                output.backward(output.detach())
 
-        def both(parts: nn.ModuleList = parts, tokens: Tensor = tokens, run: Callable[[], Tensor] = run) -> None:
-            tokens.grad = None
-            parts.zero_grad()
-            run().backward(tokens.detach())
-
-        name = f"{'Soft' if routing == 'soft' else 'Dense'}-MoA{', literal' if literally else ''}"
-        functions[name] = both
-        rows.append(
-            {
-                "method": name,
-                **point,
-                "dtype": dtype,
-                "memory_bytes": memory_of(lambda run=run: run().sum(), parts, arguments.device),
-            }
-        )
-    for row, seconds in zip(
-        rows, in_turn(functions, arguments.layer_rounds, arguments.device, note).values(), strict=True
-    ):
-        row["seconds"] = seconds
-    return rows
+            memory = memory_of(lambda run=run: run().sum(), both, parts, arguments.device)
+            key = f"{name} {point}"
+            functions[key] = both
+            rows[key] = {"method": name, **point, "dtype": dtype, "memory_bytes": memory}
+    for key, seconds in in_turn(functions, arguments.layer_rounds, arguments.device, note).items():
+        rows[key]["seconds"] = seconds
+    return list(rows.values())
 
 
 def note(name: str) -> None:
@@ -196,7 +226,7 @@ def note(name: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only AST's main rows, with half the batch")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="of the CPU; as many as torch takes, if it is not given")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -206,16 +236,21 @@ def main(argv: list[str] | None = None) -> None:
         "--forward_batch_sizes", type=int, nargs="+", help="of forward passes; 1 and 16, or 4 with --quick"
     )
     parser.add_argument("--layers", type=int, default=12, help="of each model")
-    parser.add_argument("--rounds", type=int, help="how often each model is timed; 3, or 2 with --quick")
+    parser.add_argument("--rounds", type=int, help="how often the first model is timed, in float32 and eager; 5, or 2")
+    parser.add_argument("--other_rounds", type=int, help="how often each other is timed; 3, or 2")
     parser.add_argument("--layer_rounds", type=int, help="how often each layer is timed; 9, or 5 with --quick")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"))
     arguments = parser.parse_args(argv)
-    defaults = {"batch_size": (8, 4), "forward_batch_sizes": ([1, 16], [4]), "rounds": (3, 2), "layer_rounds": (9, 5)}
+    defaults = {
+        "batch_size": (8, 4),
+        "forward_batch_sizes": ([1, 16], [4]),
+        "rounds": (5, 2),
+        "other_rounds": (3, 2),
+        "layer_rounds": (9, 5),
+    }
     for name, values in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, values[arguments.quick])
-    # The methods are different graphs of the same code, each for some sizes.
-    torch._dynamo.config.recompile_limit = 64
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
@@ -232,9 +267,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for dtype in arguments.dtypes[: 1 if arguments.quick else None]:
         for name, points in sweeps(arguments.quick).items():
-            results["layer"].setdefault(name, []).extend(
-                row for point in points for row in measure_layer(point, dtype, arguments)
-            )
+            results["layer"].setdefault(name, []).extend(measure_layer(points, dtype, arguments))
             save()
     settings = [
         {"dtype": dtype, "compiled": mode == "compiled"} for mode in arguments.modes for dtype in arguments.dtypes
@@ -243,16 +276,20 @@ def main(argv: list[str] | None = None) -> None:
         for index, setting in enumerate(settings[: 1 if arguments.quick else None]):
             methods = EVERYWHERE if index or arguments.quick else METHODS
             sizes = arguments.forward_batch_sizes[: 1 if index else None]
+            rounds = arguments.other_rounds if results["models"] else arguments.rounds
             torch.compiler.reset()
-            results["models"].append(measure_models(model_name, list(methods), sizes, setting, arguments))
+            # The methods are different graphs of the same code, each for some sizes.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                results["models"].append(measure_models(model_name, list(methods), sizes, rounds, setting, arguments))
             save()
     if not arguments.quick:
         results["import_seconds"] = import_seconds(arguments.layer_rounds)
         save()
-        draw_sweeps(results, path.with_suffix(""))
-        path.with_suffix(".md").write_text(tables(results))
     print(tables(results))
     print(f"Every single time is in {path}.")
+    if not arguments.quick:
+        path.with_suffix(".md").write_text(tables(results))
+        draw_sweeps(results, path.with_suffix(""))
 
 
 if __name__ == "__main__":
