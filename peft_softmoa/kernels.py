@@ -1,7 +1,11 @@
-"""The fast form of what `routing.py` writes plainly, with a backward pass of its own.
+"""The fast form of soft routing, which `routing.py` writes plainly, with backward passes of its own.
 
 What is as long as the tokens and as wide as the model should be read and written as few times as possible: that, not
-arithmetic, is the cost of a mixture. Letters of all shapes: B batch, T tokens, D hidden size, N experts, P slots per
+arithmetic, is the cost of a mixture with few slots. The weights lie as `(B, S, T)`, so that every product runs along
+the tokens as they are in memory. There are no forward-mode derivatives. Where no gradient is recorded, these are plain
+operations, for whatever traces them.
+
+Letters of all shapes: B batch, T tokens, D hidden size of the input and D' of the output, N experts, P slots per
 expert, S = N·P slots.
 """
 
@@ -29,10 +33,8 @@ def read_slots(tokens: Tensor, slots: Tensor, mask: Optional[Tensor] = None) -> 
         dispatch, combine = soft_routing(x, Φ, mask)
         X̃ = dispatchᵀ x                              (B, S, D)
 
-    The weights lie as `(B, S, T)`, so that every product runs along the tokens as they are in memory. The tokens get
-    their gradient, through the logits and through the average, in one product; what is kept for it are the tokens as
-    they are given, in half precision too, and the weights. There is no forward-mode derivative. Where no gradient is
-    recorded, these are plain operations, for whatever traces them. Call it without autocast.
+    The tokens get their gradient, through the logits and through the average, in one product. What is kept for it are
+    the tokens as they are given, in half precision too, and the weights. Call it without autocast.
 
     Args:
         tokens (Tensor): x, `(B, T, D)`.
@@ -47,6 +49,25 @@ def read_slots(tokens: Tensor, slots: Tensor, mask: Optional[Tensor] = None) -> 
     """
     run = _ReadSlots.apply if torch.is_grad_enabled() else _ReadSlots.forward
     return run(tokens, slots, mask)
+
+
+def add_slots(hidden: Tensor, combine: Tensor, answers: Tensor) -> Tensor:
+    """Add to each token its average of the answers.
+
+        output = F(x) + combine Ỹ                    (B, T, D')
+
+    Args:
+        hidden (Tensor): F(x), `(B, T, D')`.
+        combine (Tensor): `(B, S, T)`.
+        answers (Tensor): Ỹ, `(B, S, D')`.
+
+    Returns:
+        Tensor: output, `(B, T, D')`; the product and its gradients are in the dtype of `hidden`.
+
+    Source: arXiv 2402.00828; arXiv 2308.00951, section 2.1.
+    """
+    run = _AddSlots.apply if torch.is_grad_enabled() else _AddSlots.forward
+    return run(hidden, combine.to(hidden.dtype), answers.to(hidden.dtype))
 
 
 class _ReadSlots(torch.autograd.Function):
@@ -86,6 +107,24 @@ class _ReadSlots(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 slots_grad = torch.bmm(logits_grad, tokens).sum(dim=0).mT.to(slots.dtype)
         return tokens_grad, slots_grad, None
+
+
+class _AddSlots(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: Tensor, combine: Tensor, answers: Tensor) -> Tensor:
+        return torch.baddbmm(hidden, combine.mT, answers)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        combine, answers = ctx.saved_tensors
+        with without_autocast(grad.device.type):
+            return grad, torch.bmm(answers, grad.mT), torch.bmm(combine, grad)
 
 
 def _rows(slots: Tensor, tokens: Tensor) -> Tensor:

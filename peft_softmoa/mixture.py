@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import BottleneckExperts, ConvolutionExperts, PatchGrid, uniform_
-from .kernels import read_slots, without_autocast
+from .kernels import add_slots, read_slots, without_autocast
 from .routing import (
     dense_routing,
     expert_choice_routing,
@@ -83,8 +83,7 @@ class SoftRouter(nn.Module):
             tokens = in_full_precision(tokens)
             dispatch, combine = (weights.mT for weights in soft_routing(tokens, self.slots, mask, self.scale))
             read = dispatch @ tokens
-        answers = experts(read).to(hidden.dtype)
-        return torch.baddbmm(hidden, combine.mT.to(hidden.dtype), answers, alpha=scaling), None
+        return add_slots(hidden, combine, scaling * experts(read)), None
 
 
 class DenseRouter(nn.Module):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from peft_softmoa.kernels import read_slots
+from peft_softmoa.kernels import add_slots, read_slots
 from peft_softmoa.routing import soft_routing
 
 
@@ -23,6 +23,10 @@ def plainly(tokens, slots, mask=None):
     return dispatch.mT @ tokens, dispatch.mT, combine.mT
 
 
+def plainly_added(hidden, combine, answers):
+    return hidden + combine.mT @ answers
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 5, 4, 3), (1, 1, 3, 2), (3, 1, 2, 5), (2, 7, 3, 1)])
 def test_agrees_with_the_plain_formula(sizes, masked):
@@ -39,6 +43,25 @@ def test_agrees_with_the_plain_formula(sizes, masked):
         ]
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def draw_added():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(size, dtype=torch.float64, generator=generator, requires_grad=True)
+        for size in ((2, 5, 4), (2, 3, 5), (2, 3, 4))
+    ]
+
+
+def test_adding_agrees_with_the_plain_formula():
+    inputs = draw_added()
+    given, expected = add_slots(*inputs), plainly_added(*inputs)
+    torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-14)
+    upstream = torch.randn_like(given)
+    gradients = [torch.autograd.grad((output * upstream).sum(), inputs) for output in (given, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert gradcheck(add_slots, inputs) and gradgradcheck(add_slots, inputs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -59,7 +82,8 @@ def test_gradients_of_single_samples(masked):
 
     def loss(slots, tokens, mask, run):
         read, _, combine = run(tokens[None], slots, mask[None] if masked else None)
-        return read.square().sum() + combine.square().sum()
+        add = add_slots if run is read_slots else plainly_added
+        return add(tokens[None], combine, read).square().sum() + combine.square().sum()
 
     in_dims = (None, 0, 0, None)
 
@@ -77,7 +101,8 @@ def test_it_is_traced_as_plain_operations():
     with torch.no_grad():
         traced = torch.jit.trace(read_slots, (tokens, slots))
         torch.testing.assert_close(traced(2 * tokens, slots), read_slots(2 * tokens, slots))
-    assert "PythonOp" not in str(traced.graph)
+        added = torch.jit.trace(add_slots, tuple(draw_added()))
+    assert "PythonOp" not in f"{traced.graph}{added.graph}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -102,7 +127,7 @@ def test_autocast_does_not_change_the_backward_pass():
     gradients = []
     for enabled in (False, True):
         read, _, combine = read_slots(tokens, slots, mask)
-        loss = read.square().sum() + combine.square().sum()
+        loss = add_slots(tokens, combine, read).square().sum()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             gradients.append(torch.autograd.grad(loss, [tokens, slots]))
     for one, other in zip(*gradients, strict=True):
