@@ -14,7 +14,7 @@ test: .venv/installed
 models: .venv/installed
 	$(BIN)/python tests/models_table.py
 
-# Everything that the benchmark measures, in about an hour on two cores; the main rows, in three minutes.
+# Everything that the benchmark measures, in one to two hours on two cores; the main rows, in three minutes.
 bench: .venv/installed
 	$(BIN)/python examples/benchmark/run.py
 

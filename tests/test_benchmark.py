@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,10 @@ def test_memory_is_what_autograd_keeps():
     inputs = torch.randn(5, 8)
     # The inputs of both layers and of the activation; not the weights.
     assert memory_of(lambda: model(inputs).sum(), None, model, "cpu") == 4 * 5 * (8 + 16 + 16)
+    outputs = []
+    model[1].register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    memory_of(lambda: model(inputs).sum(), None, model, "cpu")
+    assert outputs[0]() is None  # nothing is left behind
     model.requires_grad_(False)
     assert memory_of(lambda: model(inputs).sum(), None, model, "cpu") == 0
 

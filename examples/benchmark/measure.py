@@ -94,17 +94,19 @@ def memory_of(forward: Callable[[], Tensor], step: Callable[[], None], model: nn
         step()
         return torch.cuda.max_memory_allocated() - before
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}  # the tensors are held, for a freed one's address would be used again
+    # They are held, for a freed one's address would be used again; without their graph, which holds this function.
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward()
-    loss.detach_()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        loss = forward()  # which holds the graph until all is counted
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del loss
+    return total
 
 
 def count_flops(run: Callable[[], Any]) -> int:
