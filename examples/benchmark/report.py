@@ -56,7 +56,7 @@ def model_table(part: dict[str, Any]) -> str:
         heading += [f"forward of {key.split('_')[1]}, ms", "of frozen"]
     has_memory = "memory_bytes" in rows[FLOOR]
     if has_memory:
-        heading += ["memory, MiB", "of floor", "TFLOP"]
+        heading += ["memory, MiB", "of floor", "GFLOP a sample"]
     table = [heading]
     for method, row in rows.items():
         cells = [method, "0" if method == FLOOR else f"{row['trainable_parameters']:,}", times(row["step_seconds"])]
@@ -67,7 +67,7 @@ def model_table(part: dict[str, Any]) -> str:
         if has_memory:
             memory = row["memory_bytes"]
             cells += [f"{memory / 2**20:,.0f}", f"{memory / rows[FLOOR]['memory_bytes']:.2f}"]
-            cells.append(f"{row['step_flops'] / 1e12:.2f}")
+            cells.append(f"{row['flops'] / 1e9:.1f}")
         table.append(cells)
     return markdown(table)
 

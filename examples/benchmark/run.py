@@ -61,7 +61,7 @@ def measure_models(
         dict[str, Any]: the setting and one row for each method.
     """
     device = arguments.device
-    batches = {size: make_batch(model_name, size, device) for size in (*sizes, arguments.batch_size)}
+    batches = {size: make_batch(model_name, size, device) for size in (1, *sizes, arguments.batch_size)}
     autocast = torch.autocast(device, torch.bfloat16) if setting["dtype"] == "bfloat16" else nullcontext()
     rows: dict[str, dict[str, Any]] = {}
     models, steps = {}, {}
@@ -76,7 +76,7 @@ def measure_models(
         run = model
         if setting["compiled"]:
             # transformers installs hooks in the first call, under a lock that does not compile.
-            model(**make_batch(model_name, 1, device))
+            model(**batches[1])
             run = torch.compile(model, fullgraph=True, dynamic=False)
 
         def loss(run: nn.Module = run) -> Tensor:
@@ -96,7 +96,8 @@ def measure_models(
         row = rows[method] = {"method": method, "trainable_parameters": sum(each.numel() for each in trainable)}
         if not setting["compiled"]:
             row["memory_bytes"] = memory_of(loss, step, model, device)
-            row["step_flops"] = count_flops(step)
+            row["flops"] = count_flops(lambda model=model: model(**batches[1]).loss.backward())
+            model.zero_grad()
         steps[method] = step
         for size in forwards:
             forwards[size][method] = partial(forward, size)
