@@ -96,14 +96,15 @@ def test_functions_run_in_turn():
 
 
 def test_memory_is_what_autograd_keeps():
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.Sigmoid())
     inputs = torch.randn(5, 8)
-    # The inputs of both layers and of the activation; not the weights.
-    assert memory_of(lambda: model(inputs).sum(), None, model, "cpu") == 4 * 5 * (8 + 16 + 16)
+    # The inputs of both layers and of the first activation, and the output of the second; not the weights.
+    assert memory_of(lambda: model(inputs).sum(), None, model, "cpu") == 4 * 5 * (8 + 16 + 16 + 16)
     outputs = []
-    model[1].register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    for module in model:
+        module.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
     memory_of(lambda: model(inputs).sum(), None, model, "cpu")
-    assert outputs[0]() is None  # nothing is left behind
+    assert [output() for output in outputs] == [None] * 4  # nothing is left behind
     model.requires_grad_(False)
     assert memory_of(lambda: model(inputs).sum(), None, model, "cpu") == 0
 

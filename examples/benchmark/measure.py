@@ -94,19 +94,17 @@ def memory_of(forward: Callable[[], Tensor], step: Callable[[], None], model: nn
         step()
         return torch.cuda.max_memory_allocated() - before
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    # They are held, for a freed one's address would be used again; without their graph, which holds this function.
+    # They are held, for a freed one's address would be used again, but here only, and without their graph: what the
+    # graph itself held would hold it in turn, and nothing of it would ever be freed. There is no backward pass.
     kept: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
         if tensor.untyped_storage().data_ptr() not in own:
             kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = forward()  # which holds the graph until all is counted
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    del loss
-    return total
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def count_flops(run: Callable[[], Any]) -> int:
