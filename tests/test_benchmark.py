@@ -180,3 +180,8 @@ def test_committed_results_can_be_shown(path):
     assert results["environment"]["commit"] and not results["environment"]["uncommitted changes"]
     assert (path.with_suffix(".md")).read_text() == tables(results)
     assert list(path.with_suffix("").glob("*.png"))
+
+
+def test_the_readme_quotes_committed_results():
+    quoted = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
+    assert quoted in [for_readme(json.loads(path.read_text())) for path in RESULTS]

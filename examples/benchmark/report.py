@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Tables and pictures of a run's results.
 
-    python examples/benchmark/report.py examples/benchmark/results/amd-epyc-2-threads.json --readme README.md
+    python examples/benchmark/report.py examples/benchmark/results/amd-epyc-2-threads-quick.json --readme README.md
 
-Prints the tables, draws the pictures into a folder beside the file, and puts the main tables into a README.
+Writes the tables beside the file, as Markdown, draws the pictures into a folder of its name, and puts the main tables
+into a README.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="a file with a place for the main tables")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
-    print(tables(results))
+    arguments.results.with_suffix(".md").write_text(tables(results))
     draw_sweeps(results, arguments.results.with_suffix(""))
     if arguments.readme:
         write_into(arguments.readme, results)
