@@ -224,6 +224,17 @@ def test_a_mask_that_does_not_fit(mask):
     assert str(tuple(mask.shape)) in str(error.value)
 
 
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
+def test_the_scaled_mixture_is_added_to_the_output_of_the_block(routing, expert):
+    router, experts = make(5, 4, **routing, **expert)
+    x, hidden = torch.randn(2, 6, 5, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
+    before = hidden.clone()
+    given, _ = add_mixture(hidden, x, router, experts, scaling=0.25)
+    torch.testing.assert_close(given, before + 0.25 * mixture(x, router, experts)[0])
+    assert torch.equal(hidden, before)
+
+
 def test_top_k_of_all_experts_is_dense():
     router, experts = make(5, **DENSE)
     x = torch.randn(2, 6, 5, dtype=torch.float64)

@@ -14,14 +14,23 @@ from peft_softmoa import SoftMoALayer
 from peft_softmoa.shapes import find_tokens
 
 
-def one_expert(experts: nn.Module, n: int) -> nn.Sequential:
-    """Expert n as modules of its own, with the same weights."""
-    layers = []
-    for name in ("down", "up"):
-        weight, bias = getattr(experts, f"{name}_weight")[n], getattr(experts, f"{name}_bias")[n]
-        layers.append(nn.Linear(*weight.shape))
-        layers[-1].load_state_dict({"weight": weight.detach().T, "bias": bias.detach()})
-    return nn.Sequential(layers[0], experts.activation, layers[1])
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer with a copy of a weight, inputs first, and a bias."""
+    layer = nn.Linear(*weight.shape)
+    layer.load_state_dict({"weight": weight.detach().T, "bias": bias.detach()})
+    return layer
+
+
+def as_modules(experts: nn.Module) -> nn.ModuleList:
+    """Experts as modules of their own, with the same weights."""
+    return nn.ModuleList(
+        nn.Sequential(
+            linear(experts.down_weight[n], experts.down_bias[n]),
+            experts.activation,
+            linear(experts.up_weight[n], experts.up_bias[n]),
+        )
+        for n in range(len(experts.down_weight))
+    )
 
 
 class LiteralSoft(nn.Module):
@@ -33,9 +42,8 @@ class LiteralSoft(nn.Module):
 
     def __init__(self, router: nn.Module, experts: nn.Module) -> None:
         super().__init__()
-        num_experts = len(experts.down_weight)
-        self.slots = nn.Parameter(router.slots.detach().unflatten(1, (num_experts, -1)).clone())
-        self.experts = nn.ModuleList(one_expert(experts, n) for n in range(num_experts))
+        self.experts = as_modules(experts)
+        self.slots = nn.Parameter(router.slots.detach().unflatten(1, (len(self.experts), -1)).clone())
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits = torch.einsum("btd,dnp->btnp", tokens, self.slots)
@@ -55,12 +63,8 @@ class LiteralDense(nn.Module):
 
     def __init__(self, router: nn.Module, experts: nn.Module) -> None:
         super().__init__()
-        num_experts = len(experts.down_weight)
-        self.router = None
-        if router.weight is not None:
-            self.router = nn.Linear(*router.weight.shape)
-            self.router.load_state_dict({"weight": router.weight.detach().T, "bias": router.bias.detach()})
-        self.experts = nn.ModuleList(one_expert(experts, n) for n in range(num_experts))
+        self.experts = as_modules(experts)
+        self.router = None if router.weight is None else linear(router.weight, router.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         answers = torch.stack([expert(tokens) for expert in self.experts], dim=-1)
