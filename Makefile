@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test models bench bench-quick check format clean
+.PHONY: demo test fuzz models conformance bench bench-quick check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -10,9 +10,17 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# 2,000 made-up configs and 500 damaged files, instead of the few that `make test` takes.
+fuzz: .venv/installed
+	SOFTMOA_FUZZ=2000,500 $(BIN)/python -m pytest -s tests/test_loading.py
+
 # Writes the README's table of models, from the outcome of the tests.
 models: .venv/installed
 	$(BIN)/python tests/models_table.py
+
+# PEFT's own tests of custom models, from its source distribution, with Soft-MoA.
+conformance: .venv/installed
+	$(BIN)/python tests/conformance/run.py
 
 # Everything that the benchmark measures, in one to two hours on two cores; the main rows, in three minutes.
 bench: .venv/installed
@@ -31,7 +39,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .conformance
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

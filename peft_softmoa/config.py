@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional, Union, get_args
 
+import regex
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers.activations import ACT2FN
 
 from .budget import largest_r
 from .card import write_model_card
+from .loading import read_config, read_shapes
 from .registration import SOFTMOA
 
 Routing = Literal["soft", "dense", "top_k", "expert_choice"]
 ExpertType = Literal["bottleneck", "convolution"]
 Placement = Literal["attention", "ffn", "both"]
 
+# What is larger is a mistake, or meant to exhaust memory.
+LARGEST, LARGEST_KERNEL, LONGEST_EXPRESSION = 65_536, 1_023, 10_000
+SIZE = f"an integer from 1 to {LARGEST}"
+
 # These two have parameters of their own, which would be shared by all experts.
-ACTIVATIONS = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
+ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
 
 
 @dataclass
@@ -221,24 +230,32 @@ class SoftMoAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SOFTMOA
+        # What it was when it was loaded, and the shapes of the adapter's tensors.
+        self._loaded: tuple[Any, Optional[dict[str, tuple[int, ...]]]] = (None, None)
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            _check(self, name, "None or a string", lambda value: value is None or isinstance(value, str))
+        _check(self, "auto_mapping", "None or a dictionary", lambda value: value is None or isinstance(value, dict))
+        _check(self, "inference_mode", "True or False", lambda value: isinstance(value, bool))
         for name, choices in (("routing", Routing), ("expert_type", ExpertType), ("placement", Placement)):
-            allowed = get_args(choices)
-            _check(self, name, f"one of {', '.join(allowed)}", allowed.__contains__)
+            options = get_args(choices)
+            _check(self, name, f"one of {', '.join(options)}", options.__contains__)
         for name in ("num_experts", "r"):
-            _check(self, name, "a positive integer", lambda value: _is_int(value) and value > 0)
+            _check(self, name, SIZE, _is_size)
         self._check_dependent_fields()
         _check(self, "activation", f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
         _check(self, "dropout", "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
         _check(self, "scaling", "a finite number", _is_number)
         for name in ("normalize", "patch_grid", "train_norms", "init_weights"):
             _check(self, name, "True or False", lambda value: isinstance(value, bool))
-        # PEFT matches names against a set.
         for name in ("target_modules", "exclude_modules"):
+            allowed = f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters"
+            _check(self, name, allowed, lambda value: _is_expression(value) or _are_names(value))
+            # PEFT matches names against a set.
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _check(self, name, "None, a string or names", lambda value: isinstance(value, str) or _are_names(value))
+        # PEFT puts it into a regular expression.
+        _check(self, "layers_pattern", "None, the name of a list of layers, or several", _are_paths)
         _check(self, "modules_to_save", "None or a list of names", _are_names)
         _check(self, "layers_to_transform", "None, an index or a list of indices", _are_indices)
         if isinstance(self.target_modules, str):
@@ -266,7 +283,7 @@ class SoftMoAConfig(PeftConfig):
             allowed = f"at least 2 with routing='{self.routing}'; a single adapter is routing='dense'"
             _check(self, "num_experts", allowed, lambda value: value > 1)
         if self.routing == "soft":
-            _check(self, "num_slots", "a positive integer", lambda value: _is_int(value) and value > 0)
+            _check(self, "num_slots", SIZE, _is_size)
             _check(self, "patch_grid", "False with routing='soft', whose experts read slots", lambda value: not value)
         if self.routing == "top_k":
             allowed = f"an integer from 1 to `num_experts`, {experts}"
@@ -279,7 +296,10 @@ class SoftMoAConfig(PeftConfig):
             allowed = f"a number from 0.001 to `num_experts`, {experts}"
             _check(self, "capacity_factor", allowed, lambda value: _is_number(value) and 0.001 <= value <= experts)
         if self.expert_type == "convolution":
-            _check(self, "kernel_size", "odd and positive", lambda value: _is_int(value) and value > 0 and value % 2)
+            allowed = f"odd and positive, at most {LARGEST_KERNEL}"
+            _check(
+                self, "kernel_size", allowed, lambda value: _is_int(value) and value % 2 and 0 < value <= LARGEST_KERNEL
+            )
             if self.num_slots == 1 and self.kernel_size != 1:
                 warnings.warn(
                     "With routing='soft' and num_slots=1 a convolution has no neighbours to mix, and only the centre "
@@ -295,6 +315,62 @@ class SoftMoAConfig(PeftConfig):
             _check(self, name, allowed, lambda value: value is None or (value is False and default is False))
         elif getattr(self, name) is None:
             setattr(self, name, default)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
+    ) -> SoftMoAConfig:
+        """Load the config of an adapter, and the names and shapes of its tensors, so that they can be checked.
+
+        Args:
+            pretrained_model_name_or_path (`str`): the adapter's folder, or its id on the Hub.
+            subfolder (`str`, *optional*): where it is in there.
+            kwargs: passed on to `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
+
+        Returns:
+            SoftMoAConfig: the config.
+
+        Raises:
+            ValueError: if the config or the file of tensors is damaged or not allowed; it names the file and the
+                field. Pickled tensors are not read unless the environment variable `SOFTMOA_ALLOW_PICKLE` is set.
+        """
+        hub, _, _ = cls._split_kwargs(kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, ValueError) as error:
+            path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+            raise ValueError(f"'{path}' is not the config of a Soft-MoA adapter: {error}") from error
+        config._loaded = config._choices(), read_shapes(pretrained_model_name_or_path, subfolder, **hub)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a config from a file.
+
+        Args:
+            path_json_file (`str`): the file.
+            kwargs: not used; PEFT's method has them.
+
+        Returns:
+            dict: the fields.
+
+        Raises:
+            ValueError: if it is no config of this method.
+        """
+        return read_config(path_json_file, [field.name for field in fields(cls)])
+
+    def loaded_shapes(self) -> Optional[dict[str, tuple[int, ...]]]:
+        """The tensors of the adapter that this config was loaded with.
+
+        Returns:
+            dict[str, tuple[int, ...]], optional: the shape of each tensor by its name; None if the config was not
+            loaded with weights, or has been changed since.
+        """
+        choices, shapes = self._loaded
+        return shapes if choices == self._choices() else None
+
+    def _choices(self) -> dict[str, Any]:
+        return {name: copy.copy(getattr(self, name)) for name in SoftMoAConfig.__annotations__}
 
     @classmethod
     def for_budget(cls, model: nn.Module, parameters: int, **fields: Any) -> SoftMoAConfig:
@@ -341,11 +417,32 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return (_is_int(value) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _are_names(value: Any) -> bool:
-    return value is None or (isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value))
+    return value is None or (
+        isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _is_size(value: Any) -> bool:
+    return _is_int(value) and 0 < value <= LARGEST
+
+
+def _are_paths(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return _are_names(names) and all(regex.fullmatch(r"\w+(\.\w+)*", name) for name in names or ())
+
+
+def _is_expression(value: Any) -> bool:
+    if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION:
+        return False
+    try:
+        regex.compile(value)
+    except (regex.error, RecursionError):
+        return False
+    return True
 
 
 def _are_distinct_names(value: Any) -> bool:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .head import count_saved, find_saved
-from .mixture import build_mixture
+from .mixture import parameter_shapes
 from .placement import Target, choose_targets, find_patch_grid, find_targets
 
 
@@ -101,14 +101,8 @@ def describe_targets(model: nn.Module, config: Any) -> Description:
     if not targets:
         raise ValueError(f"`target_modules={config.target_modules}` matches no module of {type(model).__name__}.")
     patch_grid = find_patch_grid(BaseTuner.get_model_config(model)) if config.patch_grid else None
-    sizes: dict[tuple[int, int], int] = {}
-    for target in targets.values():
-        widths = (target.in_features, target.out_features)
-        if widths not in sizes:
-            with torch.device("meta"):
-                parts = build_mixture(config, *widths, patch_grid)
-            sizes[widths] = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    by_block = tuple(sizes[target.in_features, target.out_features] for target in targets.values())
+    widths = [(target.in_features, target.out_features) for target in targets.values()]
+    by_block = tuple(sum(map(prod, shapes.values())) for shapes in parameter_shapes(config, widths, patch_grid))
     modules = find_saved(config, model, targets.values())
     saved = {name: count_saved(model, [module], config.label_names) for name, module in modules.items()}
     return Description(tuple(targets.values()), by_block, saved, sum(by_block) + sum(saved.values()))

@@ -8,6 +8,7 @@ base model's head stays as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any, Optional, cast
 
 from peft import TaskType
@@ -65,15 +66,35 @@ def count_saved(model: nn.Module, modules: Iterable[nn.Module], label_names: Opt
     Returns:
         int: the parameters of all of them together.
     """
-    base_labels = _base_labels(model)
     total = 0
     for module in modules:
-        total += sum(parameter.numel() for parameter in module.parameters())
-        if label_names is not None and list(base_labels.values()) != label_names:
-            for path in _classifiers(module, len(base_labels)):
-                size = sum(parameter.numel() for parameter in module.get_submodule(path).parameters())
-                total += size // len(base_labels) * (len(label_names) - len(base_labels))
+        shapes = saved_shapes(model, module, label_names)
+        total += sum(prod(shapes[name]) for name, _ in module.named_parameters())
     return total
+
+
+def saved_shapes(
+    model: nn.Module, module: nn.Module, label_names: Optional[list[str]] = None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a module that an adapter brings with it.
+
+    Args:
+        model (nn.Module): the base model, with or without adapters.
+        module (nn.Module): the base model's own module, which the adapter copies.
+        label_names (list[str], optional): the adapter's classes. Default: those of the base model.
+
+    Returns:
+        dict[str, tuple[int, ...]]: the shapes, by the tensors' names in the module.
+    """
+    base_labels = _base_labels(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if label_names is not None and list(base_labels.values()) != label_names:
+        for path in _classifiers(module, len(base_labels)):
+            for name in ("weight", "bias"):
+                key = f"{path}.{name}".lstrip(".")
+                if key in shapes:
+                    shapes[key] = (len(label_names), *shapes[key][1:])
+    return shapes
 
 
 def check_head(model: nn.Module, saved: dict[str, nn.Module], label_names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Optional, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
 from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, is_mask, token_mask, unpack
+from .mixed_batch import rows_of
 from .mixture import Router, add_mixture, build_mixture, mixes_tokens
 from .placement import Target
 from .shapes import find_tokens
@@ -56,6 +58,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.name = target.name
+        # D and D', under the names that linear layers and PEFT's own tuner layers have for them.
+        self.in_features, self.out_features = target.in_features, target.out_features
         self.base_layer = base_layer
         self._arguments = argument_names(base_layer)
         self._takes_mask = any(map(is_mask, self._arguments))
@@ -68,6 +72,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_hooks: dict[str, list[Any]] = {}
         # The losses of its routers, while a forward pass of the model collects them.
         self.router_losses: Optional[list[Tensor]] = None
+        # The adapter of each sample, while a forward pass of the model mixes them.
+        self.sample_adapters: Optional[Sequence[str]] = None
         self._disable_adapters = False
         self.merged_adapters = []
         # flag to enable/disable casting of input to weight dtype during forward call, which PEFT's helper sets
@@ -123,7 +129,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if there are no tokens or their shape is wrong.
         """
-        active = [name for name in self.active_adapters if name in self.softmoa_experts]
+        names = self.active_adapters if self.sample_adapters is None else dict.fromkeys(self.sample_adapters)
+        active = [name for name in names if name in self.softmoa_experts]
         active = [] if self.disable_adapters else active
         own = {name for name in active if self.softmoa_targets[name].entry is None}
         inputs = {name: self._check_tokens(name, find_tokens(args, kwargs), args, kwargs) for name in own}
@@ -139,16 +146,23 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
         scaling = self.softmoa_scaling[adapter_name]
         shape = hidden.shape
+        mask: Optional[Tensor]
         try:
             given = self._find_mask(adapter_name, args, kwargs)
             if given is not None and given.name in LIMITS:
                 mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
-                output, loss = add_mixture(hidden, tokens, router, experts, mask, scaling)
-                output = output[mask]
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
-                real = token_mask(given, *tokens.shape[:2])
-                output, loss = add_mixture(hidden, tokens, router, experts, real, scaling)
+                mask = token_mask(given, *tokens.shape[:2])
+            if self.sample_adapters is None:
+                output, loss = add_mixture(hidden, tokens, router, experts, mask, scaling)
+            else:
+                rows = rows_of(adapter_name, self.sample_adapters, len(hidden), hidden.device)
+                own_mask = None if mask is None else mask[rows]
+                added, loss = add_mixture(hidden[rows], tokens[rows], router, experts, own_mask, scaling)
+                output = hidden.index_copy(0, rows, added)
+            if given is not None and given.name in LIMITS:
+                output = output[mask]
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
         if loss is not None and self.router_losses is not None:

@@ -10,6 +10,7 @@ expert, S = N·P slots.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
@@ -232,6 +233,34 @@ def build_mixture(
     if not config.init_weights:
         experts.reset_parameters(identity=False)
     return router, experts
+
+
+def parameter_shapes(
+    config: Any, widths: Iterable[tuple[int, int]], patch_grid: Optional[PatchGrid] = None
+) -> list[dict[str, tuple[int, ...]]]:
+    """Tell which parameters `build_mixture` would make for some blocks, without making them.
+
+    Args:
+        config (SoftMoAConfig): the choices.
+        widths (iterable of tuple[int, int]): D and D' of each block.
+        patch_grid (PatchGrid, optional): the grid that convolution experts run over. Default: none.
+
+    Returns:
+        list[dict[str, tuple[int, ...]]]: their shapes, by names that begin with `router` or `experts`, for each block.
+    """
+    by_block = []
+    made: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
+    for pair in widths:
+        if pair not in made:
+            with torch.device("meta"):
+                parts = dict(zip(("router", "experts"), build_mixture(config, *pair, patch_grid)))
+            made[pair] = {
+                f"{part}.{name}": tuple(parameter.shape)
+                for part, module in parts.items()
+                for name, parameter in module.named_parameters()
+            }
+        by_block.append(made[pair])
+    return by_block
 
 
 def mixes_tokens(config: Any) -> bool:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import prod
 from typing import Any, Optional
 
+import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .checkpointing import let_gradients_in
 from .config import SoftMoAConfig
-from .head import check_head, find_saved, fit_heads, name_labels
+from .head import check_head, count_saved, find_saved, fit_heads, name_labels, saved_shapes
 from .layer import CANNOT_MERGE, SoftMoALayer
 from .load_balancing import Collecting
+from .loading import check_shapes, check_size, is_embedding
+from .mixed_batch import check_adapter_names, run_by_sample
+from .mixture import parameter_shapes
 from .placement import Target, choose_targets, find_patch_grid, find_targets, is_target
 from .shapes import block_widths
 
@@ -58,12 +69,29 @@ class SoftMoAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SoftMoAConfig, model: nn.Module) -> None:
         """Check everything before the first module is replaced, so that an error leaves the model as it was."""
+        generates = hasattr(model, "prepare_inputs_for_generation")
+        if peft_config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and not generates:
+            raise ValueError(
+                f"`task_type='{peft_config.task_type}'` is for models that generate text, which {type(model).__name__} "
+                "does not. Leave it out."
+            )
+        loaded = peft_config.loaded_shapes()
         choose_targets(peft_config, model)
         self._targets = targets = find_targets(peft_config, model)
         self._patch_grid = find_patch_grid(self.get_model_config(model)) if peft_config.patch_grid else None
         saved = find_saved(peft_config, model, targets.values())
         if peft_config.label_names is not None:
             check_head(model, saved, peft_config.label_names)
+        widths = [(target.in_features, target.out_features) for target in targets.values()]
+        blocks = parameter_shapes(peft_config, widths, self._patch_grid)
+        parameters = sum(prod(shape) for shapes in blocks for shape in shapes.values())
+        check_size(peft_config, parameters + count_saved(model, saved.values(), peft_config.label_names), model)
+        if loaded is not None:
+            parts = {name: saved_shapes(model, module, peft_config.label_names) for name, module in saved.items()}
+            expected = {f"{name}.{tensor}": shape for name, part in parts.items() for tensor, shape in part.items()}
+            for target, shapes in zip(targets, blocks):
+                expected.update({f"{target}.{self.prefix}{tensor}": shape for tensor, shape in shapes.items()})
+            check_shapes(loaded, expected)
 
     def _create_and_replace(
         self,
@@ -119,6 +147,31 @@ class SoftMoAModel(BaseTuner):
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
         return self.model(*args, **kwargs)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around a call of the model with `adapter_names`: let each sample have an adapter of its own."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `eval()` first.")
+        check_adapter_names(adapter_names, self.peft_config, [*args, *kwargs.values()])
+        modules = list(self.model.modules())
+        layers = [module for module in modules if isinstance(module, SoftMoALayer)]
+        wrappers = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
+        try:
+            for layer in layers:
+                layer.sample_adapters = adapter_names
+            for wrapper in wrappers:
+                wrapper.forward = partial(run_by_sample, wrapper, adapter_names)  # type: ignore[method-assign]
+            yield
+        finally:
+            for layer in layers:
+                layer.sample_adapters = None
+            for wrapper in wrappers:
+                del wrapper.forward
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._name_labels()
@@ -130,6 +183,52 @@ class SoftMoAModel(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         self._name_labels(enabled)
+
+    @torch.no_grad()
+    def average_adapters(
+        self, adapter_names: Sequence[str], weights: Optional[Sequence[float]] = None, new_name: str = "average"
+    ) -> None:
+        """Make a new adapter from the weighted average of the weights of others: a model soup (arXiv 2203.05482).
+
+            θ = Σ_i w_i θ_i / Σ_i w_i
+
+        The trained modules that they bring with them, such as heads, are averaged too. The order of experts is
+        arbitrary, so that only adapters with a common start average to something: runs that go on from one adapter, or
+        that begin with the same seed.
+
+        Args:
+            adapter_names (sequence of `str`): names of the adapters.
+            weights (sequence of `float`, *optional*): w, one for each, from 0. Default: all the same.
+            new_name (`str`, defaults to `"average"`): name of the new adapter; it is not made the active one.
+
+        Raises:
+            ValueError: if a name is unknown or taken, the weights are not allowed, or the adapters' configs differ.
+        """
+        names = list(adapter_names)
+        shares = [1.0] * len(names) if weights is None else list(weights)
+        unknown = sorted(set(names) - set(self.peft_config))
+        if unknown or not names:
+            raise ValueError(f"`adapter_names` must be names of adapters, {sorted(self.peft_config)}, got {names}.")
+        if len(shares) != len(names) or not all(math.isfinite(w) and w >= 0 for w in shares) or not sum(shares):
+            raise ValueError(f"`weights` must be {len(names)} numbers from 0, not all of them 0, got {shares}.")
+        if new_name in self.peft_config:
+            raise ValueError(f"`new_name` must be a name that no adapter has, got '{new_name}'.")
+        first = self.peft_config[names[0]]
+        for name in names[1:]:
+            other = self.peft_config[name]
+            fields = SoftMoAConfig.__annotations__.keys() - {"init_weights"}
+            differing = sorted(field for field in fields if getattr(first, field) != getattr(other, field))
+            if differing:
+                raise ValueError(f"The adapters '{names[0]}' and '{name}' have no average: they differ in {differing}.")
+        self.peft_config[new_name] = copy.deepcopy(self.peft_config[names[0]])
+        self.inject_adapter(self.model, new_name)
+        for module in self.model.modules():
+            for container in _containers(module):
+                if new_name in container:
+                    own = [dict(container[name].state_dict()) for name in names]
+                    for key, tensor in container[new_name].state_dict().items():
+                        if tensor.is_floating_point():  # what norms count is that of the first
+                            tensor.copy_(sum(share / sum(shares) * each[key] for share, each in zip(shares, own)))
 
     def unload(self) -> nn.Module:
         """Give the base model back as it was, with its own head and labels.
@@ -160,7 +259,9 @@ class SoftMoAModel(BaseTuner):
         cls, model: nn.Module, config: SoftMoAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        given = {key for key in remapped if f".{cls.prefix}" in key}
+        # Any other tensor would replace one of the base model's.
+        saved = f".modules_to_save.{adapter_name}."
+        given = {key for key in remapped if saved not in key and not is_embedding(key)}
         expected = {
             f"{name}.{container}.{adapter_name}.{parameter}"
             for name, layer in model.named_modules()
@@ -186,3 +287,10 @@ class SoftMoAModel(BaseTuner):
         # transformers can hold adapters of other methods in the same dict.
         label_names = [config.label_names for config in active if isinstance(config, SoftMoAConfig)]
         name_labels(self.model, next(filter(None, label_names), None))
+
+
+def _containers(module: nn.Module) -> list[nn.ModuleDict]:
+    """What a module has of each adapter, by the adapter's name."""
+    if isinstance(module, SoftMoALayer):
+        return [getattr(module, container) for container in module.adapter_layer_names]
+    return [module.modules_to_save] if isinstance(module, ModulesToSaveWrapper) else []

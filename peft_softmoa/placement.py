@@ -6,10 +6,12 @@ Nothing else in the package knows the names of models.
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Optional
 
+import regex
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _find_minimal_target_modules,
@@ -27,6 +29,9 @@ from .structure import Block, Layer, find_layers, find_module, is_linear, is_rep
 
 # Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
 ARROW = "->"
+
+# Seconds that matching may take: a regular expression with one name, and everything with all names.
+LONGEST_MATCH, LONGEST_SEARCH = 0.2, 1.0
 
 # Arguments of models that generate token after token.
 CACHES = {"past_key_values", "cache_params", "use_cache"}
@@ -242,7 +247,20 @@ def is_target(config: Any, name: str) -> Any:
         names = getattr(config, field)
         if isinstance(names, set):
             setattr(config, field, {each.rpartition(ARROW)[2] for each in names})
+        elif isinstance(names, str):
+            setattr(config, field, {name} if _matches(field, names, name) else set())
     return check_target_module_exists(config, name)
+
+
+def _matches(field: str, expression: str, name: str) -> bool:
+    """Whether a name matches a regular expression, which must not take forever to tell."""
+    try:
+        return regex.fullmatch(expression, name, timeout=LONGEST_MATCH) is not None
+    except TimeoutError as error:
+        raise ValueError(
+            f"`{field}={expression!r}` takes too long to match against '{name}': repetitions within repetitions, as in "
+            "'(a+)+', multiply. Write it without them, or list names."
+        ) from error
 
 
 def _find_entry(config: Any, name: str) -> Optional[str]:
@@ -277,7 +295,16 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, Target]:
     modules = dict(model.named_modules())
     adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
     inside_adapted = tuple(f"{name}." for name in adapted)
-    names = [name for name in modules if name and not name.startswith(inside_adapted) and is_target(config, name)]
+    names = []
+    started = time.thread_time()
+    for name in modules:
+        if name and not name.startswith(inside_adapted) and is_target(config, name):
+            names.append(name)
+        if time.thread_time() - started > LONGEST_SEARCH:
+            raise ValueError(
+                f"`target_modules` or `exclude_modules` take more than {LONGEST_SEARCH} seconds to match against the "
+                f"{len(modules)} modules of the model. Give fewer names, or a simpler expression."
+            )
     targets = {}
     for name in names:
         inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)

@@ -9,7 +9,7 @@ from conftest import tiny_ast_config
 from families import FAMILIES, build
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import ASTConfig, ASTModel
+from transformers import ASTConfig, ASTForAudioClassification, ASTModel, Wav2Vec2Model
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 
@@ -645,3 +645,132 @@ def test_compiled(name, backend):
         for given, wanted in zip(*gradients, strict=True):
             torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def with_adapters(model, *names, **fields):
+    torch.manual_seed(3)
+    config = SoftMoAConfig(init_weights=False, modules_to_save=["classifier"], **fields)
+    model = get_peft_model(model, config, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, copy.deepcopy(config))
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name:  # as if it were trained
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("weights, shares", [(None, (0.5, 0.5)), ([3, 1], (0.75, 0.25)), ([0.0, 2.0], (0.0, 1.0))])
+def test_average_of_adapters(tiny_ast, spectrograms, tmp_path, weights, shares):
+    model = with_adapters(tiny_ast, "one", "two")
+    before = logits(model, spectrograms)
+    model.average_adapters(["one", "two"], weights, "mean")
+    assert model.active_adapters == ["one"] and torch.equal(logits(model, spectrograms), before)
+    state = model.state_dict()
+    averaged = [name for name in state if ".mean." in name]
+    assert len(averaged) == 2 * 5 + 4
+    for name in averaged:
+        one, two = (state[name.replace(".mean.", f".{other}.")] for other in ("one", "two"))
+        torch.testing.assert_close(state[name], shares[0] * one + shares[1] * two)
+    model.set_adapter("mean")
+    expected = logits(model, spectrograms)
+    assert not torch.equal(expected, before)
+    model.save_pretrained(tmp_path, selected_adapters=["mean"])
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path / "mean")
+    torch.testing.assert_close(logits(loaded, spectrograms), expected)
+
+
+def test_average_of_equal_adapters_is_the_same_adapter(tiny_ast, spectrograms):
+    model = with_adapters(tiny_ast, "one")
+    model.average_adapters(["one", "one", "one"])
+    expected = logits(model, spectrograms)
+    model.set_adapter("average")
+    torch.testing.assert_close(logits(model, spectrograms), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((["one", "three"],), "`adapter_names` must be names of adapters"),
+        (([],), "`adapter_names` must be names of adapters"),
+        ((["one", "two"], [1.0]), "`weights` must be 2 numbers from 0"),
+        ((["one", "two"], [1.0, -1.0]), "`weights` must be 2 numbers from 0"),
+        ((["one", "two"], [0.0, 0.0]), "`weights` must be 2 numbers from 0, not all of them 0"),
+        ((["one", "two"], [1.0, float("nan")]), "`weights` must be 2 numbers from 0"),
+        ((["one", "two"], None, "two"), "`new_name` must be a name that no adapter has, got 'two'"),
+        (
+            (["one", "other"],),
+            r"'one' and 'other' have no average: they differ in \['modules_to_save', 'num_experts'\]",
+        ),
+    ],
+)
+def test_adapters_without_an_average(tiny_ast, arguments, message):
+    model = with_adapters(tiny_ast, "one", "two")
+    model.add_adapter("other", SoftMoAConfig(num_experts=2))
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.average_adapters(*arguments)
+    assert list(model.state_dict()) == names and list(model.peft_config) == ["one", "two", "other"]
+
+
+@torch.no_grad()
+def test_beside_lora(tiny_ast, spectrograms, tmp_path):
+    """Two methods on one base model, in different blocks, through transformers' own interface."""
+    base = logits(tiny_ast, spectrograms)
+    torch.manual_seed(1)
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    outputs = {}
+    for name, config in (("lora", lora), ("mixture", SoftMoAConfig(placement="ffn", init_weights=False))):
+        tiny_ast.add_adapter(config, name)
+        outputs[name] = logits(tiny_ast.eval(), spectrograms)
+        tiny_ast.save_pretrained(tmp_path / name)
+    tiny_ast.set_adapter(["lora", "mixture"])
+    both = logits(tiny_ast, spectrograms)
+    for one in (base, *outputs.values()):
+        assert not torch.allclose(both, one, atol=1e-4)
+    # Each is saved alone, and loads onto the plain model and beside the other, in any order.
+    for names in (["lora"], ["mixture"], ["lora", "mixture"], ["mixture", "lora"]):
+        torch.manual_seed(0)
+        model = ASTForAudioClassification(tiny_ast_config()).eval()
+        for name in names:
+            model.load_adapter(tmp_path / name, name)
+        model.set_adapter(names)
+        expected = both if len(names) == 2 else outputs[names[0]]
+        torch.testing.assert_close(logits(model, spectrograms), expected, atol=1e-6, rtol=1e-5)
+    tiny_ast.disable_adapters()
+    assert torch.equal(logits(tiny_ast, spectrograms), base)
+
+
+def test_on_a_merged_lora(tiny_ast, spectrograms):
+    model = get_peft_model(tiny_ast, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with_lora = logits(model.eval(), spectrograms)
+    model = get_peft_model(model.merge_and_unload(), SoftMoAConfig()).eval()
+    torch.testing.assert_close(logits(model, spectrograms), with_lora)
+    assert len(adapted(model)) == 2
+
+
+def test_on_a_model_with_adapters_of_its_own():
+    """The layers of multilingual wav2vec 2.0 end in small adapters, and another one follows the encoder."""
+    config = copy.deepcopy(FAMILIES["Wav2Vec2"].config()[1])
+    config.adapter_attn_dim, config.add_adapter, config.do_stable_layer_norm = 4, True, True
+    torch.manual_seed(0)
+    model = Wav2Vec2Model(config).eval()
+    waves = torch.randn(2, 400)
+    with torch.no_grad():
+        before = model(waves).last_hidden_state
+    for placement, block in (("attention", "attention"), ("ffn", "feed_forward.output_dense")):
+        moa = get_peft_model(copy.deepcopy(model), SoftMoAConfig(placement=placement))
+        names = adapted(moa.base_model.model)
+        assert names == [f"encoder.layers.{layer}.{block}" for layer in range(config.num_hidden_layers)]
+        with torch.no_grad():
+            assert torch.equal(moa(waves).last_hidden_state, before)
+
+
+def test_mixed_models_are_refused(tiny_ast):
+    """PEFT's mixed models take a fixed list of methods."""
+    before = list(tiny_ast.state_dict())
+    with pytest.raises(ValueError, match="'SOFTMOA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(tiny_ast, SoftMoAConfig(), mixed=True)
+    assert list(tiny_ast.state_dict()) == before
+    model = get_peft_model(tiny_ast, LoraConfig(target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(ValueError, match="SOFTMOA.*not compatible"):
+        model.add_adapter("mixture", SoftMoAConfig(placement="ffn"))

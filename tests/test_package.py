@@ -26,9 +26,9 @@ def test_imports_point_one_way():
     """routing, experts -> mixture -> layer -> model; the core never imports training."""
     rank = {name: index for index, name in enumerate(
         [
-            "registration", "routing", "kernels", "experts", "card", "checkpointing", "structure", "shapes", "masking",
-            "head", "mixture", "placement", "describe", "budget", "config", "layer", "load_balancing", "model",
-            "arguments", "cli",
+            "registration", "loading", "routing", "kernels", "experts", "card", "checkpointing", "structure", "shapes",
+            "masking", "head", "mixed_batch", "mixture", "placement", "describe", "budget", "config", "layer",
+            "load_balancing", "model", "arguments", "cli",
         ]
     )}  # fmt: skip
     for name, position in rank.items():

@@ -1,0 +1,173 @@
+"""Checks of an adapter that comes from elsewhere, before anything is built from it or changed for it.
+
+An adapter is a config and a file of tensors that somebody else has written. PEFT reads the config, builds what it asks
+for, and then looks at the tensors. Here their names and shapes are read together with the config, so that what is
+damaged, too large or does not belong together is refused while the base model is still as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import huggingface_hub
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .registration import SOFTMOA
+
+# The environment variable with which a user lets PEFT read pickled weights.
+ALLOW_PICKLE = "SOFTMOA_ALLOW_PICKLE"
+
+LARGEST_CONFIG = 2**20  # bytes
+DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors
+
+# An adapter has at most so many parameters, or so many times those of its base model, whichever is more.
+MOST_PARAMETERS = 2**24
+TIMES_THE_BASE = 10
+
+
+def read_config(path: str, names: Collection[str]) -> dict[str, Any]:
+    """Read the fields of an adapter's config.
+
+    Args:
+        path (str): its file.
+        names (collection of str): the fields that there are.
+
+    Returns:
+        dict[str, Any]: what the file gives, not yet checked.
+
+    Raises:
+        ValueError: if the file is too large, is no JSON object, is another method's, or has unknown fields.
+    """
+    size = os.path.getsize(path)
+    if size > LARGEST_CONFIG:
+        raise ValueError(f"it has {size:,} bytes, and more than {LARGEST_CONFIG:,} are no config")
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"it holds a {type(given).__name__} instead of the fields of a config")
+    if given.get("peft_type") != SOFTMOA:
+        raise ValueError(f"`peft_type` must be '{SOFTMOA.value}', got {given.get('peft_type')!r}")
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise ValueError(
+            f"the fields {unknown} are unknown. A newer version may have written them: upgrade peft-softmoa and peft. "
+            "If they do not belong there, remove them"
+        )
+    return given
+
+
+def read_shapes(model_id: str, subfolder: Optional[str], **hub: Any) -> Optional[dict[str, tuple[int, ...]]]:
+    """Read which tensors an adapter has, without reading them.
+
+    Args:
+        model_id (str): the adapter's folder, or its id on the Hub.
+        subfolder (str, optional): where it is in there.
+        hub: arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        dict[str, tuple[int, ...]], optional: the shape of each tensor by its name; None if there are no weights.
+
+    Raises:
+        ValueError: if the weights are damaged, or if they are pickled, which reading them could run as a program.
+    """
+    if os.path.isdir(model_id):
+        folder = Path(model_id, subfolder or "")
+        path, has_pickle = str(folder / SAFETENSORS_WEIGHTS_NAME), (folder / WEIGHTS_NAME).is_file()
+        found = os.path.isfile(path)
+    else:
+        try:
+            path = hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
+            found, has_pickle = True, False
+        except EntryNotFoundError:
+            found, has_pickle = False, _hub_has_pickle(model_id, subfolder, hub)
+    if not found:
+        if has_pickle and not os.environ.get(ALLOW_PICKLE):
+            raise ValueError(
+                f"'{model_id}' has its weights in '{WEIGHTS_NAME}' only. That is a pickle, which is not read: it could "
+                f"hold a program. Ask its author for '{SAFETENSORS_WEIGHTS_NAME}', or, if you trust its author, set "
+                f"the environment variable {ALLOW_PICKLE}=1."
+            )
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            slices = {name: file.get_slice(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged, or was not written to its end: {error}. Get it again.") from error
+    for name, tensor in slices.items():
+        if ".softmoa_" in name and tensor.get_dtype() not in DTYPES:
+            raise ValueError(f"'{path}' has '{name}' as {tensor.get_dtype()}; it must be one of {', '.join(DTYPES)}.")
+    return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+
+
+def _hub_has_pickle(model_id: str, subfolder: Optional[str], hub: Mapping[str, Any]) -> bool:
+    name = f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME
+    options = {key: hub[key] for key in ("revision", "repo_type") if key in hub}
+    if huggingface_hub.constants.HF_HUB_OFFLINE or hub.get("local_files_only"):
+        return isinstance(try_to_load_from_cache(model_id, name, cache_dir=hub.get("cache_dir"), **options), str)
+    return HfApi(hub.get("endpoint"), token=hub.get("token")).file_exists(model_id, name, **options)
+
+
+def check_size(config: Any, parameters: int, model: nn.Module) -> None:
+    """Check that a config does not ask for more memory than anybody would give an adapter.
+
+    Args:
+        config (SoftMoAConfig): the config.
+        parameters (int): how many parameters it asks for.
+        model (nn.Module): the base model.
+
+    Raises:
+        ValueError: if they are more than ten times those of the base model, and more than 2^24.
+    """
+    most = max(MOST_PARAMETERS, TIMES_THE_BASE * sum(parameter.numel() for parameter in model.parameters()))
+    if parameters > most:
+        raise ValueError(
+            f"The config asks for {parameters:,} parameters, with num_experts={config.num_experts}, "
+            f"num_slots={config.num_slots} and r={config.r}, but on this model an adapter may have at most {most:,}. "
+            "Choose fewer or smaller experts."
+        )
+
+
+def check_shapes(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that an adapter has the tensors that its config asks for, before they are made.
+
+    Args:
+        given (mapping): the shape of each tensor that the adapter has, by its name.
+        expected (mapping): the shape of each tensor that it should have, by its name in the base model.
+
+    Raises:
+        ValueError: if the adapter lacks tensors or has others.
+    """
+    wanted = {(f"base_model.model.{name}", shape) for name, shape in expected.items()}
+    has = {(name, shape) for name, shape in given.items() if not is_embedding(name)}
+    problems = [f"it lacks '{name}' of shape {shape}" for name, shape in sorted(wanted - has)]
+    problems += [f"it has '{name}' of shape {shape}" for name, shape in sorted(has - wanted)]
+    if problems:
+        raise ValueError(
+            f"The adapter does not fit its config: on this base model {'; '.join(problems[:3] + problems[3:][-3:])}. "
+            f"Load it with the {CONFIG_NAME} that it was saved with, onto the base model that it was trained on. To "
+            "make a fresh adapter with the same choices, give `dataclasses.replace(config)`."
+        )
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor belongs to embeddings, which PEFT saves with an adapter if they were resized.
+
+    Args:
+        name (str): its name.
+
+    Returns:
+        bool: whether it does.
+    """
+    return not set(name.split(".")).isdisjoint(EMBEDDING_LAYER_NAMES)
