@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz models conformance bench bench-quick check format clean
+.PHONY: demo test fuzz quantization models conformance bench bench-quick check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,11 @@ test: .venv/installed
 fuzz: .venv/installed
 	SOFTMOA_FUZZ=2000,500 $(BIN)/python -m pytest -s tests/test_loading.py
 
+# Installs bitsandbytes and torchao in .venv, and tests adapters on models that they have quantised.
+quantization: .venv/installed
+	$(BIN)/python -m pip install -c constraints.txt -e '.[quantization]'
+	$(BIN)/python -m pytest tests/test_quantized.py
+
 # Writes the README's table of models, from the outcome of the tests.
 models: .venv/installed
 	$(BIN)/python tests/models_table.py
@@ -22,7 +27,7 @@ models: .venv/installed
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
 
-# Everything that the benchmark measures, in one to two hours on two cores; the main rows, in three minutes.
+# Everything that the benchmark measures, in about an hour on two cores; the main rows, in three minutes.
 bench: .venv/installed
 	$(BIN)/python examples/benchmark/run.py
 
@@ -43,5 +48,5 @@ clean:
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[audio,plot,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[audio,plot,export,dev]'
 	touch $@

@@ -12,7 +12,7 @@ from measure import count_flops, import_seconds, in_turn, memory_of, ratio
 from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, make_ast, make_batch
 from peft import get_peft_model
 from report import BEGIN, END, draw_sweeps, for_readme, tables, write_into
-from run import main
+from run import in_onnx_runtime, main
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
@@ -174,12 +174,46 @@ def test_a_quick_run(tmp_path, capsys):
         write_into(readme, results)
 
 
+def test_deployment(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, next(iter(MODELS)), (tiny_ast, (64, 128)))
+    main(
+        [
+            "--parts",
+            "deployment",
+            "--layers",
+            "1",
+            "--forward_batch_sizes",
+            "3",
+            "--rounds",
+            "2",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    rows = results["deployment"]
+    assert [row["runtime"] for row in rows] == ["PyTorch", "compiled", "ONNX Runtime"] * 2
+    assert all(len(row["forward_3_seconds"]) == 2 for row in rows)
+    assert not results["models"] and not results["layer"]
+    assert "| ONNX Runtime | " in path.with_suffix(".md").read_text()
+
+
+def test_the_model_in_onnx_runtime_says_the_same():
+    model, values = tiny_ast(), torch.randn(1, 64, 128)
+    run = in_onnx_runtime(model, values)
+    values = torch.randn(3, 64, 128)
+    with torch.no_grad():
+        expected = model(values).logits
+    torch.testing.assert_close(torch.from_numpy(run(values)[0]), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_results_can_be_shown(path):
     results = json.loads(path.read_text())
     assert results["environment"]["commit"] and not results["environment"]["uncommitted changes"]
     assert (path.with_suffix(".md")).read_text() == tables(results)
-    assert list(path.with_suffix("").glob("*.png"))
+    assert list(path.with_suffix("").glob("*.png")) or not results["layer"]
 
 
 def test_the_readme_quotes_committed_results():

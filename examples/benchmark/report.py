@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tables and pictures of a run's results.
 
-    python examples/benchmark/report.py examples/benchmark/results/amd-epyc-2-threads-quick.json --readme README.md
+    python examples/benchmark/report.py examples/benchmark/results/amd-epyc-2-threads.json --readme README.md
 
 Writes the tables beside the file, as Markdown, draws the pictures into a folder of its name, and puts the main tables
 into a README.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import ratio
-from methods import FLOOR, PROBE
+from methods import FLOOR, MODELS, PROBE
 
 # The swept value of each point, by the beginning of the sweep's name.
 AXES = {"experts": "num_experts", "slots": "num_slots", "tokens": "num_tokens", "batch": "batch_size"}
@@ -69,6 +69,33 @@ def model_table(part: dict[str, Any]) -> str:
             memory = row["memory_bytes"]
             cells += [f"{memory / 2**20:,.0f}", f"{memory / rows[FLOOR]['memory_bytes']:.2f}"]
             cells.append(f"{row['flops'] / 1e9:.1f}")
+        table.append(cells)
+    return markdown(table)
+
+
+def deployment_table(rows: list[dict[str, Any]]) -> str:
+    """Forward passes in several runtimes: a row for each.
+
+    Args:
+        rows (list[dict]): what `run.measure_deployment` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    sizes = [key for key in rows[0] if key.startswith("forward_")]
+    by_runtime: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_runtime.setdefault(row["runtime"], {})[row["method"]] = row
+    table = [["runtime"]]
+    for key in sizes:
+        size = key.split("_")[1]
+        table[0] += [f"frozen, {size}, ms", f"Soft-MoA, {size}, ms", "of frozen", "of PyTorch"]
+    for runtime, methods in by_runtime.items():
+        frozen, soft, plain = methods[PROBE], methods["Soft-MoA"], by_runtime["PyTorch"]["Soft-MoA"]
+        cells = [runtime]
+        for key in sizes:
+            cells += [times(frozen[key]), times(soft[key])]
+            cells += [f"{ratio(soft[key], frozen[key]):.2f}", f"{ratio(soft[key], plain[key]):.2f}"]
         table.append(cells)
     return markdown(table)
 
@@ -133,6 +160,8 @@ def tables(results: dict[str, Any]) -> str:
     for name, rows in results["layer"].items():
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
             parts += [f"One layer, {dtype}, {name}:", layer_table(name, rows, dtype)]
+    if "deployment" in results:
+        parts += [f"Forward passes of {next(iter(MODELS))}, float32:", deployment_table(results["deployment"])]
     if "import_seconds" in results:
         parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} ms")
     return "\n\n".join(parts) + "\n"

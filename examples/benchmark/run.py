@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ from peft_softmoa.routing import soft_routing
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.
 WIDTH, BATCH, TOKENS = 768, 8, 590
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PARTS = ["layer", "models", "deployment", "import"]
 # Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
 EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
@@ -116,6 +118,68 @@ def measure_models(
         "memory": "allocator's peak" if device == "cuda" else "kept by autograd",
         "rows": list(rows.values()),
     }
+
+
+def measure_deployment(rounds: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the first model without and with Soft-MoA, in PyTorch, compiled and, on a CPU, in ONNX Runtime.
+
+    Args:
+        rounds (int): how often each is timed.
+        arguments (Namespace): of the command line.
+
+    Returns:
+        list[dict[str, Any]]: one row for each runtime and model.
+    """
+    name, device = next(iter(MODELS)), arguments.device
+    batches = {size: make_batch(name, size, device)["input_values"] for size in arguments.forward_batch_sizes}
+    rows = []
+    functions: dict[int, dict[str, Callable[[], Any]]] = {size: {} for size in batches}
+    for method in (PROBE, "Soft-MoA"):
+        torch.manual_seed(0)
+        model = METHODS[method](MODELS[name][0](arguments.layers)).to(device).eval()
+        with torch.no_grad():
+            model(batches[min(batches)])  # transformers installs hooks in the first call
+        runtimes = {"PyTorch": model, "compiled": torch.compile(model, fullgraph=True, dynamic=False)}
+        if device == "cpu":
+            runtimes["ONNX Runtime"] = in_onnx_runtime(model, batches[min(batches)])
+        for runtime, run in runtimes.items():
+            rows.append({"runtime": runtime, "method": method})
+            for size, values in batches.items():
+                functions[size][f"{runtime}, {method}"] = partial(_forward, run, values)
+    for size, each in functions.items():
+        for row, seconds in zip(rows, in_turn(each, rounds, device, note).values(), strict=True):
+            row[f"forward_{size}_seconds"] = seconds
+    return rows
+
+
+def _forward(run: Callable[[Tensor], Any], values: Tensor) -> None:
+    with torch.inference_mode():
+        run(values)
+
+
+def in_onnx_runtime(model: nn.Module, values: Tensor) -> Callable[[Tensor], Any]:
+    """A model in ONNX Runtime, with as many threads as torch has.
+
+    Args:
+        model (nn.Module): the model.
+        values (Tensor): an input.
+
+    Returns:
+        callable: runs it.
+    """
+    import onnxruntime
+
+    with torch.no_grad():
+        batch_axis = {"input_values": {0: torch.export.Dim.DYNAMIC}}
+        two = values[:1].repeat(2, *[1] * (values.ndim - 1))  # one would be taken for a constant
+        program = torch.onnx.export(model, (two,), dynamo=True, dynamic_shapes=batch_axis, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        program.save(f"{folder}/model.onnx")
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
+    [given] = session.get_inputs()
+    return lambda values: session.run(None, {given.name: values.numpy()})
 
 
 def sweeps(quick: bool) -> dict[str, list[dict[str, int]]]:
@@ -229,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="only AST's main rows, with half the batch")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="of the CPU; as many as torch takes, if it is not given")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="with --quick only the first two")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
@@ -266,14 +331,15 @@ def main(argv: list[str] | None = None) -> None:
         # After every part: a run takes long, and what is done should outlive what breaks it.
         path.write_text(json.dumps(results, indent=1) + "\n")
 
-    for dtype in arguments.dtypes[: 1 if arguments.quick else None]:
+    parts = [part for part in arguments.parts if part in PARTS[: 2 if arguments.quick else None]]
+    for dtype in arguments.dtypes[: 1 if arguments.quick else None] if "layer" in parts else ():
         for name, points in sweeps(arguments.quick).items():
             results["layer"].setdefault(name, []).extend(measure_layer(points, dtype, arguments))
             save()
     settings = [
         {"dtype": dtype, "compiled": mode == "compiled"} for mode in arguments.modes for dtype in arguments.dtypes
     ]
-    for model_name in arguments.models[: 1 if arguments.quick else None]:
+    for model_name in arguments.models[: 1 if arguments.quick else None] if "models" in parts else ():
         for index, setting in enumerate(settings[: 1 if arguments.quick else None]):
             methods = EVERYWHERE if index or arguments.quick else METHODS
             sizes = arguments.forward_batch_sizes[: 1 if index else None]
@@ -283,7 +349,11 @@ def main(argv: list[str] | None = None) -> None:
             with torch._dynamo.config.patch(recompile_limit=64):
                 results["models"].append(measure_models(model_name, list(methods), sizes, rounds, setting, arguments))
             save()
-    if not arguments.quick:
+    if "deployment" in parts:
+        torch.compiler.reset()
+        results["deployment"] = measure_deployment(arguments.rounds, arguments)
+        save()
+    if "import" in parts:
         results["import_seconds"] = import_seconds(arguments.layer_rounds)
         save()
     print(tables(results))
