@@ -13,6 +13,7 @@ from typing import Any, Literal, Optional, Union, get_args
 import regex
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -26,8 +27,11 @@ ExpertType = Literal["bottleneck", "convolution"]
 Placement = Literal["attention", "ffn", "both"]
 
 # What is larger is a mistake, or meant to exhaust memory.
-LARGEST, LARGEST_KERNEL, LONGEST_EXPRESSION = 65_536, 1_023, 10_000
+LARGEST, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_NAMES = 65_536, 1_023, 10_000, 256
 SIZE = f"an integer from 1 to {LARGEST}"
+
+# What PEFT adds to `modules_to_save` when it wraps a model for a task.
+PEFTS_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
 
 # These two have parameters of their own, which would be shared by all experts.
 ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
@@ -256,7 +260,9 @@ class SoftMoAConfig(PeftConfig):
                 setattr(self, name, set(value))
         # PEFT puts it into a regular expression.
         _check(self, "layers_pattern", "None, the name of a list of layers, or several", _are_paths)
-        _check(self, "modules_to_save", "None or a list of names", _are_names)
+        # PEFT puts these names into regular expressions, too.
+        allowed = f"None or a list of at most {MOST_NAMES} names"
+        _check(self, "modules_to_save", allowed, lambda value: not isinstance(value, str) and _are_paths(value))
         _check(self, "layers_to_transform", "None, an index or a list of indices", _are_indices)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
@@ -340,7 +346,7 @@ class SoftMoAConfig(PeftConfig):
         except (TypeError, ValueError) as error:
             path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
             raise ValueError(f"'{path}' is not the config of a Soft-MoA adapter: {error}") from error
-        config._loaded = config._choices(), read_shapes(pretrained_model_name_or_path, subfolder, **hub)
+        config._loaded = config.choices(), read_shapes(pretrained_model_name_or_path, subfolder, **hub)
         return config
 
     @classmethod
@@ -367,10 +373,18 @@ class SoftMoAConfig(PeftConfig):
             loaded with weights, or has been changed since.
         """
         choices, shapes = self._loaded
-        return shapes if choices == self._choices() else None
+        return shapes if choices == self.choices() else None
 
-    def _choices(self) -> dict[str, Any]:
-        return {name: copy.copy(getattr(self, name)) for name in SoftMoAConfig.__annotations__}
+    def choices(self) -> dict[str, Any]:
+        """What is chosen here, without what PEFT adds to it.
+
+        Returns:
+            dict[str, Any]: the fields of this class, `modules_to_save` as a set without the names of heads that PEFT
+            adds for some task types.
+        """
+        fields = {name: copy.copy(getattr(self, name)) for name in SoftMoAConfig.__annotations__}
+        added = PEFTS_HEADS if self.task_type else set()
+        return {**fields, "modules_to_save": set(self.modules_to_save or ()) - added}
 
     @classmethod
     def for_budget(cls, model: nn.Module, parameters: int, **fields: Any) -> SoftMoAConfig:
@@ -432,7 +446,8 @@ def _is_size(value: Any) -> bool:
 
 def _are_paths(value: Any) -> bool:
     names = [value] if isinstance(value, str) else value
-    return _are_names(names) and all(regex.fullmatch(r"\w+(\.\w+)*", name) for name in names or ())
+    path = regex.compile(r"[\w-]+(\.[\w-]+)*")
+    return _are_names(names) and len(names or ()) <= MOST_NAMES and all(map(path.fullmatch, names or ()))
 
 
 def _is_expression(value: Any) -> bool:

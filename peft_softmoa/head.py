@@ -19,6 +19,9 @@ from torch import nn
 
 from .shapes import norms_before
 
+# They hold modules, and have no forward pass of their own.
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 # Attribute of the model that keeps the label maps of its config while an adapter's are in their place.
 BASE_LABELS = "_softmoa_base_labels"
 
@@ -50,8 +53,7 @@ def find_saved(config: Any, model: nn.Module, targets: Iterable[Any]) -> dict[st
     # PEFT adds these for the task type when it wraps the model.
     head = SEQ_CLS_HEAD_NAMES if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
     saved = _matching(model, [*(config.modules_to_save or []), *head])
-    if not config.inference_mode:
-        _check_saved(saved, [target.name for target in targets])
+    _check_saved(saved, [target.name for target in targets], not config.inference_mode)
     return saved
 
 
@@ -88,6 +90,8 @@ def saved_shapes(
     """
     base_labels = _base_labels(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    # Under DeepSpeed's ZeRO-3 a process has only its part of them.
+    shapes.update((name, tuple(getattr(each, "ds_shape", each.shape))) for name, each in module.named_parameters())
     if label_names is not None and list(base_labels.values()) != label_names:
         for path in _classifiers(module, len(base_labels)):
             for name in ("weight", "bias"):
@@ -194,15 +198,20 @@ def _matching(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     }
 
 
-def _check_saved(saved: Iterable[str], targets: Iterable[str]) -> None:
+def _check_saved(saved: dict[str, nn.Module], targets: list[str], is_trained: bool) -> None:
     """Check that every module that an adapter brings with it would be trained where it is used.
 
     PEFT would train a copy that nothing uses of a module inside another one, and none of a module inside an adapted
     one.
     """
-    for name in saved:
+    for name, module in saved.items():
+        if isinstance(module, CONTAINERS):
+            raise ValueError(
+                f"`modules_to_save` matches '{name}', a {type(module).__name__}, which is never called. Name the "
+                "modules in it."
+            )
         outer = next((other for other in saved if name.startswith(f"{other}.")), None)
-        if outer is not None:
+        if outer is not None and is_trained:  # such adapters of the first version still load
             raise ValueError(
                 f"`modules_to_save` matches '{outer}' and also '{name}', which is a part of it. Write out the names of "
                 f"the modules that are meant, but not '{name}': it is trained with '{outer}'."

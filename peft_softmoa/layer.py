@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Optional, cast
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
 from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, is_mask, token_mask, unpack
-from .mixed_batch import rows_of
+from .mixed_batch import MixedBatch
 from .mixture import Router, add_mixture, build_mixture, mixes_tokens
 from .placement import Target
 from .shapes import find_tokens
@@ -72,8 +71,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_hooks: dict[str, list[Any]] = {}
         # The losses of its routers, while a forward pass of the model collects them.
         self.router_losses: Optional[list[Tensor]] = None
-        # The adapter of each sample, while a forward pass of the model mixes them.
-        self.sample_adapters: Optional[Sequence[str]] = None
+        # The adapters of the samples, while a forward pass of the model mixes them.
+        self.mixed_batch: Optional[MixedBatch] = None
         self._disable_adapters = False
         self.merged_adapters = []
         # flag to enable/disable casting of input to weight dtype during forward call, which PEFT's helper sets
@@ -129,7 +128,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if there are no tokens or their shape is wrong.
         """
-        names = self.active_adapters if self.sample_adapters is None else dict.fromkeys(self.sample_adapters)
+        names = dict.fromkeys(self.mixed_batch.adapter_names) if self.mixed_batch else self.active_adapters
         active = [name for name in names if name in self.softmoa_experts]
         active = [] if self.disable_adapters else active
         own = {name for name in active if self.softmoa_targets[name].entry is None}
@@ -154,10 +153,10 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
                 mask = token_mask(given, *tokens.shape[:2])
-            if self.sample_adapters is None:
+            if self.mixed_batch is None:
                 output, loss = add_mixture(hidden, tokens, router, experts, mask, scaling)
             else:
-                rows = rows_of(adapter_name, self.sample_adapters, len(hidden), hidden.device)
+                rows = self.mixed_batch.rows_of(adapter_name, len(hidden), hidden.device)
                 own_mask = None if mask is None else mask[rows]
                 added, loss = add_mixture(hidden[rows], tokens[rows], router, experts, own_mask, scaling)
                 output = hidden.index_copy(0, rows, added)

@@ -13,11 +13,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-import huggingface_hub
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -79,25 +77,16 @@ def read_shapes(model_id: str, subfolder: Optional[str], **hub: Any) -> Optional
         dict[str, tuple[int, ...]], optional: the shape of each tensor by its name; None if there are no weights.
 
     Raises:
-        ValueError: if the weights are damaged, or if they are pickled, which reading them could run as a program.
+        ValueError: if the weights are damaged, or if they are pickled: reading them could run a program.
     """
-    if os.path.isdir(model_id):
-        folder = Path(model_id, subfolder or "")
-        path, has_pickle = str(folder / SAFETENSORS_WEIGHTS_NAME), (folder / WEIGHTS_NAME).is_file()
-        found = os.path.isfile(path)
-    else:
-        try:
-            path = hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub)
-            found, has_pickle = True, False
-        except EntryNotFoundError:
-            found, has_pickle = False, _hub_has_pickle(model_id, subfolder, hub)
-    if not found:
-        if has_pickle and not os.environ.get(ALLOW_PICKLE):
-            raise ValueError(
-                f"'{model_id}' has its weights in '{WEIGHTS_NAME}' only. That is a pickle, which is not read: it could "
-                f"hold a program. Ask its author for '{SAFETENSORS_WEIGHTS_NAME}', or, if you trust its author, set "
-                f"the environment variable {ALLOW_PICKLE}=1."
-            )
+    path, has_pickle = _find_weights(model_id, subfolder, hub)
+    if path is None and has_pickle and not os.environ.get(ALLOW_PICKLE):
+        raise ValueError(
+            f"'{model_id}' has its weights in '{WEIGHTS_NAME}' only. That is a pickle, which is not read: it could "
+            f"hold a program. Ask its author for '{SAFETENSORS_WEIGHTS_NAME}', or, if you trust its author, set the "
+            f"environment variable {ALLOW_PICKLE}=1."
+        )
+    if path is None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -111,12 +100,22 @@ def read_shapes(model_id: str, subfolder: Optional[str], **hub: Any) -> Optional
     return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
 
 
-def _hub_has_pickle(model_id: str, subfolder: Optional[str], hub: Mapping[str, Any]) -> bool:
-    name = f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME
+def _find_weights(model_id: str, subfolder: Optional[str], hub: Mapping[str, Any]) -> tuple[Optional[str], bool]:
+    """The file of an adapter's tensors, if there is one, and whether, if not, there is one of pickled tensors."""
+    if os.path.isdir(model_id):
+        folder = Path(model_id, subfolder or "")
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        return (str(path) if path.is_file() else None), (folder / WEIGHTS_NAME).is_file()
+    pickle = "/".join(filter(None, (subfolder, WEIGHTS_NAME)))
     options = {key: hub[key] for key in ("revision", "repo_type") if key in hub}
-    if huggingface_hub.constants.HF_HUB_OFFLINE or hub.get("local_files_only"):
-        return isinstance(try_to_load_from_cache(model_id, name, cache_dir=hub.get("cache_dir"), **options), str)
-    return HfApi(hub.get("endpoint"), token=hub.get("token")).file_exists(model_id, name, **options)
+    try:
+        return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub), False
+    except LocalEntryNotFoundError:  # without a connection there is only what was downloaded before
+        cached = try_to_load_from_cache(model_id, pickle, cache_dir=hub.get("cache_dir"), **options)
+        return None, isinstance(cached, str)
+    except EntryNotFoundError:
+        api = HfApi(hub.get("endpoint"), token=hub.get("token"))
+        return None, api.file_exists(model_id, pickle, **options)
 
 
 def check_size(config: Any, parameters: int, model: nn.Module) -> None:
@@ -130,7 +129,9 @@ def check_size(config: Any, parameters: int, model: nn.Module) -> None:
     Raises:
         ValueError: if they are more than ten times those of the base model, and more than 2^24.
     """
-    most = max(MOST_PARAMETERS, TIMES_THE_BASE * sum(parameter.numel() for parameter in model.parameters()))
+    # Under DeepSpeed's ZeRO-3 a process has only its part of them.
+    base = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    most = max(MOST_PARAMETERS, TIMES_THE_BASE * base)
     if parameters > most:
         raise ValueError(
             f"The config asks for {parameters:,} parameters, with num_experts={config.num_experts}, "
@@ -139,20 +140,27 @@ def check_size(config: Any, parameters: int, model: nn.Module) -> None:
         )
 
 
-def check_shapes(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_shapes(
+    given: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    embeddings: Mapping[str, tuple[int, ...]],
+) -> None:
     """Check that an adapter has the tensors that its config asks for, before they are made.
 
     Args:
         given (mapping): the shape of each tensor that the adapter has, by its name.
         expected (mapping): the shape of each tensor that it should have, by its name in the base model.
+        embeddings (mapping): the same for those that it may have besides.
 
     Raises:
         ValueError: if the adapter lacks tensors or has others.
     """
-    wanted = {(f"base_model.model.{name}", shape) for name, shape in expected.items()}
-    has = {(name, shape) for name, shape in given.items() if not is_embedding(name)}
+    wanted, allowed = (
+        {(f"base_model.model.{name}", shape) for name, shape in each.items()} for each in (expected, embeddings)
+    )
+    has = set(given.items())
     problems = [f"it lacks '{name}' of shape {shape}" for name, shape in sorted(wanted - has)]
-    problems += [f"it has '{name}' of shape {shape}" for name, shape in sorted(has - wanted)]
+    problems += [f"it has '{name}' of shape {shape}" for name, shape in sorted(has - wanted - allowed)]
     if problems:
         raise ValueError(
             f"The adapter does not fit its config: on this base model {'; '.join(problems[:3] + problems[3:][-3:])}. "
@@ -161,13 +169,21 @@ def check_shapes(given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
         )
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a tensor belongs to embeddings, which PEFT saves with an adapter if they were resized.
+def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The text embeddings of a model, which PEFT saves with an adapter if they were resized.
 
     Args:
-        name (str): its name.
+        model (nn.Module): the base model.
 
     Returns:
-        bool: whether it does.
+        dict[str, tuple[int, ...]]: the shapes of the input's and the output's, by their names; none if the model reads
+        no text.
     """
-    return not set(name.split(".")).isdisjoint(EMBEDDING_LAYER_NAMES)
+    try:
+        both = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return {}
+    if not isinstance(both[0], nn.Embedding):
+        return {}
+    modules = {name: module for name, module in model.named_modules() if any(module is each for each in both)}
+    return {f"{name}.weight": tuple(module.weight.shape) for name, module in modules.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,22 +10,23 @@ from functools import partial
 from math import prod
 from typing import Any, Optional
 
-import torch
-from peft import TaskType
+from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .averaging import average_into, check_average
 from .checkpointing import let_gradients_in
 from .config import SoftMoAConfig
 from .head import check_head, count_saved, find_saved, fit_heads, name_labels, saved_shapes
 from .layer import CANNOT_MERGE, SoftMoALayer
 from .load_balancing import Collecting
-from .loading import check_shapes, check_size, is_embedding
-from .mixed_batch import check_adapter_names, run_by_sample
+from .loading import check_shapes, check_size, embedding_shapes
+from .mixed_batch import check_call, make_mixed_batch, run_by_sample
 from .mixture import parameter_shapes
 from .placement import Target, choose_targets, find_patch_grid, find_targets, is_target
 from .shapes import block_widths
+from .structure import find_module
 
 
 class SoftMoAModel(BaseTuner):
@@ -91,7 +91,7 @@ class SoftMoAModel(BaseTuner):
             expected = {f"{name}.{tensor}": shape for name, part in parts.items() for tensor, shape in part.items()}
             for target, shapes in zip(targets, blocks):
                 expected.update({f"{target}.{self.prefix}{tensor}": shape for tensor, shape in shapes.items()})
-            check_shapes(loaded, expected)
+            check_shapes(loaded, expected, embedding_shapes(model))
 
     def _create_and_replace(
         self,
@@ -156,21 +156,33 @@ class SoftMoAModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `eval()` first.")
-        check_adapter_names(adapter_names, self.peft_config, [*args, *kwargs.values()])
+        batch = make_mixed_batch(adapter_names, self.peft_config, kwargs)
         modules = list(self.model.modules())
         layers = [module for module in modules if isinstance(module, SoftMoALayer)]
-        wrappers = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
+        wrappers = {
+            module: vars(module).get("forward") for module in modules if isinstance(module, ModulesToSaveWrapper)
+        }
+        # In a layer the rows of a block may be windows; what the layer is called with are samples.
+        around = {target.layer for layer in layers for target in layer.softmoa_targets.values() if target.layer}
+        checked = [find_module(self.model, name) for name in around]
+        checked += [layer for layer in layers if not any(target.layer for target in layer.softmoa_targets.values())]
+        hooks = [module.register_forward_pre_hook(partial(check_call, batch), with_kwargs=True) for module in checked]
         try:
             for layer in layers:
-                layer.sample_adapters = adapter_names
+                layer.mixed_batch = batch
             for wrapper in wrappers:
-                wrapper.forward = partial(run_by_sample, wrapper, adapter_names)  # type: ignore[method-assign]
+                wrapper.forward = partial(run_by_sample, batch, wrapper)  # type: ignore[method-assign]
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for layer in layers:
-                layer.sample_adapters = None
-            for wrapper in wrappers:
-                del wrapper.forward
+                layer.mixed_batch = None
+            for wrapper, forward in wrappers.items():
+                if forward is None:
+                    del wrapper.forward
+                else:
+                    wrapper.forward = forward  # type: ignore[method-assign]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -184,7 +196,6 @@ class SoftMoAModel(BaseTuner):
         super()._enable_adapter_layers(enabled)
         self._name_labels(enabled)
 
-    @torch.no_grad()
     def average_adapters(
         self, adapter_names: Sequence[str], weights: Optional[Sequence[float]] = None, new_name: str = "average"
     ) -> None:
@@ -205,30 +216,10 @@ class SoftMoAModel(BaseTuner):
             ValueError: if a name is unknown or taken, the weights are not allowed, or the adapters' configs differ.
         """
         names = list(adapter_names)
-        shares = [1.0] * len(names) if weights is None else list(weights)
-        unknown = sorted(set(names) - set(self.peft_config))
-        if unknown or not names:
-            raise ValueError(f"`adapter_names` must be names of adapters, {sorted(self.peft_config)}, got {names}.")
-        if len(shares) != len(names) or not all(math.isfinite(w) and w >= 0 for w in shares) or not sum(shares):
-            raise ValueError(f"`weights` must be {len(names)} numbers from 0, not all of them 0, got {shares}.")
-        if new_name in self.peft_config:
-            raise ValueError(f"`new_name` must be a name that no adapter has, got '{new_name}'.")
-        first = self.peft_config[names[0]]
-        for name in names[1:]:
-            other = self.peft_config[name]
-            fields = SoftMoAConfig.__annotations__.keys() - {"init_weights"}
-            differing = sorted(field for field in fields if getattr(first, field) != getattr(other, field))
-            if differing:
-                raise ValueError(f"The adapters '{names[0]}' and '{name}' have no average: they differ in {differing}.")
+        shares = check_average(self.peft_config, names, weights, new_name)
         self.peft_config[new_name] = copy.deepcopy(self.peft_config[names[0]])
         self.inject_adapter(self.model, new_name)
-        for module in self.model.modules():
-            for container in _containers(module):
-                if new_name in container:
-                    own = [dict(container[name].state_dict()) for name in names]
-                    for key, tensor in container[new_name].state_dict().items():
-                        if tensor.is_floating_point():  # what norms count is that of the first
-                            tensor.copy_(sum(share / sum(shares) * each[key] for share, each in zip(shares, own)))
+        average_into(self.model, names, shares, new_name)
 
     def unload(self) -> nn.Module:
         """Give the base model back as it was, with its own head and labels.
@@ -260,8 +251,9 @@ class SoftMoAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # Any other tensor would replace one of the base model's.
-        saved = f".modules_to_save.{adapter_name}."
-        given = {key for key in remapped if saved not in key and not is_embedding(key)}
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        others = {f"base_model.model.{name}" for name in embedding_shapes(base)}
+        given = {key for key in remapped if f".modules_to_save.{adapter_name}." not in key} - others
         expected = {
             f"{name}.{container}.{adapter_name}.{parameter}"
             for name, layer in model.named_modules()
@@ -287,10 +279,3 @@ class SoftMoAModel(BaseTuner):
         # transformers can hold adapters of other methods in the same dict.
         label_names = [config.label_names for config in active if isinstance(config, SoftMoAConfig)]
         name_labels(self.model, next(filter(None, label_names), None))
-
-
-def _containers(module: nn.Module) -> list[nn.ModuleDict]:
-    """What a module has of each adapter, by the adapter's name."""
-    if isinstance(module, SoftMoALayer):
-        return [getattr(module, container) for container in module.adapter_layer_names]
-    return [module.modules_to_save] if isinstance(module, ModulesToSaveWrapper) else []

@@ -311,7 +311,8 @@ def find_targets(config: Any, model: nn.Module) -> dict[str, Target]:
         if inner is not None and "softmoa_experts" not in getattr(modules[name], "adapter_layer_names", ()):
             raise ValueError(
                 f"`target_modules` matches '{name}', but '{inner}' in it has an adapter already, whose weights "
-                "would get other names. Adapt the same modules, or modules apart from it."
+                "would get other names. Adapt the same modules, modules apart from it, or a block from its first "
+                f"linear layer to its last, such as ['q_proj{ARROW}o_proj'] for an attention."
             )
         outer = next((other for other in names if name.startswith(f"{other}.")), None)
         if outer is not None:

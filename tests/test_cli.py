@@ -81,7 +81,7 @@ def test_errors_are_one_message(tmp_path):
     )
     with pytest.raises(SystemExit, match="peft-softmoa: `placement` looks for the audio encoder of a model"):
         main(["targets", str(tmp_path)])
-    with pytest.raises(SystemExit, match="peft-softmoa: `num_experts` must be a positive integer, got 0"):
+    with pytest.raises(SystemExit, match="peft-softmoa: `num_experts` must be an integer from 1 to 65536, got 0"):
         main(["targets", str(tmp_path), "--num_experts", "0"])
     with pytest.raises(SystemExit, match="peft-softmoa: "):
         main(["targets", str(tmp_path / "missing")])

@@ -88,7 +88,7 @@ def test_survives_saving(tmp_path):
         ("label_names", "ab", "distinct class names"),
         ("target_modules", 5, "None, names, or a regular expression"),
         ("exclude_modules", 5.0, "None, names, or a regular expression"),
-        ("modules_to_save", "classifier", "None or a list of names"),
+        ("modules_to_save", "classifier", "None or a list of at most 256 names"),
         ("layers_to_transform", "1", "an index or a list of indices"),
     ],
 )

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_ast_config
+from families import FAMILIES, MASKED_WAVE, build
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loopback_hub import loopback_hub
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save, save_file
-from transformers import ASTForAudioClassification
+from transformers import ASTForAudioClassification, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from peft_softmoa import SoftMoAConfig
 
@@ -91,7 +92,13 @@ def assert_unchanged(model, before):
         ({"target_modules": "((.|[a-z])+)+[A-Z]"}, "`target_modules=.*takes too long to match.*list names"),
         ({"exclude_modules": "((.|[a-z])+)+[A-Z]"}, "`exclude_modules=.*takes too long to match.*list names"),
         ({"layers_pattern": "(a+)+", "layers_to_transform": [0]}, "`layers_pattern` must be None, the name"),
-        ({"modules_to_save": [""]}, "`modules_to_save` must be None or a list of names"),
+        ({"modules_to_save": [""]}, "`modules_to_save` must be None or a list of at most 256 names"),
+        ({"modules_to_save": ["("]}, "`modules_to_save` must be None or a list of at most 256 names"),
+        ({"modules_to_save": ["((.|[a-z])+)+[A-Z]"]}, "`modules_to_save` must be None or a list"),
+        ({"modules_to_save": [f"x{index}" for index in range(300)]}, "`modules_to_save` must be None or a list"),
+        ({"modules_to_save": ["classifier", "layers"]}, "`modules_to_save` matches '.*layers', a ModuleList"),
+        ({"modules_to_save": ["classifier", "q_proj"]}, "'.*q_proj' cannot be trained whole"),
+        ({"task_type": "SEQ_CLS", "num_experts": 4}, r"it lacks '.*down_bias' of shape \(4, 2\)"),
         ({"base_model_name_or_path": 5}, "`base_model_name_or_path` must be None or a string, got 5"),
         ({"inference_mode": "yes"}, "`inference_mode` must be True or False, got 'yes'"),
         ({"auto_mapping": [1]}, r"`auto_mapping` must be None or a dictionary, got \[1\]"),
@@ -140,6 +147,18 @@ def test_the_config_of_another_method(tmp_path):
     with pytest.raises(ValueError, match="`peft_type` must be 'SOFTMOA', got 'LORA'"):
         SoftMoAConfig.from_pretrained(tmp_path)
     assert isinstance(PeftConfig.from_pretrained(tmp_path), LoraConfig)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"), [(b"{}", KeyError), (b'{"peft_type": "WORLD_PEACE"}', KeyError), (b"[]", TypeError)]
+)
+def test_what_is_no_peft_method_is_an_error_of_pefts_own(write, config, error):
+    """PEFT looks for the method before anything of this one runs."""
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error):
+        PeftModel.from_pretrained(model, write(config))
+    assert_unchanged(model, before)
 
 
 PREFIX = "base_model.model.audio_spectrogram_transformer.layers"
@@ -205,6 +224,53 @@ def test_a_loaded_config_can_be_used_again(saved):
         assert model.base_model.model.audio_spectrogram_transformer.layers[
             0
         ].attention.softmoa_router.default.slots.shape == (8, 4)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+def test_tasks_for_which_peft_adds_names(tmp_path, task):
+    model = get_peft_model(tiny_model(), SoftMoAConfig(num_experts=2, init_weights=False, task_type=task))
+    model.save_pretrained(tmp_path)
+    expected = model.state_dict()
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path).state_dict()
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors.pop(SLOTS)
+    save_file(tensors, tmp_path / WEIGHTS)
+    check_refusal(tmp_path, "it lacks '.*router.slots'")
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}], ids=str)
+def test_heads_with_the_names_of_embeddings(tmp_path, fields):
+    def make():
+        torch.manual_seed(0)
+        return Wav2Vec2ForCTC(Wav2Vec2Config(**MASKED_WAVE))
+
+    model = get_peft_model(make(), SoftMoAConfig(init_weights=False, **fields))
+    # Without this PEFT asks the model for text embeddings, of which it has none.
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    expected = model.state_dict()
+    again = PeftModel.from_pretrained(make(), tmp_path).state_dict()
+    assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
+    # A head that the adapter does not bring is one of the base model's.
+    tensors = load_file(tmp_path / WEIGHTS)
+    SoftMoAConfig(**{**fields, "modules_to_save": None}).save_pretrained(tmp_path)
+    tensors["base_model.model.lm_head.weight"] = torch.ones(12, 16)
+    save_file(tensors, tmp_path / WEIGHTS)
+    check_refusal(tmp_path, r"it has 'base_model.model.lm_head.weight'", make())
+
+
+def test_resized_text_embeddings_come_with_an_adapter(tmp_path):
+    family = FAMILIES["Whisper, speech to text"]
+    model = build(family.name)
+    model.resize_token_embeddings(15)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    expected = model.get_input_embeddings().weight.clone()
+    get_peft_model(model, SoftMoAConfig()).save_pretrained(tmp_path, save_embedding_layers=True)
+    again = build(family.name)
+    again.resize_token_embeddings(15)
+    again = PeftModel.from_pretrained(again, tmp_path)
+    assert torch.equal(again.get_base_model().get_input_embeddings().weight, expected)
+    check_refusal(tmp_path, r"it has '.*embed_tokens.weight' of shape \(15, 16\)", build(family.name))
 
 
 def make_pickle(folder, saved):
@@ -354,4 +420,5 @@ def test_made_up_files(saved, tmp_path_factory, data):
 def test_say_how_it_went():
     """Of the two tests before it; `make fuzz` shows it."""
     for kind, (loaded, refused) in outcomes.items():
+        assert loaded and refused
         print(f"{kind}: {loaded} loaded, {refused} refused, the slowest in {slowest[kind]:.2f} s")

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.mixed_batch import BASE, rows_of, run_by_sample
+from peft_softmoa.mixed_batch import BASE, MixedBatch, run_by_sample
 
 CONFIGS = {
     "slots": {},
@@ -67,15 +67,16 @@ def test_equals_one_by_one(tiny_ast, common):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("routing", ["soft", "dense"])
 @pytest.mark.parametrize("name", ["Wav2Vec2", "CLAP", "Parakeet-CTC"])
-def test_masks_and_windows_go_with_their_samples(name):
+def test_masks_and_windows_go_with_their_samples(name, routing):
     """A block that begins in another module, one whose rows are windows, and one that is called with a mask."""
     family = FAMILIES[name]
-    placement = "ffn" if name == "Wav2Vec2" else "attention"
     configs = {"one": {}, "two": {"num_experts": 3, "r": 2}}
-    model = add_adapters(build(name).eval(), configs, placement=placement, **({"target_modules": None}))
-    inputs = family.inputs(list(family.lengths))
-    names = [("one", BASE, "two")[index % 3] for index in range(len(family.lengths))]
+    placement = "ffn" if name == "Wav2Vec2" else "attention"
+    model = add_adapters(build(name).eval(), configs, placement=placement, routing=routing)
+    inputs = family.inputs([*family.lengths, *family.lengths])
+    names = ["one", BASE, "two", "one"]
 
     def encode(adapter_names=None):
         with torch.no_grad(), model.base_model._enable_peft_forward_hooks(adapter_names=adapter_names):
@@ -89,7 +90,41 @@ def test_masks_and_windows_go_with_their_samples(name):
         expected[adapter] = encode()
     for index, adapter in enumerate(names):
         torch.testing.assert_close(mixed[index], expected[adapter][index], atol=1e-6, rtol=1e-5)
-        assert adapter == BASE or not torch.allclose(mixed[index], expected[BASE][index], atol=1e-4)
+        for other in expected.keys() - {adapter}:
+            assert not torch.allclose(mixed[index], expected[other][index], atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["soft", "dense"])
+@pytest.mark.parametrize("placement", ["attention", "ffn"])
+def test_packed_clips_are_refused(placement, routing):
+    """Their rows are chunks or tokens, of which each clip has another number."""
+    family = FAMILIES["Qwen2.5-Omni"]
+    model = add_adapters(build(family.name).eval(), {"one": {}}, placement=placement, routing=routing)
+    mixed = model.base_model._enable_peft_forward_hooks(adapter_names=["one", BASE])
+    with pytest.raises(ValueError, match="Clips that a model packs or cuts into chunks do not mix"), mixed:
+        family.encode(model.base_model.model, family.inputs(list(family.lengths)))
+
+
+def test_generation_with_beams():
+    """The encoder has a row for each sample, the decoder one for each beam."""
+    family = FAMILIES["Whisper, speech to text"]
+    targets = {"target_modules": ["self_attn"], "routing": "dense"}  # of the encoder and the decoder
+    model = add_adapters(build(family.name).eval(), {"one": targets, "two": targets | {"num_experts": 3}})
+    features = {"input_features": family.inputs([40, 30, 20])["input_features"]}
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    names = ["two", BASE, "one"]
+    mixed = model.generate(**features, adapter_names=names, **options)
+    expected = []
+    for index, name in enumerate(names):
+        sample = {"input_features": features["input_features"][index : index + 1]}
+        if name == BASE:
+            with model.disable_adapter():
+                expected.append(model.generate(**sample, **options))
+        else:
+            model.set_adapter(name)
+            expected.append(model.generate(**sample, **options))
+    for given, alone in zip(mixed, expected):
+        assert torch.equal(given[: alone.shape[1]], alone[0])
 
 
 @pytest.mark.parametrize(
@@ -99,6 +134,7 @@ def test_masks_and_windows_go_with_their_samples(name):
         (["slots"] * 2, "Length of `adapter_names`.*2 and 3"),
         ("slots", "must be a list with the name of an adapter for each sample"),
         (["slots", None, BASE], "must be a list"),
+        ([], "must be a list"),
     ],
 )
 def test_names_that_do_not_fit(tiny_ast, spectrograms, names, message):
@@ -114,9 +150,17 @@ def test_only_for_inference_and_disabling_comes_first(tiny_ast, spectrograms):
     with pytest.raises(ValueError, match="in training mode"):
         model.train()(spectrograms, adapter_names=["slots"] * 3)
     model.eval()
-    with torch.no_grad(), model.disable_adapter():
+    model.base_model.disable_adapter_layers()
+    with torch.no_grad():
         expected = model(spectrograms).logits
         assert torch.equal(model(spectrograms, adapter_names=["slots"] * 3).logits, expected)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_the_number_of_samples_is_checked_for_every_kind_of_model(tiny_ast, task):
+    model = add_adapters(tiny_ast, {"slots": {}}, task_type=task)
+    with pytest.raises(ValueError, match="Length of `adapter_names`.*2 and 4"):
+        model(input_values=torch.randn(4, 64, 128), adapter_names=["slots", BASE])
 
 
 def test_an_error_leaves_no_mixed_batch_behind(tiny_ast, spectrograms):
@@ -145,12 +189,32 @@ def test_heads_for_different_classes_do_not_mix(spectrograms):
         model(spectrograms, adapter_names=["one", "two", "one"])
 
 
-def test_rows_of_windows_and_what_does_not_fit():
-    device = torch.device("cpu")
-    assert rows_of("a", ["a", "b", "a"], 6, device).tolist() == [0, 1, 4, 5]
-    assert rows_of("a", ["b"], 4, device).tolist() == []
-    with pytest.raises(ValueError, match="3 names, which do not fit 4 rows"):
-        rows_of("a", ["a", "b", "a"], 4, device)
+def test_rows_of_windows_and_beams():
+    batch = MixedBatch(["a", "b", "a"], beams=2)
+    assert batch.rows_of("a", 6, torch.device("cpu")).tolist() == [0, 1, 4, 5]
+    assert batch.rows_of("c", 6, torch.device("cpu")).tolist() == []
+    batch.check_rows(3)
+    batch.check_rows(6)
+    for rows in (4, 9):
+        with pytest.raises(ValueError, match=f"but got 3 and {rows} respectively"):
+            batch.check_rows(rows)
+
+
+def test_a_module_that_does_not_read_the_batch_is_refused():
+    """Such as embeddings of positions."""
+    wrapper = ModulesToSaveWrapper(nn.Embedding(8, 2), "a")
+    with pytest.raises(ValueError, match="but got 2 and 8 respectively"):
+        run_by_sample(MixedBatch(["a", BASE], 1), wrapper, torch.arange(8))
+
+
+def test_a_forward_of_its_own_comes_back(tiny_ast, spectrograms):
+    """accelerate puts one on modules that it moves between devices."""
+    model = add_adapters(tiny_ast, {"slots": {}}, modules_to_save=["classifier"])
+    wrapper = tiny_ast.classifier
+    wrapper.forward = forward = wrapper.forward
+    with torch.no_grad():
+        model(spectrograms, adapter_names=[BASE] * 3)
+    assert vars(wrapper)["forward"] is forward
 
 
 def test_every_tensor_of_a_batch_is_taken_apart():
@@ -165,5 +229,7 @@ def test_every_tensor_of_a_batch_is_taken_apart():
     wrapper = ModulesToSaveWrapper(Weighted(1.0), "a")
     wrapper.modules_to_save["a"].scale = 10.0
     tokens, weights, bias = torch.ones(4, 2), torch.arange(4.0), torch.tensor([0.5, 0.25])
-    output = run_by_sample(wrapper, ["a", BASE, "a", "no adapter of it"], tokens, weights=weights, bias=bias)
+    output = run_by_sample(
+        MixedBatch(["a", BASE, "a", "no adapter of it"], 1), wrapper, tokens, weights=weights, bias=bias
+    )
     assert torch.equal(output, torch.tensor([0.0, 1.0, 20.0, 3.0])[:, None] + bias)

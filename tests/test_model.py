@@ -679,6 +679,22 @@ def test_average_of_adapters(tiny_ast, spectrograms, tmp_path, weights, shares):
     torch.testing.assert_close(logits(loaded, spectrograms), expected)
 
 
+def test_the_average_is_as_precise_and_as_still_as_the_adapters(spectrograms):
+    torch.manual_seed(0)
+    model = ASTForAudioClassification(tiny_ast_config()).to(torch.bfloat16)
+    model = with_adapters(model, "one", "two", dropout=0.5)
+    model.average_adapters(["one", "two"])
+    for name, parameter in model.named_parameters():
+        if ".average." in name:
+            assert parameter.dtype == (torch.float32 if "softmoa" in name else torch.bfloat16)
+            assert not parameter.requires_grad
+    assert not any(module.training for module in model.modules())
+    model.set_adapter("average")
+    inputs = spectrograms.to(torch.bfloat16)
+    assert torch.equal(logits(model, inputs), logits(model, inputs))
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".average." in name)
+
+
 def test_average_of_equal_adapters_is_the_same_adapter(tiny_ast, spectrograms):
     model = with_adapters(tiny_ast, "one")
     model.average_adapters(["one", "one", "one"])
@@ -696,7 +712,8 @@ def test_average_of_equal_adapters_is_the_same_adapter(tiny_ast, spectrograms):
         ((["one", "two"], [1.0, -1.0]), "`weights` must be 2 numbers from 0"),
         ((["one", "two"], [0.0, 0.0]), "`weights` must be 2 numbers from 0, not all of them 0"),
         ((["one", "two"], [1.0, float("nan")]), "`weights` must be 2 numbers from 0"),
-        ((["one", "two"], None, "two"), "`new_name` must be a name that no adapter has, got 'two'"),
+        ((["one", "two"], None, "two"), "`new_name` must be a name without dots that no adapter has, got 'two'"),
+        ((["one", "two"], None, "a.b"), "`new_name` must be a name without dots that no adapter has, got 'a.b'"),
         (
             (["one", "other"],),
             r"'one' and 'other' have no average: they differ in \['modules_to_save', 'num_experts'\]",
@@ -738,6 +755,28 @@ def test_beside_lora(tiny_ast, spectrograms, tmp_path):
         torch.testing.assert_close(logits(model, spectrograms), expected, atol=1e-6, rtol=1e-5)
     tiny_ast.disable_adapters()
     assert torch.equal(logits(tiny_ast, spectrograms), base)
+
+
+@torch.no_grad()
+def test_beside_lora_in_the_same_attention(tiny_ast, spectrograms):
+    """A block from its first linear layer to its last reads and adds what the attention as a whole does."""
+    whole = get_peft_model(copy.deepcopy(tiny_ast), SoftMoAConfig(init_weights=False)).eval()
+    tiny_ast.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False), "lora")
+    with_lora = logits(tiny_ast.eval(), spectrograms)
+    tiny_ast.add_adapter(SoftMoAConfig(target_modules=["q_proj->o_proj"], init_weights=False), "mixture")
+    source = adapter_parameters(whole)
+    for name, parameter in adapter_parameters(tiny_ast).items():
+        name = name.replace(".o_proj.", ".").replace(".mixture.", ".default.")
+        parameter.copy_(source[f"base_model.model.{name}"])
+    torch.testing.assert_close(logits(tiny_ast.eval(), spectrograms), logits(whole, spectrograms))
+    tiny_ast.set_adapter(["lora", "mixture"])
+    both = logits(tiny_ast, spectrograms)
+    assert not torch.allclose(both, with_lora, atol=1e-4)
+    tiny_ast.set_adapter(["mixture", "lora"])
+    torch.testing.assert_close(logits(tiny_ast, spectrograms), both)
+    tiny_ast.delete_adapter("mixture")
+    tiny_ast.set_adapter("lora")
+    torch.testing.assert_close(logits(tiny_ast, spectrograms), with_lora)
 
 
 def test_on_a_merged_lora(tiny_ast, spectrograms):

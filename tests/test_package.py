@@ -28,7 +28,7 @@ def test_imports_point_one_way():
         [
             "registration", "loading", "routing", "kernels", "experts", "card", "checkpointing", "structure", "shapes",
             "masking", "head", "mixed_batch", "mixture", "placement", "describe", "budget", "config", "layer",
-            "load_balancing", "model", "arguments", "cli",
+            "averaging", "load_balancing", "model", "arguments", "cli",
         ]
     )}  # fmt: skip
     for name, position in rank.items():

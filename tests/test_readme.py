@@ -2,9 +2,10 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
-from conftest import write_parquet, write_tone
+from conftest import FRAMES, write_parquet, write_tone
 from families import FAMILIES
 from models_table import BEGIN, END
 from peft import PeftConfig
@@ -36,6 +37,10 @@ def test_quickstart_and_loading(base_folder, tones_folder, tmp_path, monkeypatch
     capsys.readouterr()
     exec(code("load"), {})
     assert re.search(r"\[\{'score': [\d.]+, 'label': '(high|low)'\}, ", capsys.readouterr().out)
+    shutil.copytree("esc50-softmoa", "esc50-softmoa-2")
+    names: dict = {}
+    exec(code("several").replace("1024", str(FRAMES)), names)
+    assert names["logits"].shape == (4, 2)
 
 
 def test_budgets(capsys):
