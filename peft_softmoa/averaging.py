@@ -37,7 +37,8 @@ def check_average(
     if not names or not own.keys() >= set(names):
         raise ValueError(f"`adapter_names` must be names of adapters, one or more of {sorted(own)}, got {names}.")
     given = [1.0] * len(names) if weights is None else list(weights)
-    if len(given) != len(names) or not all(math.isfinite(w) and w >= 0 for w in given) or not sum(given):
+    are_numbers = all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in given)
+    if len(given) != len(names) or not are_numbers or not sum(given):
         raise ValueError(f"`weights` must be {len(names)} numbers from 0, not all of them 0, got {given}.")
     if new_name in configs or "." in new_name or not new_name:
         raise ValueError(f"`new_name` must be a name without dots that no adapter has, got '{new_name}'.")

@@ -13,7 +13,7 @@ from typing import Any, Literal, Optional, Union, get_args
 import regex
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -372,19 +372,23 @@ class SoftMoAConfig(PeftConfig):
             dict[str, tuple[int, ...]], optional: the shape of each tensor by its name; None if the config was not
             loaded with weights, or has been changed since.
         """
-        choices, shapes = self._loaded
-        return shapes if choices == self.choices() else None
+        loaded, shapes = self._loaded
+        if loaded is None:
+            return None
+        # PEFT adds names of heads when a model is wrapped for a task.
+        before, now = (
+            {**each, "modules_to_save": each["modules_to_save"] - PEFTS_HEADS} for each in (loaded, self.choices())
+        )
+        return shapes if before == now else None
 
     def choices(self) -> dict[str, Any]:
-        """What is chosen here, without what PEFT adds to it.
+        """What is chosen here.
 
         Returns:
-            dict[str, Any]: the fields of this class, `modules_to_save` as a set without the names of heads that PEFT
-            adds for some task types.
+            dict[str, Any]: the fields of this class, `modules_to_save` as a set.
         """
         fields = {name: copy.copy(getattr(self, name)) for name in SoftMoAConfig.__annotations__}
-        added = PEFTS_HEADS if self.task_type else set()
-        return {**fields, "modules_to_save": set(self.modules_to_save or ()) - added}
+        return {**fields, "modules_to_save": set(self.modules_to_save or ())}
 
     @classmethod
     def for_budget(cls, model: nn.Module, parameters: int, **fields: Any) -> SoftMoAConfig:
@@ -451,7 +455,8 @@ def _are_paths(value: Any) -> bool:
 
 
 def _is_expression(value: Any) -> bool:
-    if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION:
+    # PEFT has one string that stands for no module.
+    if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION or value == DUMMY_TARGET_MODULES:
         return False
     try:
         regex.compile(value)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
+from .masking import argument_names
 from .shapes import find_tokens
 
 # In place of an adapter's name: the base model alone.
@@ -20,6 +21,7 @@ class MixedBatch(NamedTuple):
 
     adapter_names: Sequence[str]
     beams: int  # how many rows each sample has in a decoder that searches
+    rows_by_module: dict[int, int]  # how many rows a layer was called with first
 
     def check_rows(self, rows: int) -> None:
         """Check that a module is called with one row for each sample, or for each beam of it.
@@ -52,10 +54,13 @@ class MixedBatch(NamedTuple):
         return torch.arange(rows, device=device).view(len(self.adapter_names), -1)[own].flatten()
 
 
-def make_mixed_batch(adapter_names: Any, known: Collection[str], options: dict[str, Any]) -> MixedBatch:
+def make_mixed_batch(
+    model: nn.Module, adapter_names: Any, known: Collection[str], options: dict[str, Any]
+) -> MixedBatch:
     """Check the adapters of a mixed batch.
 
     Args:
+        model (nn.Module): the base model.
         adapter_names: one name for each sample, `"__base__"` for the base model alone.
         known (collection of str): names of the model's adapters.
         options (dict): other arguments of the call; `generate` may have `num_beams` and `num_return_sequences`.
@@ -64,7 +69,7 @@ def make_mixed_batch(adapter_names: Any, known: Collection[str], options: dict[s
         MixedBatch: the batch.
 
     Raises:
-        ValueError: for anything but names of adapters.
+        ValueError: for anything but names of adapters, or if the model's prompts may have any number of clips.
     """
     is_list = isinstance(adapter_names, (list, tuple)) and len(adapter_names) > 0
     if not is_list or not all(isinstance(name, str) for name in adapter_names):
@@ -72,7 +77,15 @@ def make_mixed_batch(adapter_names: Any, known: Collection[str], options: dict[s
     unknown = sorted({name for name in adapter_names if name != BASE and name not in known})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    return MixedBatch(adapter_names, max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences")))
+    arguments = argument_names(model)
+    has_clips = any(name.endswith(("input_features", "input_values")) for name in arguments)
+    if hasattr(model, "prepare_inputs_for_generation") and "input_ids" in arguments and has_clips:
+        raise ValueError(
+            f"`adapter_names` does not say which prompt a clip belongs to, and a prompt of {type(model).__name__} may "
+            "have any number of clips: run each adapter apart."
+        )
+    beams = max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+    return MixedBatch(adapter_names, beams, {})
 
 
 def check_call(batch: MixedBatch, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -84,8 +97,16 @@ def check_call(batch: MixedBatch, module: Any, args: tuple, kwargs: dict[str, An
         args, kwargs: what it is called with.
     """
     tokens = find_tokens(args, kwargs)
-    if isinstance(tokens, Tensor):
-        batch.check_rows(len(tokens))
+    if not isinstance(tokens, Tensor):
+        raise ValueError(
+            f"{type(module).__name__} is called in a way that does not show the samples of `adapter_names`."
+        )
+    batch.check_rows(len(tokens))
+    if batch.rows_by_module.setdefault(id(module), len(tokens)) != len(tokens):
+        raise ValueError(
+            "Some samples are finished before others, and which ones does not show: run each adapter of "
+            "`adapter_names` apart."
+        )
 
 
 def run_by_sample(batch: MixedBatch, wrapper: ModulesToSaveWrapper, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,7 +127,7 @@ def run_by_sample(batch: MixedBatch, wrapper: ModulesToSaveWrapper, *args: Any, 
     """
     if wrapper.disable_adapters:
         return wrapper.original_module(*args, **kwargs)
-    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), torch.empty(0))
     batch.check_rows(len(first))
     copies = dict(wrapper.modules_to_save.items())
     outputs, indices = [], []

@@ -112,6 +112,13 @@ class SoftMoAModel(BaseTuner):
             self._replace_module(parent, target_name, target, target.base_layer)
         target.connect(adapter_name, self.model)
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: SoftMoAConfig) -> None:
+        # PEFT would match a regular expression here without a limit of time; text embeddings are never adapted.
+        peft_config = copy.copy(peft_config)
+        if isinstance(peft_config.target_modules, str):
+            peft_config.target_modules = None
+        super()._check_tied_modules(model, peft_config)
+
     @staticmethod
     def _check_target_module_exists(peft_config: SoftMoAConfig, key: str) -> Any:
         return is_target(peft_config, key)
@@ -156,7 +163,7 @@ class SoftMoAModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `eval()` first.")
-        batch = make_mixed_batch(adapter_names, self.peft_config, kwargs)
+        batch = make_mixed_batch(self.model, adapter_names, self.peft_config, kwargs)
         modules = list(self.model.modules())
         layers = [module for module in modules if isinstance(module, SoftMoALayer)]
         wrappers = {

@@ -91,6 +91,8 @@ def assert_unchanged(model, before):
         ({"target_modules": "a" * 10_001}, "`target_modules` must be .* at most 10,000 characters"),
         ({"target_modules": "((.|[a-z])+)+[A-Z]"}, "`target_modules=.*takes too long to match.*list names"),
         ({"exclude_modules": "((.|[a-z])+)+[A-Z]"}, "`exclude_modules=.*takes too long to match.*list names"),
+        ({"target_modules": "(((((((.+)+)+)+)+)+)+)+X"}, "on this base model it has"),
+        ({"target_modules": "dummy-target-modules"}, "`target_modules` must be None, names"),
         ({"layers_pattern": "(a+)+", "layers_to_transform": [0]}, "`layers_pattern` must be None, the name"),
         ({"modules_to_save": [""]}, "`modules_to_save` must be None or a list of at most 256 names"),
         ({"modules_to_save": ["("]}, "`modules_to_save` must be None or a list of at most 256 names"),
@@ -237,6 +239,16 @@ def test_tasks_for_which_peft_adds_names(tmp_path, task):
     tensors.pop(SLOTS)
     save_file(tensors, tmp_path / WEIGHTS)
     check_refusal(tmp_path, "it lacks '.*router.slots'")
+
+
+def test_a_damaged_adapter_for_a_model_that_is_wrapped_for_a_task(write, saved):
+    """PEFT adds the names of its task's heads to each adapter that it loads."""
+    model = get_peft_model(tiny_model(), SoftMoAConfig(task_type="SEQ_CLS"))
+    names = list(model.state_dict())
+    tensors = {name: tensor for name, tensor in saved.tensors.items() if name != SLOTS}
+    with pytest.raises(ValueError, match="it lacks '.*router.slots'"):
+        model.load_adapter(write(tensors=tensors), "second")
+    assert list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}], ids=str)

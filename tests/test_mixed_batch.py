@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.mixed_batch import BASE, MixedBatch, run_by_sample
+from peft_softmoa.mixed_batch import BASE, MixedBatch, check_call, run_by_sample
 
 CONFIGS = {
     "slots": {},
@@ -105,6 +105,24 @@ def test_packed_clips_are_refused(placement, routing):
         family.encode(model.base_model.model, family.inputs(list(family.lengths)))
 
 
+def test_prompts_with_any_number_of_clips_are_refused():
+    model = add_adapters(build("Qwen2-Audio").eval(), {"one": {}})
+    with pytest.raises(ValueError, match="does not say which prompt a clip belongs to"):
+        model(input_ids=torch.ones(2, 4).long(), adapter_names=["one", BASE])
+
+
+def test_batches_that_shrink_are_refused():
+    """As in the transcription of long clips, some of which end before others."""
+    layer, batch = nn.Linear(3, 3), MixedBatch(["a", "b"], 2, {})
+    check_call(batch, layer, (torch.ones(4, 3),), {})
+    check_call(batch, layer, (torch.ones(4, 3),), {})
+    check_call(batch, nn.Linear(3, 3), (), {"hidden_states": torch.ones(2, 3)})
+    with pytest.raises(ValueError, match="Some samples are finished before others"):
+        check_call(batch, layer, (torch.ones(2, 3),), {})
+    with pytest.raises(ValueError, match="does not show the samples"):
+        check_call(batch, layer, (), {"something": torch.ones(2, 3)})
+
+
 def test_generation_with_beams():
     """The encoder has a row for each sample, the decoder one for each beam."""
     family = FAMILIES["Whisper, speech to text"]
@@ -190,7 +208,7 @@ def test_heads_for_different_classes_do_not_mix(spectrograms):
 
 
 def test_rows_of_windows_and_beams():
-    batch = MixedBatch(["a", "b", "a"], beams=2)
+    batch = MixedBatch(["a", "b", "a"], 2, {})
     assert batch.rows_of("a", 6, torch.device("cpu")).tolist() == [0, 1, 4, 5]
     assert batch.rows_of("c", 6, torch.device("cpu")).tolist() == []
     batch.check_rows(3)
@@ -204,7 +222,7 @@ def test_a_module_that_does_not_read_the_batch_is_refused():
     """Such as embeddings of positions."""
     wrapper = ModulesToSaveWrapper(nn.Embedding(8, 2), "a")
     with pytest.raises(ValueError, match="but got 2 and 8 respectively"):
-        run_by_sample(MixedBatch(["a", BASE], 1), wrapper, torch.arange(8))
+        run_by_sample(MixedBatch(["a", BASE], 1, {}), wrapper, torch.arange(8))
 
 
 def test_a_forward_of_its_own_comes_back(tiny_ast, spectrograms):
@@ -230,6 +248,6 @@ def test_every_tensor_of_a_batch_is_taken_apart():
     wrapper.modules_to_save["a"].scale = 10.0
     tokens, weights, bias = torch.ones(4, 2), torch.arange(4.0), torch.tensor([0.5, 0.25])
     output = run_by_sample(
-        MixedBatch(["a", BASE, "a", "no adapter of it"], 1), wrapper, tokens, weights=weights, bias=bias
+        MixedBatch(["a", BASE, "a", "no adapter of it"], 1, {}), wrapper, tokens, weights=weights, bias=bias
     )
     assert torch.equal(output, torch.tensor([0.0, 1.0, 20.0, 3.0])[:, None] + bias)

@@ -710,6 +710,7 @@ def test_average_of_equal_adapters_is_the_same_adapter(tiny_ast, spectrograms):
         (([],), "`adapter_names` must be names of adapters"),
         ((["one", "two"], [1.0]), "`weights` must be 2 numbers from 0"),
         ((["one", "two"], [1.0, -1.0]), "`weights` must be 2 numbers from 0"),
+        ((["one", "two"], ["1", 1.0]), "`weights` must be 2 numbers from 0"),
         ((["one", "two"], [0.0, 0.0]), "`weights` must be 2 numbers from 0, not all of them 0"),
         ((["one", "two"], [1.0, float("nan")]), "`weights` must be 2 numbers from 0"),
         ((["one", "two"], None, "two"), "`new_name` must be a name without dots that no adapter has, got 'two'"),
