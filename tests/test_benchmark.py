@@ -218,4 +218,5 @@ def test_committed_results_can_be_shown(path):
 
 def test_the_readme_quotes_committed_results():
     quoted = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
-    assert quoted in [for_readme(json.loads(path.read_text())) for path in RESULTS]
+    results = [json.loads(path.read_text()) for path in RESULTS]
+    assert quoted in [for_readme(each) for each in results if each["models"]]
