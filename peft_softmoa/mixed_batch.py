@@ -63,7 +63,8 @@ def make_mixed_batch(
         model (nn.Module): the base model.
         adapter_names: one name for each sample, `"__base__"` for the base model alone.
         known (collection of str): names of the model's adapters.
-        options (dict): other arguments of the call; `generate` may have `num_beams` and `num_return_sequences`.
+        options (dict): other arguments of the call; `generate` may have `num_beams` and `num_return_sequences`, or a
+            `generation_config` with them.
 
     Returns:
         MixedBatch: the batch.
@@ -84,7 +85,9 @@ def make_mixed_batch(
             f"`adapter_names` does not say which prompt a clip belongs to, and a prompt of {type(model).__name__} may "
             "have any number of clips: run each adapter apart."
         )
-    beams = max(options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+    defaults = options.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    beams = max(options.get(name) or getattr(defaults, name, None) or 1 for name in names)
     return MixedBatch(adapter_names, beams, {})
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from literal import LITERAL, write_literally
 from measure import count_flops, import_seconds, in_turn, memory_of, ratio
-from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, make_ast, make_batch
+from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_ast, make_batch
 from peft import get_peft_model
 from report import BEGIN, END, draw_sweeps, for_readme, tables, write_into
 from run import in_onnx_runtime, main
@@ -197,6 +197,16 @@ def test_deployment(tmp_path, monkeypatch):
     assert all(len(row["forward_3_seconds"]) == 2 for row in rows)
     assert not results["models"] and not results["layer"]
     assert "| ONNX Runtime | " in path.with_suffix(".md").read_text()
+
+
+def test_mixed_batches(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, next(iter(MODELS)), (tiny_ast, (64, 128)))
+    main(["--parts", "mixed batches", "--layers", "1", "--rounds", "1", "--output_dir", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["mixed_batches"]
+    assert [len(row["seconds"]["one by one"]) for row in rows] == [1, 5]
+    assert all(max(row["difference"].values()) < 1e-5 for row in rows)
+    assert f"| {SMALL_AST} | " in path.with_suffix(".md").read_text()
 
 
 def test_the_model_in_onnx_runtime_says_the_same():

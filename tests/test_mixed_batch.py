@@ -5,7 +5,7 @@ from families import FAMILIES, build
 from peft import get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import ASTForAudioClassification
+from transformers import ASTForAudioClassification, GenerationConfig
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.mixed_batch import BASE, MixedBatch, check_call, run_by_sample
@@ -123,13 +123,20 @@ def test_batches_that_shrink_are_refused():
         check_call(batch, layer, (), {"something": torch.ones(2, 3)})
 
 
-def test_generation_with_beams():
+@pytest.mark.parametrize("place", ["call", "generation config", "model"])
+def test_generation_with_beams(place):
     """The encoder has a row for each sample, the decoder one for each beam."""
     family = FAMILIES["Whisper, speech to text"]
     targets = {"target_modules": ["self_attn"], "routing": "dense"}  # of the encoder and the decoder
     model = add_adapters(build(family.name).eval(), {"one": targets, "two": targets | {"num_experts": 3}})
     features = {"input_features": family.inputs([40, 30, 20])["input_features"]}
     options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    if place == "generation config":
+        options = {"generation_config": GenerationConfig.from_model_config(model.config)}
+        options["generation_config"].update(max_new_tokens=6, num_beams=3)
+    elif place == "model":
+        model.get_base_model().generation_config.update(**options)
+        options = {}
     names = ["two", BASE, "one"]
     mixed = model.generate(**features, adapter_names=names, **options)
     expected = []

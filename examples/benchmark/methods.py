@@ -31,6 +31,16 @@ def make_ast(layers: int) -> nn.Module:
     return ASTForAudioClassification(ASTConfig(max_length=500, num_labels=CLASSES, num_hidden_layers=layers))
 
 
+SMALL_AST = "AST of width 64, 128 frames, 2 layers"
+
+
+def make_small_ast(layers: int) -> nn.Module:
+    """An AST for which calling each module costs more than its arithmetic."""
+    config = ASTConfig(hidden_size=64, num_attention_heads=4, intermediate_size=128, max_length=128)
+    config.update({"frequency_stride": 16, "time_stride": 16, "num_labels": CLASSES, "num_hidden_layers": layers})
+    return ASTForAudioClassification(config)
+
+
 def make_wav2vec2(layers: int) -> nn.Module:
     """Wav2Vec2-base without LayerDrop and SpecAugment, by which no two training steps would be alike."""
     config = Wav2Vec2Config(

@@ -100,6 +100,26 @@ def deployment_table(rows: list[dict[str, Any]]) -> str:
     return markdown(table)
 
 
+def mixed_table(rows: list[dict[str, Any]]) -> str:
+    """A mixed batch beside the ways without it: a row for each model.
+
+    Args:
+        rows (list[dict]): what `run.measure_mixed_batches` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    table = [["model", *(f"{way}, ms" for way in rows[0]["seconds"])]]
+    others = [way for way in rows[0]["seconds"] if way != "mixed batch"]
+    table[0] += [f"mixed, of {way}" for way in others] + ["greatest difference of logits"]
+    for row in rows:
+        mixed = row["seconds"]["mixed batch"]
+        cells = [row["model"], *map(times, row["seconds"].values())]
+        cells += [f"{ratio(mixed, row['seconds'][way]):.2f}" for way in others]
+        table.append([*cells, f"{max(row['difference'].values()):.1e}"])
+    return markdown(table)
+
+
 def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
     """One sweep of the layer alone: a row for each point.
 
@@ -162,6 +182,8 @@ def tables(results: dict[str, Any]) -> str:
             parts += [f"One layer, {dtype}, {name}:", layer_table(name, rows, dtype)]
     if "deployment" in results:
         parts += [f"Forward passes of {next(iter(MODELS))}, float32:", deployment_table(results["deployment"])]
+    if "mixed_batches" in results:
+        parts += ["16 samples with three adapters and the base model, float32:", mixed_table(results["mixed_batches"])]
     if "import_seconds" in results:
         parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} ms")
     return "\n\n".join(parts) + "\n"

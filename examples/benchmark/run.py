@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from literal import LITERAL
 from measure import count_flops, environment, import_seconds, in_turn, keep_memory, memory_of
-from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, make_batch
+from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_batch, make_small_ast
+from peft import get_peft_model
 from report import draw_sweeps, tables
 from torch import Tensor, nn
 from transformers import ASTConfig, ASTModel
@@ -36,7 +37,7 @@ from peft_softmoa.routing import soft_routing
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.
 WIDTH, BATCH, TOKENS = 768, 8, 590
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PARTS = ["layer", "models", "deployment", "import"]
+PARTS = ["layer", "models", "deployment", "mixed batches", "import"]
 # Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
 EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
@@ -155,6 +156,60 @@ def measure_deployment(rounds: int, arguments: argparse.Namespace) -> list[dict[
 def _forward(run: Callable[[Tensor], Any], values: Tensor) -> None:
     with torch.inference_mode():
         run(values)
+
+
+def measure_mixed_batches(rounds: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run 16 samples with three adapters and the base model: in one mixed batch, and in the ways without it.
+
+    Args:
+        rounds (int): how often each is timed.
+        arguments (Namespace): of the command line.
+
+    Returns:
+        list[dict[str, Any]]: one row for each model, with the seconds of each way and the greatest difference between
+        its logits and the mixed batch's.
+    """
+    name = next(iter(MODELS))
+    rows = []
+    for label, make, layers, times in (
+        (f"{name}, {arguments.layers} layers", MODELS[name][0], arguments.layers, 1),
+        (SMALL_AST, make_small_ast, 2, 5),
+    ):
+        torch.manual_seed(0)
+        model: Any = get_peft_model(make(layers), SoftMoAConfig(init_weights=False), "first")
+        model.add_adapter("second", SoftMoAConfig(init_weights=False, num_experts=15, r=2))
+        model.add_adapter("third", SoftMoAConfig(init_weights=False, routing="dense"))
+        model = model.to(arguments.device).eval()
+        adapters = ["first", "second", "__base__", "third"] * 4
+        shape = (model.config.max_length, model.config.num_mel_bins)
+        values = torch.randn(len(adapters), *shape, device=arguments.device)
+
+        def alone(values: Tensor, adapter: str, model: Any = model) -> Tensor:
+            with torch.inference_mode():
+                if adapter == "__base__":
+                    with model.disable_adapter():
+                        return model(values).logits
+                model.set_adapter(adapter)
+                return model(values).logits
+
+        def mixed(model: Any = model, values: Tensor = values, adapters: list[str] = adapters) -> Tensor:
+            with torch.inference_mode():
+                return model(values, adapter_names=adapters).logits
+
+        def one_by_one(values: Tensor = values, adapters: list[str] = adapters, alone: Any = alone) -> Tensor:
+            return torch.cat([alone(values[index : index + 1], adapter) for index, adapter in enumerate(adapters)])
+
+        def batch_for_each(values: Tensor = values, adapters: list[str] = adapters, alone: Any = alone) -> Tensor:
+            outputs = {adapter: alone(values, adapter) for adapter in dict.fromkeys(adapters)}
+            return torch.stack([outputs[adapter][index] for index, adapter in enumerate(adapters)])
+
+        ways = {"mixed batch": mixed, "one by one": one_by_one, "all samples with each": batch_for_each}
+        expected = mixed()
+        difference = {way: float((run() - expected).abs().max()) for way, run in ways.items()}
+        ways["base model alone"] = partial(alone, values, "__base__")
+        seconds = in_turn(ways, times * rounds, arguments.device, note)
+        rows.append({"model": label, "seconds": seconds, "difference": difference})
+    return rows
 
 
 def in_onnx_runtime(model: nn.Module, values: Tensor) -> Callable[[Tensor], Any]:
@@ -352,6 +407,9 @@ def main(argv: list[str] | None = None) -> None:
     if "deployment" in parts:
         torch.compiler.reset()
         results["deployment"] = measure_deployment(arguments.rounds, arguments)
+        save()
+    if "mixed batches" in parts:
+        results["mixed_batches"] = measure_mixed_batches(arguments.rounds, arguments)
         save()
     if "import" in parts:
         results["import_seconds"] = import_seconds(arguments.layer_rounds)
