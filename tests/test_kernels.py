@@ -90,7 +90,10 @@ def test_gradients_of_single_samples(masked):
     def total(slots, tokens, mask, run):
         return torch.func.vmap(loss, in_dims=in_dims)(slots, tokens, mask, run).sum()
 
-    for gradient in (torch.func.vmap(torch.func.grad(loss, (0, 1)), in_dims=in_dims), torch.func.grad(total, (0, 1))):
+    gradients = [torch.func.vmap(torch.func.grad(loss, (0, 1)), in_dims=in_dims), torch.func.grad(total, (0, 1))]
+    if torch.__version__ < "2.7":
+        gradients.pop()  # torch 2.6 itself fails there, where a function has an input without gradient
+    for gradient in gradients:
         given, expected = (gradient(slots, tokens, mask, run) for run in (read_slots, plainly))
         assert given[0].shape[-2:] == slots.shape and given[1].shape == tokens.shape
         torch.testing.assert_close(given, expected)

@@ -262,6 +262,8 @@ def test_a_decoder_of_audio_codes_is_no_encoder():
     with torch.device("meta"):
         model = tf.CsmForConditionalGeneration._from_config(tf.CsmConfig())
     targets = describe_targets(model, SoftMoAConfig(routing="dense")).targets
+    if "decoder_transformer" in dict(model.codec_model.named_children()):
+        pytest.skip("in this version of transformers, Mimi's encoder and decoder are one model")
     assert targets and all(target.name.startswith("codec_model.encoder.") for target in targets)
 
 
