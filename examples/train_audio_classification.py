@@ -9,20 +9,25 @@ For example, on ESC-50 with its fifth fold for evaluation:
         --train_rows fold=1,2,3,4 --eval_split_name train --eval_rows fold=5 \
         --num_train_epochs 10 --output_dir esc50-softmoa
 
-The arguments of `transformers.TrainingArguments` are taken too, and `accelerate launch` works. It always trains, and
-evaluates unless `--eval_strategy no` is given.
+The arguments of `transformers.TrainingArguments` are taken too, and `accelerate launch` works. `--config FILE` reads
+arguments from a YAML file, as those in `examples/recipes/`; what the command line gives comes before it. It always
+trains, and evaluates unless `--eval_strategy no` is given. A run that was cut off goes on when the same command is
+started again.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
 
 import torch
 import transformers
+import yaml
 from datasets import IterableDataset
 from huggingface_hub import HfApi
 from peft import get_peft_model
@@ -31,22 +36,27 @@ from transformers import (
     AutoModelForAudioClassification,
     HfArgumentParser,
     SequenceFeatureExtractor,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from peft_softmoa.arguments import AdapterArguments, make_config
+from peft_softmoa.card import add_results
 from peft_softmoa.training import (
+    AudioStream,
+    AudioTrainer,
     ExtractFeatures,
     LogRouterLoss,
-    SizedStream,
-    audio_stream,
+    Survey,
+    begin_run,
     class_names,
     classification_metrics,
     load_rows,
+    note_run,
     parse_selection,
+    reads_single_columns,
     select_rows,
+    survey_metadata,
     survey_rows,
 )
 
@@ -68,6 +78,21 @@ TRAINING_DEFAULTS = {
     "logging_strategy": "epoch",
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+
+
+# What has to stay the same when a run goes on: how it is trained, besides the model, the data and the adapter.
+SETTINGS = (
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+)
 
 
 @dataclass
@@ -105,11 +130,23 @@ class DataArguments:
     eval_rows: Optional[str] = field(
         default=None, metadata={"help": "Rows to evaluate on, by the values of a column, such as fold=5."}
     )
+    test_split_name: Optional[str] = field(
+        default=None, metadata={"help": "Split to test the trained model on, once. Default: none."}
+    )
+    test_rows: Optional[str] = field(
+        default=None, metadata={"help": "Rows to test it on, by the values of a column, such as fold=4."}
+    )
     audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
     max_length_seconds: Optional[float] = field(
         default=None,
         metadata={"help": "Longer clips are cut to this length: at a random place in training, else at the start."},
+    )
+    mask_frequencies: int = field(
+        default=0, metadata={"help": "SpecAugment: a band of up to so many mel bins is set to zero in training."}
+    )
+    mask_frames: int = field(
+        default=0, metadata={"help": "SpecAugment: a span of up to so many frames is set to zero in training."}
     )
     streaming: bool = field(default=True, metadata={"help": "Read while training instead of downloading first."})
     shuffle_buffer_size: int = field(default=500, metadata={"help": "How many rows are held to draw from."})
@@ -119,31 +156,35 @@ class DataArguments:
     )
 
 
-def main(arguments: Optional[list[str]] = None) -> Trainer:
-    parser = HfArgumentParser((ModelArguments, DataArguments, AdapterArguments, TrainingArguments))
-    parser.set_defaults(**TRAINING_DEFAULTS)
-    model_args, data_args, adapter_args, training_args = parser.parse_args_into_dataclasses(arguments)
+def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
+    model_args, data_args, adapter_args, training_args = parse(sys.argv[1:] if arguments is None else arguments)
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[logging.StreamHandler(sys.stdout)])
     logging.getLogger().setLevel(logging.WARNING)
     transformers.logging.set_verbosity_warning()
-    check_arguments(data_args, training_args)
     config = make_config(adapter_args, modules_to_save=["classifier"])
     if config.router_aux_loss_coef and training_args.label_smoothing_factor:
         raise ValueError(
             "--label_smoothing_factor and --routing top_k do not go together: the Trainer computes a smoothed loss "
             "itself, without the load-balancing loss of the routers. Leave one out, or set --router_aux_loss_coef 0."
         )
+    check_rows_are_apart(data_args, training_args)
+    settings = {
+        **{name: value for name, value in asdict(model_args).items() if name not in ("token", "cache_dir")},
+        **asdict(data_args),
+        **asdict(adapter_args),
+        **{name: getattr(training_args, name) for name in SETTINGS},
+        "num_processes": training_args.world_size,
+    }
+    resume = training_args.resume_from_checkpoint
+    if resume and str(resume).lower() in ("true", "false"):
+        resume = str(resume).lower() == "true"
+    checkpoint = begin_run(training_args.output_dir, settings, resume)
     set_seed(training_args.seed)
-
-    # Rows, without their audio for a first look at the labels.
-    train_rows = read_rows(data_args, model_args, data_args.train_split_name, data_args.train_rows)
-    survey = survey_rows(
-        read_rows(data_args, model_args, data_args.train_split_name, data_args.train_rows, labels_only=True),
-        data_args.label_column_name,
-        f"{data_args.dataset_name} (training)",
-    )
-    label_names = class_names(train_rows, data_args.label_column_name) or list(survey.labels)
+    # Pushing is done here, at the end: the Trainer would write a card of its own over the adapter's, and a token into
+    # every checkpoint.
+    push_to_hub, hub_token = training_args.push_to_hub, training_args.hub_token
+    training_args.push_to_hub, training_args.hub_token = False, None
 
     feature_extractor = AutoFeatureExtractor.from_pretrained(
         model_args.feature_extractor_name or model_args.model_name_or_path,
@@ -151,26 +192,26 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
         cache_dir=model_args.cache_dir,
         token=model_args.token,
     )
-    train_dataset = make_dataset(
-        train_rows, survey.num_rows, label_names, feature_extractor, data_args, training_args, training=True
-    )
-    eval_dataset = None
+    parts = {"training": (data_args.train_split_name, data_args.train_rows)}
     if training_args.eval_strategy != "no":
-        eval_rows = read_rows(data_args, model_args, data_args.eval_split_name, data_args.eval_rows)
-        eval_survey = survey_rows(
-            read_rows(data_args, model_args, data_args.eval_split_name, data_args.eval_rows, labels_only=True),
-            data_args.label_column_name,
-            f"{data_args.dataset_name} (evaluation)",
-        )
-        unseen = sorted(set(eval_survey.labels) - set(survey.labels))
+        parts["evaluation"] = (data_args.eval_split_name, data_args.eval_rows)
+    if data_args.test_split_name:
+        parts["test"] = (data_args.test_split_name, data_args.test_rows)
+    rows = {part: read_rows(data_args, model_args, *each) for part, each in parts.items()}
+    surveys = {part: survey(part, *each, data_args, model_args, training_args) for part, each in parts.items()}
+    known = surveys["training"].labels if surveys["training"] else ()
+    for part, found in surveys.items():
+        unseen = sorted(set(found.labels) - set(known)) if found and known else ()
         if unseen:
             raise ValueError(
-                f"The evaluation rows of {data_args.dataset_name} have labels that the training rows do not have: "
-                f"{', '.join(unseen)}. Training has: {', '.join(survey.labels)}."
+                f"The {part} rows of {data_args.dataset_name} have labels that the training rows do not have: "
+                f"{', '.join(unseen)}. Training has: {', '.join(known)}."
             )
-        eval_dataset = make_dataset(
-            eval_rows, eval_survey.num_rows, label_names, feature_extractor, data_args, training_args, training=False
-        )
+    label_names = class_names(rows["training"], data_args.label_column_name) or list(known)
+    streams = {
+        part: make_stream(rows[part], surveys[part], label_names, feature_extractor, data_args, training_args, part)
+        for part in parts
+    }
 
     model = AutoModelForAudioClassification.from_pretrained(
         model_args.model_name_or_path,
@@ -180,54 +221,94 @@ def main(arguments: Optional[list[str]] = None) -> Trainer:
     )
     config = replace(config, label_names=label_names)
     model = get_peft_model(model, config, revision=model_args.model_revision)
-    model.print_trainable_parameters()
+    if training_args.should_log:
+        model.print_trainable_parameters()
 
-    # The Trainer would write a card of its own over the adapter's, so pushing is done here, at the end.
-    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
-    trainer = Trainer(
+    trainer = AudioTrainer(
         model=model,
         args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=streams["training"],
+        eval_dataset=streams.get("evaluation"),
         processing_class=feature_extractor,
         compute_metrics=classification_metrics,
+        mask_frequencies=data_args.mask_frequencies,
+        mask_frames=data_args.mask_frames,
     )
     if config.router_aux_loss_coef:
         trainer.add_callback(LogRouterLoss(trainer))
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
-    if eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if push_to_hub and trainer.is_world_process_zero():
-        push(training_args)
+    for part, prefix in (("evaluation", "eval"), ("test", "test")):
+        if part in streams:
+            metrics = trainer.evaluate(streams[part], metric_key_prefix=prefix)
+            trainer.log_metrics(prefix, metrics)
+            trainer.save_metrics(prefix, metrics)
+            if trainer.is_world_process_zero():
+                split, selection = parts[part]
+                add_results(
+                    training_args.output_dir,
+                    {name: metrics[f"{prefix}_{name}"] for name in ("accuracy", "f1_macro")},
+                    dataset=data_args.dataset_name,
+                    config_name=data_args.dataset_config_name,
+                    revision=data_args.dataset_revision,
+                    split=f"{split} ({selection})" if selection else split,
+                )
+    if trainer.is_world_process_zero():
+        if push_to_hub:
+            push(training_args, hub_token)
+        note_run(training_args.output_dir, settings, finished=True)
     return trainer
 
 
-def check_arguments(data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Refuse what would overwrite a model or evaluate on rows that were trained on."""
-    folder = Path(training_args.output_dir)
-    patterns = ("config.json", "adapter_*", "model*", "pytorch_model*", "checkpoint-*")
-    present = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-    resume = training_args.resume_from_checkpoint
-    if resume and resume.lower() == "true":
-        training_args.resume_from_checkpoint = True  # the newest checkpoint in the folder
-    elif present and not (resume and Path(resume).resolve().parent == folder.resolve()):
+def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:
+    """Arguments of the command line and, before it, of the YAML file that `--config` names."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, AdapterArguments, TrainingArguments))
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with arguments, as in examples/recipes/.")
+    if "--config" in arguments:
+        index = arguments.index("--config")
+        arguments = [*read_config(arguments[index + 1 :][:1], parser), *arguments[:index], *arguments[index + 2 :]]
+    return parser.parse_args_into_dataclasses(arguments)[:4]
+
+
+def read_config(paths: list[str], parser: HfArgumentParser) -> list[str]:
+    """Arguments from a YAML file, in the form of a command line."""
+    if not paths:
+        raise ValueError("--config takes a YAML file.")
+    given = yaml.safe_load(Path(paths[0]).read_text())
+    names = {action.dest for action in parser._actions} - {"help", "config"}
+    unknown = sorted(map(str, given.keys() - names)) if isinstance(given, dict) else ["no fields at all"]
+    if unknown:
         raise ValueError(
-            f"The output folder '{folder}' already holds a model ({', '.join(present)}). Choose another --output_dir, "
-            "or go on from one of its checkpoints with --resume_from_checkpoint."
+            f"'{paths[0]}' has {', '.join(unknown)}, which this script does not take. Correct or remove it: --help "
+            "lists all arguments."
         )
-    if training_args.eval_strategy != "no" and data_args.train_split_name == data_args.eval_split_name:
-        column, values = parse_selection(data_args.train_rows) if data_args.train_rows else (None, ())
-        other_column, other_values = parse_selection(data_args.eval_rows) if data_args.eval_rows else (None, ())
-        if None in (column, other_column) or (column == other_column and set(values) & set(other_values)):
+    arguments = []
+    for name, value in given.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        arguments += [f"--{name}", *map(str, values)]
+    return arguments
+
+
+def check_rows_are_apart(data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Refuse to evaluate, or to test, on rows that were trained on."""
+    selections = {"training": (data_args.train_split_name, data_args.train_rows)}
+    if training_args.eval_strategy != "no":
+        selections["evaluation"] = (data_args.eval_split_name, data_args.eval_rows)
+    if data_args.test_split_name:
+        selections["test"] = (data_args.test_split_name, data_args.test_rows)
+    for one, other in itertools.combinations(selections, 2):
+        (split, rows), (other_split, other_rows) = selections[one], selections[other]
+        column, values = parse_selection(rows) if rows else (None, ())
+        other_column, other_values = parse_selection(other_rows) if other_rows else (None, ())
+        if split != other_split or (None not in (column, other_column) and column != other_column):
+            continue
+        if None in (column, other_column) or set(values) & set(other_values):
             raise ValueError(
-                f"Training and evaluation both read the split '{data_args.train_split_name}' and share rows: choose "
-                f"different ones with --train_rows and --eval_rows (now {data_args.train_rows} and "
-                f"{data_args.eval_rows})."
+                f"{one.capitalize()} and {other} both read the split '{split}' and share rows: choose different ones "
+                f"with --train_rows, --eval_rows and --test_rows (now {rows} and {other_rows})."
             )
 
 
@@ -258,15 +339,39 @@ def read_rows(
     return select_rows(rows, selection, data_args.dataset_name) if selection else rows
 
 
-def make_dataset(
+def survey(
+    part: str,
+    split: str,
+    selection: Optional[str],
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+) -> Optional[Survey]:
+    """Number of rows and labels: counted where that does not read the audio, else from what the dataset says."""
+    label_column = data_args.label_column_name
+    rows = read_rows(data_args, model_args, split, selection, labels_only=True)
+    options = {"revision": data_args.dataset_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
+    names = class_names(rows, label_column)
+    if names is None or reads_single_columns(data_args.dataset_name, data_args.dataset_config_name, **options):
+        return survey_rows(rows, label_column, f"{data_args.dataset_name} ({part})")
+    found = None if selection else survey_metadata(rows, label_column)
+    if found is None and part == "training" and training_args.max_steps <= 0:
+        raise ValueError(
+            f"{data_args.dataset_name} does not say how many rows '{split}'{f' with {selection}' if selection else ''} "
+            "has, and counting them would read all of its audio: give --max_steps instead of --num_train_epochs."
+        )
+    return found
+
+
+def make_stream(
     rows: IterableDataset,
-    num_rows: int,
+    found: Optional[Survey],
     label_names: list[str],
     feature_extractor: SequenceFeatureExtractor,
     data_args: DataArguments,
     training_args: TrainingArguments,
-    training: bool,
-) -> SizedStream:
+    part: str,
+) -> AudioStream:
     """Stream of model inputs; shuffled and cut at random places in training."""
     extract = ExtractFeatures(
         feature_extractor,
@@ -275,29 +380,31 @@ def make_dataset(
         label_column=data_args.label_column_name,
         class_names=class_names(rows, data_args.label_column_name),
         max_length_seconds=data_args.max_length_seconds,
-        random_crop=training,
+        random_crop=part == "training",
         on_bad_audio=data_args.on_bad_audio,
     )
-    stream = audio_stream(
+    return AudioStream(
         rows,
         extract,
-        shuffle_buffer=data_args.shuffle_buffer_size if training else 0,
+        found,
+        shuffle_buffer=data_args.shuffle_buffer_size if part == "training" else 0,
         seed=training_args.seed,
         name=data_args.dataset_name,
     )
-    return SizedStream(stream, num_rows, extract)
 
 
-def push(training_args: TrainingArguments) -> None:
+def push(training_args: TrainingArguments, token: Optional[str]) -> None:
     """Upload the adapter, its card and its feature extractor, without checkpoints and pickles."""
-    api = HfApi(token=training_args.hub_token)
+    api = HfApi(token=token)
     repo = api.create_repo(
         training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
         private=training_args.hub_private_repo,
         exist_ok=True,
     )
     api.upload_folder(
-        repo_id=repo.repo_id, folder_path=training_args.output_dir, ignore_patterns=["checkpoint-*", "*.bin", "*.pt"]
+        repo_id=repo.repo_id,
+        folder_path=training_args.output_dir,
+        ignore_patterns=["checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"],
     )
 
 

@@ -7,13 +7,17 @@ one that somebody has written keeps its text and gets the section at its end.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
 HEADING = "## Mixture of adapters"
+RESULTS = "## Results"
+# Names of metrics on the Hub, by the names that `peft_softmoa.training` gives them.
+METRICS = {"accuracy": ("accuracy", "Accuracy"), "f1_macro": ("f1", "Macro F1")}
 
 SECTION = """{heading}
 
@@ -58,12 +62,8 @@ def write_model_card(config: dict[str, Any], folder: str | os.PathLike) -> None:
     card = ModelCard.load(path) if path.exists() else form
     if _own_words(card.text) == _own_words(form.text):
         card.text = _section(config)
-    elif HEADING in card.text:
-        before, _, after = card.text.partition(HEADING)
-        _, heading, rest = after.partition("\n## ")
-        card.text = before + _section(config) + heading + rest
     else:
-        card.text = f"{card.text.rstrip()}\n\n{_section(config)}"
+        card.text = _with_section(card.text, HEADING, _section(config))
     card.data["library_name"] = "peft"
     # The Hub takes ids of models here, not folders of one computer.
     tags = {*(card.data.tags or []), *TAGS}
@@ -73,6 +73,66 @@ def write_model_card(config: dict[str, Any], folder: str | os.PathLike) -> None:
     if config["label_names"] and not card.data.pipeline_tag:
         card.data["pipeline_tag"] = "audio-classification"
     card.save(path)
+
+
+def add_results(
+    folder: str | os.PathLike,
+    metrics: Mapping[str, float],
+    *,
+    dataset: str,
+    split: str,
+    config_name: Optional[str] = None,
+    revision: Optional[str] = None,
+) -> None:
+    """State in an adapter's card how it did on a dataset: as the Hub's `model-index`, and as a table.
+
+    Args:
+        folder (str or PathLike): the adapter's folder, with its card.
+        metrics (mapping): `accuracy` and `f1_macro`, or one of them, as shares.
+        dataset (str): id on the Hub, or a local folder, of which only the name is stated.
+        split (str): the split, and which rows of it.
+        config_name (str, optional): configuration of the dataset.
+        revision (str, optional): of the dataset.
+    """
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    is_local = os.path.isdir(dataset)
+    name = os.path.basename(os.path.abspath(dataset)) if is_local else dataset
+    results = [
+        EvalResult(
+            task_type="audio-classification",
+            task_name="Audio classification",
+            dataset_type="audiofolder" if is_local else dataset,
+            dataset_name=name,
+            dataset_config=config_name,
+            dataset_revision=revision,
+            dataset_split=split,
+            metric_type=METRICS[metric][0],
+            metric_name=METRICS[metric][1],
+            metric_value=round(float(value), 4),
+        )
+        for metric, value in metrics.items()
+    ]
+    others = [each for each in card.data.eval_results or [] if (each.dataset_name, each.dataset_split) != (name, split)]
+    card.data.model_name = Path(folder).resolve().name
+    card.data.eval_results = [*others, *results]
+    if not is_local:
+        card.data["datasets"] = sorted({*(card.data.datasets or []), dataset})
+    lines = [RESULTS, "", "| dataset | split | metric | value |", "| --- | --- | --- | --- |"]
+    for each in card.data.eval_results:
+        cells = (each.dataset_name, each.dataset_split, each.metric_name, f"{each.metric_value:.4f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    card.text = _with_section(card.text, RESULTS, "\n".join([*lines, ""]))
+    card.save(path)
+
+
+def _with_section(text: str, heading: str, section: str) -> str:
+    """A card's text with a section in the place of the one of its heading, or at the end."""
+    if heading not in text:
+        return f"{text.rstrip()}\n\n{section}"
+    before, _, after = text.partition(heading)
+    _, following, rest = after.partition("\n## ")
+    return before + section + following + rest
 
 
 def _own_words(text: str) -> list[str]:

@@ -100,6 +100,22 @@ def write_parquet(folder, source, class_label=True):
     return folder
 
 
+def training_options(base, dataset, output, **arguments):
+    """A command line of the training script: fold 1 for training, fold 2 for evaluation."""
+    defaults = {
+        "model_name_or_path": base,
+        "dataset_name": dataset,
+        "train_rows": "fold=1",
+        "eval_split_name": "train",
+        "eval_rows": "fold=2",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "output_dir": output,
+    }
+    return [part for key, value in {**defaults, **arguments}.items() for part in (f"--{key}", str(value))]
+
+
 @pytest.fixture(scope="session")
 def esc10_folder():
     folder = os.environ.get("SOFTMOA_ESC10")

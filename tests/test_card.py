@@ -8,7 +8,7 @@ from peft import get_peft_model
 from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.card import HEADING
+from peft_softmoa.card import HEADING, add_results
 
 
 def save(folder, base_model="MIT/ast-finetuned-audioset-10-10-0.4593", **options):
@@ -97,3 +97,29 @@ def test_code_in_the_card_runs(tmp_path, base_folder, classifier):
     loaded = names["classifier"].model if classifier else names["model"]
     assert any(".softmoa_" in name for name, _ in loaded.named_parameters())
     assert isinstance(loaded, torch.nn.Module)
+
+
+def test_results_are_stated_for_the_hub_and_for_readers(tmp_path):
+    save(tmp_path / "birds")
+    for accuracy in (0.5, 0.91234):  # the second time in place of the first
+        metrics = {"accuracy": accuracy, "f1_macro": 0.25}
+        add_results(tmp_path / "birds", metrics, dataset="ashraq/esc50", split="train (fold=5)", revision="main")
+    add_results(tmp_path / "birds", {"accuracy": 1.0}, dataset=str(tmp_path), split="test")
+    card = ModelCard.load(tmp_path / "birds" / "README.md")
+    found = {
+        (each.dataset_type, each.dataset_name, each.dataset_split, each.metric_type): each.metric_value
+        for each in card.data.eval_results
+    }
+    assert found == {
+        ("ashraq/esc50", "ashraq/esc50", "train (fold=5)", "accuracy"): 0.9123,
+        ("ashraq/esc50", "ashraq/esc50", "train (fold=5)", "f1"): 0.25,
+        ("audiofolder", tmp_path.name, "test", "accuracy"): 1.0,
+    }
+    assert card.data.model_name == "birds" and card.data.datasets == ["ashraq/esc50"]
+    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["revision"] == "main"
+    assert "| ashraq/esc50 | train (fold=5) | Accuracy | 0.9123 |\n" in card.text and card.text.count("## Results") == 1
+    assert str(tmp_path) not in str(card)
+    # Saving the adapter again keeps them.
+    save(tmp_path / "birds")
+    again = ModelCard.load(tmp_path / "birds" / "README.md")
+    assert HEADING in again.text and "## Results" in again.text and len(again.data.eval_results) == 3

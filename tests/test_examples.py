@@ -9,29 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SAMPLING_RATE, write_parquet
+from conftest import SAMPLING_RATE, training_options, write_parquet
 from demo import write_base_model
+from huggingface_hub import ModelCard
 from loopback_hub import loopback_hub
 from sounds import SOUNDS, synthesise
 from train_audio_classification import main
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN = EXAMPLES / "train_audio_classification.py"
-
-
-def training_options(base, dataset, output, **arguments):
-    defaults = {
-        "model_name_or_path": base,
-        "dataset_name": dataset,
-        "train_rows": "fold=1",
-        "eval_split_name": "train",
-        "eval_rows": "fold=2",
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "report_to": "none",
-        "output_dir": output,
-    }
-    return [part for key, value in {**defaults, **arguments}.items() for part in (f"--{key}", str(value))]
 
 
 def train(base, dataset, output, environment=(), **arguments):
@@ -56,14 +42,13 @@ def test_trains_evaluates_and_saves_everything(base_folder, tones_folder, tmp_pa
     evaluations = [entry for entry in state["log_history"] if "eval_accuracy" in entry]
     assert [entry["epoch"] for entry in evaluations] == list(range(21))
     assert evaluations[-1]["eval_accuracy"] == evaluations[-1]["eval_f1_macro"] == 1.0
-    # Training goes on from a checkpoint, and only if that is asked for.
-    again = train(base_folder, tones_folder, tmp_path / "out")
-    assert again.returncode != 0 and "already holds a model" in again.stderr
-    more = train(
-        base_folder, tones_folder, tmp_path / "out", num_train_epochs=21,
-        resume_from_checkpoint=True,
-    )  # fmt: skip
-    assert more.returncode == 0, more.stderr
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert {each.metric_type: each.metric_value for each in card.data.eval_results} == {"accuracy": 1.0, "f1": 1.0}
+    # What is finished goes on only if that is asked for.
+    options = training_options(base_folder, tones_folder, tmp_path / "out", num_train_epochs=21)
+    with pytest.raises(ValueError, match="is finished"):
+        main(options)
+    assert main([*options, "--resume_from_checkpoint", "True"]).state.epoch == 21
 
 
 def test_choices_of_the_adapter(base_folder, tones_folder, tmp_path):
@@ -112,7 +97,7 @@ def test_bad_audio_is_named_once(base_folder, tones_folder, tmp_path):
         ({"label_column_name": "genre"}, "has no column 'genre'; its columns are: .*label"),
         ({"audio_column_name": "sound", "form": "parquet"}, "has no column 'sound'; its columns are: audio, label"),
         ({"train_rows": "label=low"}, "labels that the training rows do not have: high. Training has: low"),
-        ({"eval_rows": "fold=1"}, "share rows: choose different ones with --train_rows and --eval_rows"),
+        ({"eval_rows": "fold=1"}, "share rows: choose different ones with --train_rows, --eval_rows"),
         ({"eval_rows": "fold=7"}, "No rows are left of .*evaluation"),
         ({"eval_split_name": "validation"}, "its only split is 'train', not 'validation'"),
         ({"num_experts": 0}, "`num_experts` must be an integer from 1 to 65536, got 0"),
@@ -136,11 +121,11 @@ def test_bad_input(base_folder, tones_folder, tmp_path, capsys, arguments, messa
 def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, tones_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_model.bin").write_bytes(b"precious")
-    options = training_options(
-        base_folder, tones_folder, tmp_path / "out", resume_from_checkpoint=tmp_path / "other" / "checkpoint-2"
-    )
+    options = training_options(base_folder, tones_folder, tmp_path / "out")
     with pytest.raises(ValueError, match="already holds a model.*adapter_model.bin"):
         main(options)
+    with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
+        main([*options, "--resume_from_checkpoint", str(tmp_path / "other" / "checkpoint-2")])
     assert (tmp_path / "out" / "adapter_model.bin").read_bytes() == b"precious"
 
 

@@ -12,9 +12,9 @@ from transformers import ASTFeatureExtractor
 
 from peft_softmoa.training import (
     AudioError,
+    AudioStream,
     ExtractFeatures,
-    SizedStream,
-    audio_stream,
+    Survey,
     class_names,
     decode_audio,
     load_rows,
@@ -131,9 +131,9 @@ def test_rows_become_model_inputs(dataset, feature_extractor, tmp_path):
     folder, streaming = dataset
     rows = load_rows(str(folder), "train", streaming=streaming, cache_dir=str(tmp_path / "cache"))
     survey = survey_rows(rows, "label")
-    assert survey == (16, ("high", "low"))
+    assert survey == (16, ("high", "low"), (16,))
     extract = ExtractFeatures(feature_extractor, survey.labels, class_names=class_names(rows, "label"))
-    examples = list(audio_stream(rows, extract))
+    examples = list(AudioStream(rows, extract))
     assert [example["labels"] for example in examples] == [1] * 4 + [0] * 4 + [1] * 4 + [0] * 4
     expected = feature_extractor(decode_audio(tones_of(folder, rows), SAMPLING_RATE), sampling_rate=SAMPLING_RATE)
     assert np.array_equal(examples[0]["input_values"], expected["input_values"][0])
@@ -175,7 +175,7 @@ def test_missing_audio_or_label_column(dataset, feature_extractor):
     folder, streaming = dataset
     rows = load_rows(str(folder), "train", streaming=streaming)
     with pytest.raises(ValueError, match="no column 'sound'; its columns are: .*label"):
-        audio_stream(rows, ExtractFeatures(feature_extractor, ["a"], audio_column="sound"))
+        AudioStream(rows, ExtractFeatures(feature_extractor, ["a"], audio_column="sound"))
     with pytest.raises(ValueError, match="no column 'genre'; its columns are: .*label"):
         survey_rows(rows, "genre")
 
@@ -202,7 +202,7 @@ def test_tables_are_read_as_text(tmp_path, feature_extractor):
     write_tone(tmp_path / "tone.wav")
     (tmp_path / "metadata.csv").write_text("file_name,label,fold\ntone.wav,NA,1\ntone.wav,01,\ntone.wav,null,1\n")
     rows = load_rows(str(tmp_path), "train")
-    assert survey_rows(rows, "label") == (3, ("01", "NA", "null"))
+    assert survey_rows(rows, "label") == (3, ("01", "NA", "null"), (3,))
     assert [row["label"] for row in select_rows(rows, "fold=1")] == ["NA", "null"]
     with pytest.raises(ValueError, match="a row has no label"):
         survey_rows(rows, "fold")
@@ -245,7 +245,7 @@ def bad_folder(folder):
 def test_bad_audio_is_skipped_counted_and_named_once(tmp_path, feature_extractor, caplog):
     rows = load_rows(str(bad_folder(tmp_path)), "train")
     extract = ExtractFeatures(feature_extractor, ["x"])
-    stream = SizedStream(audio_stream(rows, extract), 6, extract)
+    stream = AudioStream(rows, extract, Survey(6, ("x",)))
     with caplog.at_level(logging.WARNING):
         assert len(list(stream)) == 2
         assert len(list(stream)) == 2 and len(extract.skipped) == 4
@@ -266,7 +266,7 @@ def test_every_skipped_clip_counts(tmp_path, tones_folder, feature_extractor, ca
     rows += [{"audio": str(tones_folder / "1-low-0.wav"), "label": "x"}] * 20
     extract = ExtractFeatures(feature_extractor, ["x"])
     dataset = IterableDataset.from_generator(lambda: iter(rows))
-    stream = SizedStream(audio_stream(dataset, extract), 23, extract)
+    stream = AudioStream(dataset, extract, Survey(23, ("x",)))
     with caplog.at_level(logging.WARNING):
         examples = iter(stream)
         next(examples)
@@ -277,7 +277,7 @@ def test_every_skipped_clip_counts(tmp_path, tones_folder, feature_extractor, ca
 def test_nothing_but_bad_audio(tmp_path, feature_extractor):
     (tmp_path / "metadata.csv").write_text("file_name,label\na.wav,x\nb.wav,x\n")
     extract = ExtractFeatures(feature_extractor, ["x"])
-    stream = SizedStream(audio_stream(load_rows(str(tmp_path), "train"), extract), 2, extract)
+    stream = AudioStream(load_rows(str(tmp_path), "train"), extract)
     with pytest.raises(
         ValueError, match="None of the 2 audio files can be used: .*a.wav: unreadable.*b.wav: unreadable"
     ):
@@ -288,7 +288,7 @@ def test_a_column_that_holds_no_audio(tones_folder, feature_extractor, tmp_path)
     rows = load_rows(str(write_parquet(tmp_path / "parquet", tones_folder)), "train")
     extract = ExtractFeatures(feature_extractor, ["high", "low"], audio_column="fold")
     with pytest.raises(ValueError, match="Column 'fold' holds int, but audio is a path"):
-        list(audio_stream(rows, extract))
+        list(AudioStream(rows, extract))
 
 
 def test_a_header_that_claims_all_memory_is_an_error(tmp_path):
@@ -303,17 +303,17 @@ def test_a_header_that_claims_all_memory_is_an_error(tmp_path):
 def test_bad_audio_can_be_an_error(tmp_path, feature_extractor):
     rows = load_rows(str(bad_folder(tmp_path)), "train")
     with pytest.raises(AudioError, match="noise.wav: unreadable"):
-        list(audio_stream(rows, ExtractFeatures(feature_extractor, ["x"], on_bad_audio="raise")))
+        list(AudioStream(rows, ExtractFeatures(feature_extractor, ["x"], on_bad_audio="raise")))
 
 
 def test_labels_that_are_no_classes(tones_folder, feature_extractor, tmp_path):
     rows = load_rows(str(tones_folder), "train")
     with pytest.raises(ValueError, match="1-high-0.wav: label 'high' is none of the classes low, middle"):
-        list(audio_stream(rows, ExtractFeatures(feature_extractor, ["low", "middle"])))
+        list(AudioStream(rows, ExtractFeatures(feature_extractor, ["low", "middle"])))
     folder = write_parquet(tmp_path / "parquet", tones_folder)
     rows = load_rows(str(folder), "train")
     with pytest.raises(ValueError, match="label 1 is no index of the 1 classes high"):
-        list(audio_stream(rows, ExtractFeatures(feature_extractor, ["high"], class_names=["high"])))
+        list(AudioStream(rows, ExtractFeatures(feature_extractor, ["high"], class_names=["high"])))
 
 
 def test_shuffling_differs_between_epochs_and_repeats_with_the_seed(tones_folder, feature_extractor):
@@ -321,7 +321,7 @@ def test_shuffling_differs_between_epochs_and_repeats_with_the_seed(tones_folder
 
     def order(seed, epoch):
         extract = ExtractFeatures(feature_extractor, ["high", "low"])
-        stream = SizedStream(audio_stream(rows, extract, shuffle_buffer=16, seed=seed), 16, extract)
+        stream = AudioStream(rows, extract, shuffle_buffer=16, seed=seed)
         stream.set_epoch(epoch)
         return [float(example["input_values"].sum()) for example in stream]
 
@@ -346,9 +346,13 @@ def test_long_clips_are_cut(tmp_path, feature_extractor):
             return {"input_values": waveform[None]}
 
     def cut(random_crop=False):
-        torch.manual_seed(3)
         extract = ExtractFeatures(Recorder(), ["x"], max_length_seconds=0.25, random_crop=random_crop)
-        return [next(iter(audio_stream(rows, extract)))["input_values"] for _ in range(3)]
+        stream = AudioStream(rows, extract)
+        clips = []
+        for epoch in range(3):
+            stream.set_epoch(epoch)
+            clips.append(next(iter(stream))["input_values"])
+        return clips
 
     whole = decode_audio(tmp_path / "long.wav", SAMPLING_RATE)
     assert all(np.array_equal(clip, whole[:4000]) for clip in cut())
@@ -368,7 +372,7 @@ def test_bad_options(feature_extractor, options, field):
 
 def test_streams_go_through_a_data_loader(tones_folder, feature_extractor):
     extract = ExtractFeatures(feature_extractor, ["high", "low"])
-    stream = SizedStream(audio_stream(load_rows(str(tones_folder), "train"), extract), 16, extract)
+    stream = AudioStream(load_rows(str(tones_folder), "train"), extract, Survey(16, ("high", "low")))
     loader = DataLoader(stream, batch_size=6)
     batches = list(loader)
     assert len(loader) == len(batches) == 3

@@ -1,33 +1,47 @@
-"""Audio streams, metrics and callbacks for the Hugging Face Trainer."""
+"""Audio streams, metrics, checkpoints and callbacks, for the Hugging Face Trainer and for loops of one's own."""
 
+from .augment import spec_augment
 from .callbacks import LogRouterLoss
+from .checkpoints import begin_run, newest_checkpoint, note_run, whole_checkpoint
 from .data import (
     AudioError,
     ExtractFeatures,
-    SizedStream,
-    audio_stream,
+    Survey,
     class_names,
     decode_audio,
     load_rows,
     parse_selection,
+    reads_single_columns,
     select_rows,
+    survey_metadata,
     survey_rows,
 )
 from .metrics import Accuracy, MacroF1, classification_metrics
+from .streams import AudioStream, make_loader
+from .trainer import AudioTrainer
 
 __all__ = [
     "Accuracy",
     "AudioError",
+    "AudioStream",
+    "AudioTrainer",
     "ExtractFeatures",
     "LogRouterLoss",
     "MacroF1",
-    "SizedStream",
-    "audio_stream",
+    "Survey",
+    "begin_run",
     "class_names",
     "classification_metrics",
     "decode_audio",
     "load_rows",
+    "make_loader",
+    "newest_checkpoint",
+    "note_run",
     "parse_selection",
+    "reads_single_columns",
     "select_rows",
+    "spec_augment",
+    "survey_metadata",
     "survey_rows",
+    "whole_checkpoint",
 ]

@@ -11,13 +11,12 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
 
 import fsspec
 import numpy as np
-import torch
 from datasets import Audio, ClassLabel, Features, IterableDataset, Value, load_dataset, load_dataset_builder
 from tqdm.auto import tqdm
 from transformers import SequenceFeatureExtractor
@@ -44,10 +43,11 @@ class AudioError(ValueError):
 
 
 class Survey(NamedTuple):
-    """What a pass over the labels has found: the number of rows and the labels, in order."""
+    """What a dataset has: the number of rows, the labels in order and, if it was counted, the rows of each shard."""
 
     num_rows: int
     labels: tuple[str, ...]
+    rows_per_shard: Optional[tuple[int, ...]] = None
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def load_rows(
             keep_default_na=False,
         )
         rows = rows if streaming else rows.to_iterable_dataset()
-        _check_columns(rows, ["file_name"], path)
+        check_columns(rows, ["file_name"], path)
         rows = rows.map(_local_audio, fn_kwargs={"folder": str(folder), "audio_column": audio_column})
     else:
         options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
@@ -119,14 +119,14 @@ def load_rows(
         if builder.info.splits and split not in builder.info.splits:
             raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(builder.info.splits)}.")
         if columns is not None and hasattr(builder.config, "columns"):
-            _check_columns(load_dataset(name, config_name, split=split, streaming=True, **options), columns, name)
+            check_columns(load_dataset(name, config_name, split=split, streaming=True, **options), columns, name)
             options["columns"] = list(columns)
         rows = load_dataset(name, config_name, split=split, streaming=streaming, **options)
         rows = rows if streaming else rows.to_iterable_dataset()
         if isinstance((rows.features or {}).get(audio_column), Audio):
             rows = rows.cast_column(audio_column, Audio(decode=False))
     if columns is not None:
-        _check_columns(rows, columns, name)
+        check_columns(rows, columns, name)
         rows = rows.select_columns(list(columns))
     return rows
 
@@ -146,7 +146,7 @@ def select_rows(rows: IterableDataset, selection: str, name: str = "the dataset"
         ValueError: if the selection has another form or names a column that does not exist.
     """
     column, values = parse_selection(selection)
-    _check_columns(rows, [column], name)
+    check_columns(rows, [column], name)
     names = class_names(rows, column)
     return rows.filter(_has_value, input_columns=[column], fn_kwargs={"values": values, "names": names})
 
@@ -193,21 +193,57 @@ def survey_rows(rows: IterableDataset, label_column: str, name: str = "the datas
         name (str): name of the dataset, for the progress bar and errors.
 
     Returns:
-        Survey: the number of rows and the sorted names of the labels that occur.
+        Survey: the number of rows, the sorted names of the labels that occur, and the rows of each shard.
 
     Raises:
         ValueError: if the column is missing or there are no rows.
     """
-    _check_columns(rows, [label_column], name)
+    check_columns(rows, [label_column], name)
     names = class_names(rows, label_column)
     labels = set()
-    num_rows = 0
-    for row in tqdm(rows.select_columns([label_column]), desc=f"Reading labels of {name}", unit=" rows", leave=False):
-        labels.add(_label_name(row[label_column], names, name))
-        num_rows += 1
-    if num_rows == 0:
+    rows_per_shard = []
+    with tqdm(desc=f"Reading labels of {name}", unit=" rows", leave=False) as progress:
+        for index in range(rows.num_shards):
+            before = progress.n
+            for row in rows.shard(rows.num_shards, index).select_columns([label_column]):
+                labels.add(_label_name(row[label_column], names, name))
+                progress.update()
+            rows_per_shard.append(progress.n - before)
+    if not labels:
         raise ValueError(f"No rows are left of {name}: check the split and the selection of rows.")
-    return Survey(num_rows, tuple(sorted(labels)))
+    return Survey(sum(rows_per_shard), tuple(sorted(labels)), tuple(rows_per_shard))
+
+
+def survey_metadata(rows: IterableDataset, label_column: str) -> Optional[Survey]:
+    """What a dataset says of itself, without reading a row.
+
+    Args:
+        rows (IterableDataset): a whole split.
+        label_column (str): name of the column with the labels.
+
+    Returns:
+        Survey, optional: the number of rows and the names of the classes; None if the dataset does not say both.
+    """
+    names = class_names(rows, label_column)
+    split = (rows.info.splits or {}).get(str(rows.split))
+    return Survey(split.num_examples, tuple(names)) if names and split and split.num_examples else None
+
+
+def reads_single_columns(name: str, config_name: Optional[str] = None, **hub: Any) -> bool:
+    """Whether one column of a dataset can be read without the others, as in Parquet files, so that labels are cheap.
+
+    Args:
+        name (str): id on the Hub or local folder.
+        config_name (str, optional): configuration of the dataset.
+        hub: `revision`, `token` and `cache_dir`, as for `load_rows`.
+
+    Returns:
+        bool: whether it can.
+    """
+    root = Path(name)
+    if (root / METADATA).is_file() or (root.is_dir() and any(root.glob(f"*/{METADATA}"))):
+        return True
+    return hasattr(load_dataset_builder(name, config_name, **hub).config, "columns")
 
 
 # --- audio --------------------------------------------------------------------------------------------------------
@@ -266,8 +302,7 @@ class ExtractFeatures:
         label_column (str): name of the column with the labels. Default: `"label"`.
         class_names (Sequence[str], optional): names of the classes, if the labels are indices.
         max_length_seconds (float, optional): longer clips are cut to this length. Default: they are not.
-        random_crop (bool): cut at a random place, for training, or else at the start; torch's default generator draws
-            it. Default: False.
+        random_crop (bool): cut at a random place, for training, or else at the start. Default: False.
         on_bad_audio ("skip" or "raise"): what happens to audio that cannot be used. Default: `"skip"`, which counts
             it and names it in one warning at the end of the pass.
     """
@@ -299,11 +334,12 @@ class ExtractFeatures:
         self.skipped: list[str] = []
         self._reported: set[str] = set()
 
-    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
+    def __call__(self, rows: dict[str, list], generator: Optional[np.random.Generator] = None) -> dict[str, list]:
         """Decode and extract.
 
         Args:
             rows (dict[str, list]): a batch with the two columns.
+            generator (np.random.Generator, optional): draws the places of random cuts. Default: a fresh one.
 
         Returns:
             dict[str, list]: the model's inputs and `labels`.
@@ -312,6 +348,7 @@ class ExtractFeatures:
             AudioError: for audio that cannot be used, if `on_bad_audio="raise"`.
             ValueError: for a label that is not among the classes.
         """
+        generator = generator or np.random.default_rng()
         batch: dict[str, list] = {name: [] for name in [self.feature_extractor.model_input_names[0], "labels"]}
         for audio, value in zip(rows[self.audio_column], rows[self.label_column]):
             if audio is not None and not isinstance(audio, (str, bytes, dict)):
@@ -324,7 +361,7 @@ class ExtractFeatures:
             if label not in self.label_ids:
                 raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
             try:
-                inputs = self._extract(audio, name)
+                inputs = self._extract(audio, name, generator)
             except AudioError as error:
                 if self.on_bad_audio == "raise":
                     raise
@@ -335,101 +372,29 @@ class ExtractFeatures:
             batch["labels"].append(self.label_ids[label])
         return batch
 
-    def _extract(self, audio: Any, name: str) -> Any:
+    def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Any:
         rate = self.feature_extractor.sampling_rate
         waveform = decode_audio(audio, rate)
         if self.max_length_seconds is not None:
             excess = len(waveform) - round(self.max_length_seconds * rate)
             if excess > 0:
-                # The default generator, because the DataLoader seeds it in every worker and epoch.
-                start = int(torch.randint(excess + 1, ())) if self.random_crop else 0
+                start = int(generator.integers(excess + 1)) if self.random_crop else 0
                 waveform = waveform[start : start + len(waveform) - excess]
         try:
             return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
         except (ValueError, AssertionError) as error:  # torchaudio asserts a minimum length
             raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
 
-    def report(self, num_rows: int) -> None:
+    def report(self, num_rows: Optional[int] = None) -> None:
         """Name in one warning the audio that this pass has skipped, unless an earlier one has named it all.
 
         Args:
-            num_rows (int): how many rows there are in all.
+            num_rows (int, optional): how many rows there are in all, if it is known.
         """
         if not self._reported.issuperset(self.skipped):
-            names = "; ".join(self.skipped)
-            logger.warning(f"Skipped {len(self.skipped)} of {num_rows} audio files that cannot be used: {names}")
+            count = f"{len(self.skipped)}{'' if num_rows is None else f' of {num_rows}'}"
+            logger.warning(f"Skipped {count} audio files that cannot be used: {'; '.join(self.skipped)}")
         self._reported.update(self.skipped)
-
-
-def audio_stream(
-    rows: IterableDataset,
-    extract: ExtractFeatures,
-    *,
-    shuffle_buffer: int = 0,
-    seed: int = 0,
-    name: str = "the dataset",
-) -> IterableDataset:
-    """Stream of model inputs, one by one: shuffled if asked, decoded, and turned into features.
-
-    Args:
-        rows (IterableDataset): undecoded rows, from `load_rows`.
-        extract (ExtractFeatures): what is done with them.
-        shuffle_buffer (int): how many undecoded rows are held to draw from; 0 keeps the order. Default: 0.
-        seed (int): of the shuffling, which differs from epoch to epoch. Default: 0.
-        name (str): name of the dataset, for errors.
-
-    Returns:
-        IterableDataset: the model's inputs and `labels`.
-
-    Raises:
-        ValueError: if the dataset has no such audio or label column.
-    """
-    if shuffle_buffer < 0:
-        raise ValueError(f"`shuffle_buffer` must not be negative, got {shuffle_buffer}.")
-    columns = [extract.audio_column, extract.label_column]
-    _check_columns(rows, columns, name)
-    rows = rows.select_columns(columns)
-    if shuffle_buffer:
-        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return rows.map(extract, batched=True, batch_size=8, remove_columns=columns)
-
-
-class SizedStream(torch.utils.data.IterableDataset):
-    """A stream whose number of rows is known, so that the Trainer can count epochs and show progress.
-
-    Args:
-        stream (IterableDataset): the stream.
-        num_rows (int): its number of rows; skipped audio is among them.
-        extract (ExtractFeatures): reports, after each pass, the audio that it has skipped.
-    """
-
-    def __init__(self, stream: IterableDataset, num_rows: int, extract: ExtractFeatures) -> None:
-        self.stream = stream
-        self.num_rows = num_rows
-        self.extract = extract
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        self.extract.skipped.clear()
-        is_empty = True
-        try:
-            for example in self.stream:
-                is_empty = False
-                yield example
-        finally:  # training may stop within a pass
-            self.extract.report(self.num_rows)
-        if is_empty and self.extract.skipped:
-            raise ValueError(f"None of the {self.num_rows} audio files can be used: {'; '.join(self.extract.skipped)}")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch.
-
-        Args:
-            epoch (int): its number.
-        """
-        self.stream.set_epoch(epoch)
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------
@@ -466,7 +431,7 @@ def _name_and_content(audio: Union[str, os.PathLike, bytes, dict[str, Any], None
     return path or UNNAMED, content
 
 
-def _check_columns(rows: IterableDataset, columns: Sequence[str], name: str) -> None:
+def check_columns(rows: IterableDataset, columns: Sequence[str], name: str) -> None:
     # A stream that has been mapped does not know its columns before its first row; without rows there are none.
     present = list(rows.column_names or next(iter(rows), []))
     for column in columns if present else ():

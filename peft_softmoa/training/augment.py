@@ -1,0 +1,46 @@
+"""SpecAugment on a batch of spectrograms."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+def spec_augment(
+    spectrograms: Tensor, mask_frequencies: int, mask_frames: int, generator: Optional[torch.Generator] = None
+) -> Tensor:
+    """Set a band of frequencies and a span of time to zero, in each spectrogram others.
+
+    On an axis of size n with maximum m these are the w places from s on, with w uniform in 0, …, min(m, n), and s
+    uniform in 0, …, n - w. Zero is the mean of normalized features. Source: SpecAugment
+    ([1904.08779](https://arxiv.org/abs/1904.08779), section 2), without time warping.
+
+    Args:
+        spectrograms (Tensor): `(B, T, F)`.
+        mask_frequencies (int): greatest width of the band in mel bins; 0 leaves all frequencies.
+        mask_frames (int): greatest length of the span in frames; 0 leaves all time.
+        generator (torch.Generator, optional): draws the masks. Default: that of the spectrograms' device.
+
+    Returns:
+        Tensor: `(B, T, F)`, a new tensor.
+
+    Raises:
+        ValueError: if the input is no batch of spectrograms, or a maximum is negative.
+    """
+    if spectrograms.ndim != 3 or min(mask_frequencies, mask_frames) < 0:
+        raise ValueError(
+            "SpecAugment takes spectrograms (batch, frames, mel bins) and maxima of at least 0, got shape "
+            f"{tuple(spectrograms.shape)}, {mask_frequencies} mel bins and {mask_frames} frames."
+        )
+    batch, *sizes = spectrograms.shape
+    masks = []
+    for size, most in zip(sizes, (mask_frames, mask_frequencies)):
+        shares = torch.rand(2, batch, 1, device=spectrograms.device, generator=generator)
+        width = (shares[0] * (min(most, size) + 1)).floor()
+        first = (shares[1] * (size - width + 1)).floor()
+        positions = torch.arange(size, device=spectrograms.device)
+        masks.append((positions >= first) & (positions < first + width))
+    in_time, in_frequency = masks
+    return spectrograms.masked_fill(in_time[:, :, None] | in_frequency[:, None, :], 0.0)

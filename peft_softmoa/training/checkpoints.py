@@ -1,0 +1,156 @@
+"""Runs that can be cut off at any moment and go on: whole checkpoints, and what has to stay the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from safetensors import SafetensorError
+
+# Where a checkpoint is while it is written, and what a run notes of itself, in its output folder.
+STAGING = "unfinished-checkpoint"
+RUN = "run.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def newest_checkpoint(folder: Union[str, os.PathLike]) -> Optional[str]:
+    """The checkpoint of the last step.
+
+    Args:
+        folder (str or PathLike): the output folder of a run.
+
+    Returns:
+        str, optional: the checkpoint's folder; None if there is none.
+    """
+    steps = {path: CHECKPOINT.fullmatch(path.name) for path in Path(folder).glob("checkpoint-*")}
+    return max(
+        (str(path) for path, match in steps.items() if match),
+        key=lambda path: int(path.rpartition("-")[2]),
+        default=None,
+    )
+
+
+@contextmanager
+def whole_checkpoint(
+    folder: Union[str, os.PathLike], name: str, is_main: bool = True, wait: Callable[[], Any] = lambda: None
+) -> Iterator[str]:
+    """Write a checkpoint elsewhere, and move it to its place when it is whole.
+
+    Args:
+        folder (str or PathLike): the output folder.
+        name (str): of the checkpoint, such as `"checkpoint-100"`.
+        is_main (bool): whether this process, of several that write one checkpoint, moves it. Default: True.
+        wait (callable): waits until all processes call it. Default: there is one process.
+
+    Yields:
+        str: the folder to write into, whose last part is `name`.
+
+    Raises:
+        OSError: if it could not be written, as when the disk is full. What was written of it is gone, and the
+            checkpoints before it are still there.
+    """
+    staging, place = Path(folder, STAGING), Path(folder, name)
+    if is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / name).mkdir(parents=True)
+    wait()
+    try:
+        yield str(staging / name)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        shutil.rmtree(staging, ignore_errors=True)
+        newest = newest_checkpoint(folder)
+        raise OSError(
+            f"{name} could not be saved in '{folder}': {error}. The newest checkpoint is still {newest or 'none'}. "
+            "Make room if the disk is full, and start the same command again: it goes on from there."
+        ) from error
+    wait()
+    if is_main:
+        for path in staging.rglob("*"):
+            if path.is_file():  # on the disk before it gets its name, should the machine go down
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(place, ignore_errors=True)  # of the same step, by an earlier run
+        os.replace(staging / name, place)
+        staging.rmdir()
+    wait()
+
+
+def begin_run(
+    folder: Union[str, os.PathLike], settings: Mapping[str, Any], resume: Union[str, bool, None] = None
+) -> Optional[str]:
+    """Decide whether a run starts or goes on, and note what it is.
+
+    A run that was cut off goes on from its newest checkpoint, by itself. What it computes has to stay the same.
+
+    Args:
+        folder (str or PathLike): the output folder.
+        settings (mapping): what has to stay the same, as JSON.
+        resume (str or bool, optional): a checkpoint in this folder, or True for the newest, to train a finished run
+            longer or to go back. Default: none.
+
+    Returns:
+        str, optional: the checkpoint to go on from; None for a start.
+
+    Raises:
+        ValueError: if the folder holds a model, a finished run, or one with other settings; the message says which.
+    """
+    path = Path(folder, RUN)
+    settings = json.loads(json.dumps(settings))
+    patterns = ("config.json", "adapter_*", "model*", "pytorch_model*", "checkpoint-*")
+    present = sorted(path.name for pattern in patterns for path in Path(folder).glob(pattern))
+    if isinstance(resume, str) and Path(resume).resolve().parent != Path(folder).resolve():
+        raise ValueError(
+            f"--resume_from_checkpoint must be a checkpoint in the output folder '{folder}', got '{resume}'."
+        )
+    if not path.is_file():
+        if present and not resume:
+            raise ValueError(
+                f"The output folder '{folder}' already holds a model ({', '.join(present)}). Choose another "
+                "--output_dir, or go on from one of its checkpoints with --resume_from_checkpoint."
+            )
+    else:
+        noted = json.loads(path.read_text())
+        changed = [
+            f"{name} was {noted['settings'].get(name)!r} and is {settings.get(name)!r}"
+            for name in sorted({*noted["settings"], *settings})
+            if noted["settings"].get(name) != settings.get(name)
+        ]
+        if changed and present:
+            raise ValueError(
+                f"The output folder '{folder}' holds a run with other settings: {'; '.join(changed)}. Go on with its "
+                "settings, or choose another --output_dir."
+            )
+        if noted["finished"] and not resume:
+            raise ValueError(
+                f"The run in the output folder '{folder}' is finished. Choose another --output_dir, or train it longer "
+                "with --resume_from_checkpoint True and more --num_train_epochs."
+            )
+    newest = newest_checkpoint(folder)
+    checkpoint = resume if isinstance(resume, str) else newest
+    if resume and (checkpoint is None or not os.path.isdir(checkpoint)):
+        raise ValueError(
+            f"There is no checkpoint {resume if isinstance(resume, str) else f'in {folder}'} to go on from."
+        )
+    note_run(folder, settings, finished=False)
+    return checkpoint
+
+
+def note_run(folder: Union[str, os.PathLike], settings: Mapping[str, Any], finished: bool) -> None:
+    """Note what a run is, and whether it is finished.
+
+    Args:
+        folder (str or PathLike): the output folder; it is made.
+        settings (mapping): what has to stay the same, as JSON.
+        finished (bool): whether all of it was saved.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    # Each process has a file of its own; they say the same.
+    written = Path(folder, f"{RUN}.{os.getpid()}")
+    written.write_text(json.dumps({"finished": finished, "settings": dict(settings)}, indent=2) + "\n")
+    os.replace(written, Path(folder, RUN))

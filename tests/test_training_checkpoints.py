@@ -1,0 +1,212 @@
+"""Runs that are cut off: by a kill, a full disk, or somebody who starts another one in their place."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FRAMES, training_options
+from train_audio_classification import main
+
+from peft_softmoa.training import begin_run, newest_checkpoint, note_run, whole_checkpoint
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# A run with all that is drawn at random: order, cuts, masks and dropout.
+RANDOM = {
+    "max_length_seconds": 0.4,
+    "mask_frequencies": 24,
+    "mask_frames": 30,
+    "dropout": 0.2,
+    "shuffle_buffer_size": 5,
+    "per_device_train_batch_size": 3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "no",
+    "logging_strategy": "no",
+}
+
+# Starts runs as forks of one process that has imported everything, and kills them at random moments.
+KILLS = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from train_audio_classification import main
+from peft_softmoa.training import newest_checkpoint
+from safetensors.torch import load_file
+from transformers import TrainerState
+
+folder, kills, options = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+
+def start(name):
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        main([*options, "--output_dir", f"{folder}/{name}"])
+        os._exit(0)
+    return pid
+
+def check_newest():
+    newest = newest_checkpoint(f"{folder}/killed")
+    if newest is None:
+        return 0
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(f"{newest}/{name}", weights_only=True)
+    torch.load(f"{newest}/rng_state.pth", weights_only=False)
+    load_file(f"{newest}/adapter_model.safetensors")
+    return TrainerState.load_from_json(f"{newest}/trainer_state.json").global_step
+
+draw = random.Random(0)
+steps = [0]
+while len(steps) <= kills:
+    newest = newest_checkpoint(f"{folder}/killed")
+    pid = start("killed")
+    deadline = time.monotonic() + 60
+    # Some while it starts, most at some moment after its first new checkpoint.
+    if draw.random() > 0.2:
+        while newest_checkpoint(f"{folder}/killed") == newest and time.monotonic() < deadline:
+            time.sleep(0.01)
+    time.sleep(draw.uniform(0, 0.3))
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), f"the run ended by itself, after {len(steps)} kills"
+    steps.append(check_newest())
+    assert steps[-1] >= steps[-2], steps
+for name in ("killed", "whole"):
+    _, status = os.waitpid(start(name), 0)
+    assert status == 0, name
+print("steps at the kills:", *steps)
+"""
+
+
+def test_twenty_kills_lose_nothing(base_folder, tones_folder, tmp_path):
+    """The adapter is, to the bit, that of a run that was let alone; with a worker that reads the data."""
+    arguments = {**RANDOM, "max_steps": 90, "save_total_limit": 2, "dataloader_num_workers": 1}
+    options = training_options(base_folder, tones_folder, tmp_path, **arguments)[:-2]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(EXAMPLES), str(tmp_path), "20", *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    steps = list(map(int, done.stdout.rpartition("steps at the kills:")[2].split()))
+    assert len(set(steps)) > 10 and steps[-1] < 90
+    killed, whole = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole"))
+    assert killed == whole
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["finished"]
+    assert not list((tmp_path / "killed").glob("unfinished*"))
+
+
+def run_of(base_folder, tones_folder, folder, **arguments):
+    return training_options(base_folder, tones_folder, folder, **{**RANDOM, "max_steps": 4, **arguments})
+
+
+def test_a_full_disk_leaves_the_newest_checkpoint(base_folder, tones_folder, tmp_path, monkeypatch):
+    save = torch.save
+
+    def fail(content, path, *args, **kwargs):
+        if "checkpoint-3" in str(path) and str(path).endswith("optimizer.pt"):
+            raise OSError(28, "No space left on device", path)
+        save(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fail)
+    options = run_of(base_folder, tones_folder, tmp_path / "out")
+    with pytest.raises(OSError, match="checkpoint-3 could not be saved.*No space left.*checkpoint-2.*same command"):
+        main(options)
+    assert newest_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+    assert not (tmp_path / "out" / "unfinished-checkpoint").exists()
+    monkeypatch.undo()
+    assert main(options).state.global_step == 4
+    with pytest.raises(ValueError, match="is finished. Choose another --output_dir, or train it longer"):
+        main(options)
+    whole = main(run_of(base_folder, tones_folder, tmp_path / "whole"))
+    assert whole.state.global_step == 4
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_experts": 3}, "num_experts was 7 and is 3"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size was 3 and is 4"),
+        (
+            {"train_rows": "fold=2", "shuffle_buffer_size": 7},
+            "shuffle_buffer_size was 5 and is 7; train_rows was 'fold=1'",
+        ),
+    ],
+)
+def test_a_run_with_other_settings_does_not_go_on(base_folder, tones_folder, tmp_path, changes, message):
+    note = run_of(base_folder, tones_folder, tmp_path / "out", max_steps=1)
+    main(note)
+    run = tmp_path / "out" / "run.json"
+    run.write_text(run.read_text().replace('"finished": true', '"finished": false'))
+    with pytest.raises(ValueError, match=f"holds a run with other settings: .*{message}"):
+        main(run_of(base_folder, tones_folder, tmp_path / "out", max_steps=1, **changes))
+
+
+def test_when_a_run_goes_on(tmp_path):
+    folder = tmp_path / "out"
+    assert begin_run(folder, {"seed": 1}) is None
+    (folder / "checkpoint-9").mkdir()
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-best").mkdir()
+    assert newest_checkpoint(folder) == begin_run(folder, {"seed": 1}) == str(folder / "checkpoint-10")
+    assert begin_run(folder, {"seed": 1}, str(folder / "checkpoint-9")) == str(folder / "checkpoint-9")
+    with pytest.raises(ValueError, match="seed was 1 and is 2"):
+        begin_run(folder, {"seed": 2})
+    with pytest.raises(ValueError, match="seed was 1 and is 2"):
+        begin_run(folder, {"seed": 2}, True)
+    with pytest.raises(ValueError, match="There is no checkpoint .*checkpoint-11"):
+        begin_run(folder, {"seed": 1}, str(folder / "checkpoint-11"))
+    with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
+        begin_run(folder, {"seed": 1}, str(tmp_path / "other" / "checkpoint-1"))
+    note_run(folder, {"seed": 1}, finished=True)
+    with pytest.raises(ValueError, match="is finished"):
+        begin_run(folder, {"seed": 1})
+    assert begin_run(folder, {"seed": 1}, True) == str(folder / "checkpoint-10")
+    assert json.loads((folder / "run.json").read_text()) == {"finished": False, "settings": {"seed": 1}}
+    assert begin_run(tmp_path / "new", {"seed": 1}, None) is None
+    with pytest.raises(ValueError, match="There is no checkpoint in .*new"):
+        begin_run(tmp_path / "new", {"seed": 1}, True)
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    with whole_checkpoint(tmp_path, "checkpoint-1") as path:
+        Path(path, "file").write_text("1")
+        assert newest_checkpoint(tmp_path) is None
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "1"
+    with pytest.raises(ValueError, match="other"), whole_checkpoint(tmp_path, "checkpoint-2") as path:
+        Path(path, "file").write_text("2")
+        raise ValueError("other")
+    message = "checkpoint-2 could not be saved.*cannot write.*checkpoint-1"
+    with pytest.raises(OSError, match=message), whole_checkpoint(tmp_path, "checkpoint-2"):
+        raise RuntimeError("cannot write")
+    with whole_checkpoint(tmp_path, "checkpoint-1") as path:  # what a killed run has left does not matter
+        Path(path, "file").write_text("3")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint-1"]
+    assert (tmp_path / "checkpoint-1" / "file").read_text() == "3"
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(base_folder, tones_folder, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = main(run_of(base_folder, tones_folder, tmp_path / "out", metric_for_best_model="eval_loss", **options))
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best}")
+    kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-4"}
+    state = json.loads((tmp_path / "out" / f"checkpoint-{best}" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+
+
+def test_masks_are_for_training_only(base_folder, tones_folder, tmp_path):
+    trainer = main(run_of(base_folder, tones_folder, tmp_path / "out", max_steps=1))
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_values"]), with_kwargs=True
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.training_step(trainer.model, dict(batch))
+    assert seen[0].shape[1:] == (FRAMES, 128) and not torch.equal(seen[0], batch["input_values"])
+    trainer.prediction_step(trainer.model, dict(batch), True)
+    assert torch.equal(seen[1], batch["input_values"])
