@@ -9,7 +9,7 @@ import pytest
 import torch
 from literal import LITERAL, write_literally
 from measure import count_flops, import_seconds, in_turn, memory_of, ratio
-from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_ast, make_batch
+from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_ast, make_batch, make_small_ast
 from peft import get_peft_model
 from report import BEGIN, END, draw_sweeps, for_readme, tables, write_into
 from run import in_onnx_runtime, main
@@ -207,6 +207,15 @@ def test_mixed_batches(tmp_path, monkeypatch):
     assert [len(row["seconds"]["one by one"]) for row in rows] == [1, 5]
     assert all(max(row["difference"].values()) < 1e-5 for row in rows)
     assert f"| {SMALL_AST} | " in path.with_suffix(".md").read_text()
+
+
+def test_the_input_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, next(iter(MODELS)), (make_small_ast, (128, 128)))
+    main(["--parts", "input", "--layers", "1", "--rounds", "1", "--output_dir", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["input"]
+    assert [row["samples"] for row in rows] == [64, 64, 64, 8] and all(len(row["seconds"]) == 1 for row in rows)
+    assert "| input, 2 workers, 64 samples | " in path.with_suffix(".md").read_text()
 
 
 def test_the_model_in_onnx_runtime_says_the_same():

@@ -120,6 +120,22 @@ def mixed_table(rows: list[dict[str, Any]]) -> str:
     return markdown(table)
 
 
+def input_table(rows: list[dict[str, Any]]) -> str:
+    """Samples in a second that the input pipeline gives, and that a training step takes.
+
+    Args:
+        rows (list[dict]): what `run.measure_input` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    table = [["", "ms", "samples in a second"]]
+    for row in rows:
+        rate = row["samples"] / statistics.median(row["seconds"])
+        table.append([f"{row['what']}, {row['samples']} samples", times(row["seconds"]), f"{rate:,.1f}"])
+    return markdown(table)
+
+
 def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
     """One sweep of the layer alone: a row for each point.
 
@@ -184,6 +200,8 @@ def tables(results: dict[str, Any]) -> str:
         parts += [f"Forward passes of {next(iter(MODELS))}, float32:", deployment_table(results["deployment"])]
     if "mixed_batches" in results:
         parts += ["16 samples with three adapters and the base model, float32:", mixed_table(results["mixed_batches"])]
+    if "input" in results:
+        parts += [f"Clips of 5 s from files, for {next(iter(MODELS))}:", input_table(results["input"])]
     if "import_seconds" in results:
         parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} ms")
     return "\n\n".join(parts) + "\n"

@@ -21,23 +21,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
+from accelerate import Accelerator
 from literal import LITERAL
 from measure import count_flops, environment, import_seconds, in_turn, keep_memory, memory_of
 from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_batch, make_small_ast
 from peft import get_peft_model
 from report import draw_sweeps, tables
 from torch import Tensor, nn
-from transformers import ASTConfig, ASTModel
+from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.mixture import add_mixture, build_mixture
 from peft_softmoa.routing import soft_routing
+from peft_softmoa.training import AudioStream, ExtractFeatures, Survey, load_rows, make_loader
 
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.
 WIDTH, BATCH, TOKENS = 768, 8, 590
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PARTS = ["layer", "models", "deployment", "mixed batches", "import"]
+PARTS = ["layer", "models", "deployment", "mixed batches", "input", "import"]
 # Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
 EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
@@ -210,6 +214,43 @@ def measure_mixed_batches(rounds: int, arguments: argparse.Namespace) -> list[di
         seconds = in_turn(ways, times * rounds, arguments.device, note)
         rows.append({"model": label, "seconds": seconds, "difference": difference})
     return rows
+
+
+def measure_input(rounds: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Read, decode and extract features from 64 clips of 5 s with several numbers of workers, beside a training step.
+
+    Args:
+        rounds (int): how often each is timed.
+        arguments (Namespace): of the command line.
+
+    Returns:
+        list[dict[str, Any]]: one row for each number of workers, and one for the step: seconds and samples.
+    """
+    name, device = next(iter(MODELS)), arguments.device
+    number, size = 64, arguments.batch_size
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = ["file_name,label"]
+        for index in range(number):
+            noise = 0.1 * generator.standard_normal(5 * 44_100).astype("f4")
+            soundfile.write(f"{folder}/{index}.wav", noise, 44_100)
+            lines.append(f"{index}.wav,noise")
+        Path(folder, "metadata.csv").write_text("\n".join(lines))
+        rows = load_rows(folder, "train")
+        extract = ExtractFeatures(ASTFeatureExtractor(max_length=500), ["noise"])
+        stream = AudioStream(rows, extract, Survey(number, ("noise",), (number,)))
+        functions: dict[str, Callable[[], Any]] = {}
+        samples = {}
+        for workers in (0, 1, 2):
+            loader = make_loader(stream, size, Accelerator(cpu=device == "cpu"), num_workers=workers)
+            functions[f"input, {workers} workers"] = partial(list, loader)
+            samples[f"input, {workers} workers"] = number
+        batch = make_batch(name, size, device)
+        model = METHODS["Soft-MoA"](MODELS[name][0](arguments.layers)).to(device).train()
+        functions[f"training step of {size}"] = lambda: model(**batch).loss.backward()
+        samples[f"training step of {size}"] = size
+        seconds = in_turn(functions, rounds, device, note)
+    return [{"what": what, "samples": samples[what], "seconds": each} for what, each in seconds.items()]
 
 
 def in_onnx_runtime(model: nn.Module, values: Tensor) -> Callable[[Tensor], Any]:
@@ -410,6 +451,9 @@ def main(argv: list[str] | None = None) -> None:
         save()
     if "mixed batches" in parts:
         results["mixed_batches"] = measure_mixed_batches(arguments.rounds, arguments)
+        save()
+    if "input" in parts:
+        results["input"] = measure_input(arguments.rounds, arguments)
         save()
     if "import" in parts:
         results["import_seconds"] = import_seconds(arguments.layer_rounds)

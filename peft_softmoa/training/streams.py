@@ -204,6 +204,9 @@ def make_loader(
     if stream.survey is None and accelerator.num_processes > 1:
         return accelerator.prepare(DataLoader(stream, **options))
     part = stream.part(accelerator.process_index, accelerator.num_processes, batch_size, num_workers)
+    # Workers' seeds are drawn when an epoch begins. If dropout's generator did that, a run that goes on within an epoch
+    # would have other draws.
+    options.setdefault("generator", torch.Generator().manual_seed(stream.seed))
     loader: Any = prepare_data_loader(
         DataLoader(part, **options),
         accelerator.device,

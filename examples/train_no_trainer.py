@@ -1,0 +1,218 @@
+#!/usr/bin/env python
+"""Train a soft mixture of adapters for audio classification in a plain loop with Accelerate: a script to edit.
+
+    python examples/train_no_trainer.py --dataset_name ashraq/esc50 --label_column_name category \
+        --train_rows fold=1,2,3,4 --eval_split_name train --eval_rows fold=5 --output_dir esc50-softmoa
+
+It does what train_audio_classification.py does, with the same data, the same optimisation and the same checkpoints, and
+runs under `accelerate launch`, which also chooses the precision. The same command goes on with a run that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    EvalPrediction,
+    get_cosine_schedule_with_warmup,
+)
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import rotate_checkpoints
+
+from peft_softmoa import SoftMoAConfig
+from peft_softmoa.card import add_results
+from peft_softmoa.training import (
+    AudioStream,
+    ExtractFeatures,
+    begin_run,
+    class_names,
+    classification_metrics,
+    load_rows,
+    make_loader,
+    note_run,
+    select_rows,
+    spec_augment,
+    survey_rows,
+    whole_checkpoint,
+)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default="MIT/ast-finetuned-audioset-10-10-0.4593")
+    parser.add_argument("--dataset_name", required=True, help="id on the Hub, or folder")
+    parser.add_argument("--train_split_name", default="train")
+    parser.add_argument("--eval_split_name", default="validation")
+    parser.add_argument("--train_rows", help="such as fold=1,2,3,4")
+    parser.add_argument("--eval_rows", help="such as fold=5")
+    parser.add_argument("--audio_column_name", default="audio")
+    parser.add_argument("--label_column_name", default="label")
+    parser.add_argument("--max_length_seconds", type=float)
+    parser.add_argument("--shuffle_buffer_size", type=int, default=500)
+    parser.add_argument("--mask_frequencies", type=int, default=0, help="of SpecAugment, in mel bins")
+    parser.add_argument("--mask_frames", type=int, default=0, help="of SpecAugment")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=32)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--dataloader_num_workers", type=int, default=0)
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--num_train_epochs", type=int, default=3)
+    parser.add_argument("--save_steps", type=int, help="between checkpoints; once an epoch, if it is not given")
+    parser.add_argument("--report_to", help="where to track the run, such as tensorboard or wandb")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output_dir", required=True)
+    return parser.parse_args(argv)
+
+
+def make_stream(args: argparse.Namespace, extractor, label_names: list[str] | None, training: bool) -> AudioStream:
+    """The rows of training or evaluation as a stream of model inputs."""
+    split, selection = (args.train_split_name, args.train_rows) if training else (args.eval_split_name, args.eval_rows)
+    rows = load_rows(args.dataset_name, split, audio_column=args.audio_column_name)
+    if selection:
+        rows = select_rows(rows, selection, args.dataset_name)
+    survey = survey_rows(rows, args.label_column_name, args.dataset_name)
+    names = class_names(rows, args.label_column_name)
+    extract = ExtractFeatures(
+        extractor,
+        label_names or names or survey.labels,
+        audio_column=args.audio_column_name,
+        label_column=args.label_column_name,
+        class_names=names,
+        max_length_seconds=args.max_length_seconds,
+        random_crop=training,
+    )
+    shuffle_buffer = args.shuffle_buffer_size if training else 0
+    return AudioStream(rows, extract, survey, shuffle_buffer=shuffle_buffer, seed=args.seed, name=args.dataset_name)
+
+
+def save_only_the_adapter(accelerator: Accelerator) -> None:
+    """Leave the frozen base model out of checkpoints; FSDP and DeepSpeed save their parts of a model by themselves."""
+
+    def save(models: list, weights: list, folder: str) -> None:
+        if weights:
+            weights.clear()
+            if accelerator.is_main_process:
+                save_file(
+                    get_peft_model_state_dict(accelerator.unwrap_model(models[0])), f"{folder}/adapter.safetensors"
+                )
+
+    def load(models: list, folder: str) -> None:
+        if os.path.exists(f"{folder}/adapter.safetensors"):
+            set_peft_model_state_dict(
+                accelerator.unwrap_model(models.pop()), load_file(f"{folder}/adapter.safetensors")
+            )
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
+    model.eval()
+    outputs = []
+    for batch in loader:
+        with torch.no_grad():
+            logits = model(input_values=batch["input_values"]).logits
+        outputs.append(accelerator.gather_for_metrics((logits.float().cpu(), batch["labels"].cpu())))
+    logits, labels = (torch.cat(each).numpy() for each in zip(*outputs))
+    return classification_metrics(EvalPrediction(logits, labels))
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    args = parse(argv)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_dir=args.output_dir,
+    )
+    other = ("num_train_epochs", "save_steps", "report_to", "output_dir")
+    settings = {name: value for name, value in vars(args).items() if name not in other}
+    settings["num_processes"] = accelerator.num_processes
+    checkpoint = begin_run(args.output_dir, settings)
+    set_seed(args.seed)
+
+    extractor = AutoFeatureExtractor.from_pretrained(args.model_name_or_path)
+    train_stream = make_stream(args, extractor, None, training=True)
+    label_names = list(train_stream.extract.label_ids)
+    eval_stream = make_stream(args, extractor, label_names, training=False)
+
+    model = AutoModelForAudioClassification.from_pretrained(args.model_name_or_path)
+    config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
+    model = get_peft_model(model, config)
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
+    groups: list[dict] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in decayed]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    loader = make_loader(
+        train_stream, args.per_device_train_batch_size, accelerator, num_workers=args.dataloader_num_workers
+    )
+    eval_loader = accelerator.prepare(DataLoader(eval_stream, args.per_device_train_batch_size))
+    steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    steps = args.num_train_epochs * steps_per_epoch
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 0, steps)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    accelerator.register_for_checkpointing(scheduler)
+    save_only_the_adapter(accelerator)
+    if args.report_to:
+        accelerator.init_trackers("softmoa", {name: value for name, value in settings.items() if value is not None})
+
+    step = 0
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+        step = int(checkpoint.rpartition("-")[2])
+    progress = tqdm(total=steps, initial=step, disable=not accelerator.is_local_main_process)
+    metrics: dict[str, float] = {}
+    for epoch in range(step // steps_per_epoch, args.num_train_epochs):
+        model.train()
+        loader.set_epoch(epoch)
+        done = step % steps_per_epoch * args.gradient_accumulation_steps
+        for batch in accelerator.skip_first_batches(loader, done) if done else loader:
+            with accelerator.accumulate(model):
+                batch["input_values"] = spec_augment(batch["input_values"], args.mask_frequencies, args.mask_frames)
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            scheduler.step()
+            step += 1
+            progress.update()
+            accelerator.log({"loss": loss.item(), "learning_rate": scheduler.get_last_lr()[0]}, step)
+            if step % (args.save_steps or steps_per_epoch) == 0:
+                name, is_main = f"checkpoint-{step}", accelerator.is_main_process
+                with whole_checkpoint(args.output_dir, name, is_main, accelerator.wait_for_everyone) as folder:
+                    accelerator.save_state(folder)
+                if is_main:
+                    rotate_checkpoints(args.output_dir, save_total_limit=2)
+
+        metrics = evaluate(model, eval_loader, accelerator)
+        accelerator.log({f"eval_{name}": value for name, value in metrics.items()}, step)
+        accelerator.print(f"Epoch {epoch + 1}: accuracy {metrics['accuracy']:.1%}")
+
+    metrics = metrics or evaluate(model, eval_loader, accelerator)
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=state)
+        extractor.save_pretrained(args.output_dir)
+        add_results(args.output_dir, metrics, dataset=args.dataset_name, split=args.eval_split_name)
+        note_run(args.output_dir, settings, finished=True)
+    accelerator.end_training()
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
