@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import train_audio_classification as script
 from conftest import SAMPLING_RATE, training_options, write_parquet
 from demo import write_base_model
+from hub import loopback_hub
 from huggingface_hub import ModelCard
-from loopback_hub import loopback_hub
 from sounds import SOUNDS, synthesise
-from train_audio_classification import main
+from train_audio_classification import main, parse
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN = EXAMPLES / "train_audio_classification.py"
@@ -118,6 +119,48 @@ def test_bad_input(base_folder, tones_folder, tmp_path, capsys, arguments, messa
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_arguments_from_a_file(base_folder, tones_folder, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "# of a run\nlearning_rate: 1e-3\nnum_train_epochs: 7\ntrain_norms: true\nlayers_to_transform: [0, 1]\n"
+    )
+    options = training_options(base_folder, tones_folder, tmp_path / "out")
+    _, data_args, adapter_args, training_args = parse(["--config", str(config), *options])
+    assert training_args.learning_rate == 1e-3 and training_args.num_train_epochs == 2  # the command line's
+    assert adapter_args.train_norms and adapter_args.layers_to_transform == [0, 1]
+    assert data_args.dataset_name == str(tones_folder)
+    config.write_text("learning_rate: 1e-3\nnum_expert: 7\n")
+    with pytest.raises(ValueError, match="run.yaml' has num_expert, which this script does not take. Correct"):
+        parse([*options, "--config", str(config)])
+    config.write_text("a list\n")
+    with pytest.raises(ValueError, match="run.yaml' has no fields at all"):
+        parse([*options, "--config", str(config)])
+    with pytest.raises(ValueError, match="--config takes a YAML file"):
+        parse([*options, "--config"])
+
+
+def test_a_test_split(base_folder, tones_folder, tmp_path):
+    options = training_options(base_folder, tones_folder, tmp_path / "out", test_split_name="train")
+    with pytest.raises(ValueError, match="Training and test both read the split 'train' and share rows"):
+        main(options)
+    with pytest.raises(ValueError, match="Evaluation and test both read"):
+        main([*options, "--test_rows", "fold=2"])
+    main([*options, "--test_rows", "fold=2", "--eval_strategy", "no", "--max_steps", "1"])
+    metrics = json.loads((tmp_path / "out" / "test_results.json").read_text())
+    assert 0 <= metrics["test_accuracy"] <= 1 and not (tmp_path / "out" / "eval_results.json").exists()
+
+
+def test_a_dataset_that_does_not_say_how_many_rows_it_has(base_folder, tones_folder, tmp_path, monkeypatch):
+    """Where labels cannot be read without the audio, the rows are not counted in passing."""
+    dataset = write_parquet(tmp_path / "parquet", tones_folder)
+    monkeypatch.setattr(script, "reads_single_columns", lambda *args, **kwargs: False)
+    options = training_options(base_folder, dataset, tmp_path / "out", eval_strategy="no")
+    with pytest.raises(ValueError, match="does not say how many rows 'train' with fold=1 has.*give --max_steps"):
+        main(options)
+    assert main([*options, "--max_steps", "5"]).state.global_step == 5
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["label_names"] == ["high", "low"]
+
+
 def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, tones_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_model.bin").write_bytes(b"precious")
@@ -131,7 +174,7 @@ def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, ton
 
 def test_push(base_folder, tones_folder, tmp_path):
     with loopback_hub() as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        environment = hub.environment(tmp_path / "cache")
         result = train(
             base_folder, tones_folder, tmp_path / "out", environment, max_steps=2, save_strategy="steps", save_steps=1,
             push_to_hub=True, hub_model_id="user/tones", hub_token="hf_secret",

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import tiny_ast_config
 from families import FAMILIES, MASKED_WAVE, build
+from hub import loopback_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loopback_hub import loopback_hub
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save, save_file
 from transformers import ASTForAudioClassification, Wav2Vec2Config, Wav2Vec2ForCTC

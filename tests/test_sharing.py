@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import tiny_ast_config
-from loopback_hub import loopback_hub
+from hub import loopback_hub
 from peft import PeftModel, get_peft_model
 from transformers import ASTForAudioClassification, AutoFeatureExtractor, AutoModelForAudioClassification
 
@@ -140,7 +140,7 @@ AutoFeatureExtractor.from_pretrained(base).push_to_hub("user/birds", token="hf_x
 """
     model.save_pretrained(tmp_path / "adapter")
     with loopback_hub() as hub:
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        environment = hub.environment(tmp_path / "cache")
         subprocess.run(
             [sys.executable, "-c", push, str(base_folder), str(tmp_path / "adapter")],
             check=True,

@@ -22,6 +22,7 @@ from peft_softmoa.training import (
     select_rows,
     survey_rows,
 )
+from peft_softmoa.training import data as data_module
 
 
 @pytest.fixture
@@ -388,3 +389,30 @@ def test_remote_audio_is_read_by_its_url(tmp_path):
     with fsspec.open("memory://clips/tone.wav", "wb") as file:
         file.write(buffer.getvalue())
     assert np.allclose(decode_audio("memory://clips/tone.wav", SAMPLING_RATE), samples)
+
+
+def test_a_network_that_fails_is_tried_again(monkeypatch):
+    """An outage is no bad audio: it must not be skipped."""
+    import fsspec
+
+    buffer = io.BytesIO()
+    write_tone(buffer, format="WAV")
+    with fsspec.open("memory://clips/again.wav", "wb") as file:
+        file.write(buffer.getvalue())
+    opened, pauses, failures = fsspec.open, [], []
+    monkeypatch.setattr(data_module.time, "sleep", pauses.append)
+
+    def flaky(name, mode):
+        if failures:
+            raise failures.pop()
+        return opened(name, mode)
+
+    monkeypatch.setattr(data_module.fsspec, "open", flaky)
+    failures += [RuntimeError("reset"), TimeoutError()]
+    assert len(decode_audio("memory://clips/again.wav", SAMPLING_RATE)) == 8000
+    assert pauses == [1.0, 4.0]
+    failures += [RuntimeError("reset")] * 4
+    with pytest.raises(ConnectionError, match="again.wav could not be read after 4 tries: .*reset"):
+        decode_audio("memory://clips/again.wav", SAMPLING_RATE)
+    with pytest.raises(AudioError, match="missing"):
+        decode_audio("memory://clips/nothing.wav", SAMPLING_RATE)

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 METADATA = "metadata.csv"
 BLOCK_FRAMES = 65_536
 UNNAMED = "a clip without a name"
+PAUSES = (1.0, 4.0, 16.0)  # seconds between tries to read a URL
 
 
 class AudioError(ValueError):
@@ -262,6 +264,7 @@ def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling
 
     Raises:
         AudioError: if the file is missing, unreadable, truncated or empty, or has samples that are not finite.
+        ConnectionError: if a URL cannot be read, after several tries.
         ImportError: if soundfile or soxr is not installed.
     """
     try:
@@ -270,10 +273,11 @@ def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling
     except ImportError as error:
         raise ImportError("Decoding audio needs soundfile and soxr: pip install 'peft-softmoa[audio]'") from error
     name, content = _name_and_content(audio)
+    if content is None and "://" in name:
+        content = _read_remote(name)
     try:
         if content is None:
-            with fsspec.open(name, "rb") as file:
-                content = file.read()
+            content = Path(name).read_bytes()
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             # In blocks: a broken header may declare any length, and memory is not for it to claim.
             blocks = [file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)]
@@ -415,6 +419,21 @@ def _metadata_folder(name: str, split: str) -> Optional[Path]:
 
 def _local_audio(row: dict[str, Any], folder: str, audio_column: str) -> dict[str, Any]:
     return {audio_column: {"path": os.path.join(folder, row["file_name"]), "bytes": None}}
+
+
+def _read_remote(url: str) -> bytes:
+    """The content behind a URL. An outage is an error: else all clips would be skipped as if they were bad."""
+    for pause in (*PAUSES, None):
+        try:
+            with fsspec.open(url, "rb") as file:
+                return file.read()
+        except FileNotFoundError as error:
+            raise AudioError(url, "missing") from error
+        except Exception as error:  # clients have errors of their own
+            if pause is None:
+                raise ConnectionError(f"{url} could not be read after {len(PAUSES) + 1} tries: {error!r}") from error
+            time.sleep(pause)
+    raise AssertionError
 
 
 def _has_value(value: Any, values: Sequence[str], names: Optional[Sequence[str]]) -> bool:
