@@ -54,6 +54,7 @@ from peft_softmoa.training import (
     load_rows,
     note_run,
     parse_selection,
+    patiently,
     reads_single_columns,
     select_rows,
     survey_metadata,
@@ -185,8 +186,17 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     # every checkpoint.
     push_to_hub, hub_token = training_args.push_to_hub, training_args.hub_token
     training_args.push_to_hub, training_args.hub_token = False, None
+    repo_id = None
+    if push_to_hub and training_args.process_index == 0:  # now, for what is not allowed should not show after training
+        repo_id = patiently(
+            HfApi(token=hub_token).create_repo,
+            training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
+            private=training_args.hub_private_repo,
+            exist_ok=True,
+        ).repo_id
 
-    feature_extractor = AutoFeatureExtractor.from_pretrained(
+    feature_extractor = patiently(
+        AutoFeatureExtractor.from_pretrained,
         model_args.feature_extractor_name or model_args.model_name_or_path,
         revision=model_args.model_revision,
         cache_dir=model_args.cache_dir,
@@ -213,7 +223,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         for part in parts
     }
 
-    model = AutoModelForAudioClassification.from_pretrained(
+    model = patiently(
+        AutoModelForAudioClassification.from_pretrained,
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         cache_dir=model_args.cache_dir,
@@ -256,8 +267,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
                     split=f"{split} ({selection})" if selection else split,
                 )
     if trainer.is_world_process_zero():
-        if push_to_hub:
-            push(training_args, hub_token)
+        if repo_id:
+            push(training_args.output_dir, repo_id, hub_token)
         note_run(training_args.output_dir, settings, finished=True)
     return trainer
 
@@ -393,19 +404,10 @@ def make_stream(
     )
 
 
-def push(training_args: TrainingArguments, token: Optional[str]) -> None:
+def push(folder: str, repo_id: str, token: Optional[str]) -> None:
     """Upload the adapter, its card and its feature extractor, without checkpoints and pickles."""
-    api = HfApi(token=token)
-    repo = api.create_repo(
-        training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
-        private=training_args.hub_private_repo,
-        exist_ok=True,
-    )
-    api.upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=training_args.output_dir,
-        ignore_patterns=["checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"],
-    )
+    ignored = ["checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"]
+    patiently(HfApi(token=token).upload_folder, repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from peft_softmoa.training import (
     load_rows,
     make_loader,
     note_run,
+    patiently,
     select_rows,
     spec_augment,
     survey_rows,
@@ -140,12 +141,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = begin_run(args.output_dir, settings)
     set_seed(args.seed)
 
-    extractor = AutoFeatureExtractor.from_pretrained(args.model_name_or_path)
+    extractor = patiently(AutoFeatureExtractor.from_pretrained, args.model_name_or_path)
     train_stream = make_stream(args, extractor, None, training=True)
     label_names = list(train_stream.extract.label_ids)
     eval_stream = make_stream(args, extractor, label_names, training=False)
 
-    model = AutoModelForAudioClassification.from_pretrained(args.model_name_or_path)
+    model = patiently(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path)
     config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
     model = get_peft_model(model, config)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))

@@ -12,7 +12,6 @@ import pytest
 import train_audio_classification as script
 from conftest import SAMPLING_RATE, training_options, write_parquet
 from demo import write_base_model
-from hub import loopback_hub
 from huggingface_hub import ModelCard
 from sounds import SOUNDS, synthesise
 from train_audio_classification import main, parse
@@ -170,22 +169,6 @@ def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, ton
     with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
         main([*options, "--resume_from_checkpoint", str(tmp_path / "other" / "checkpoint-2")])
     assert (tmp_path / "out" / "adapter_model.bin").read_bytes() == b"precious"
-
-
-def test_push(base_folder, tones_folder, tmp_path):
-    with loopback_hub() as hub:
-        environment = hub.environment(tmp_path / "cache")
-        result = train(
-            base_folder, tones_folder, tmp_path / "out", environment, max_steps=2, save_strategy="steps", save_steps=1,
-            push_to_hub=True, hub_model_id="user/tones", hub_token="hf_secret",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        files = hub.repos["user/tones"]
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "preprocessor_config.json"} <= set(files)
-    assert b"import peft_softmoa" in files["README.md"]
-    assert not any("checkpoint" in name or name.endswith((".bin", ".pt")) for name in files)
-    assert not any(b"hf_secret" in content for content in files.values())
-    assert "hf_secret" not in result.stdout + result.stderr
 
 
 def test_demo(tmp_path):

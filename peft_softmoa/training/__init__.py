@@ -17,6 +17,7 @@ from .data import (
     survey_rows,
 )
 from .metrics import Accuracy, MacroF1, classification_metrics
+from .network import patiently
 from .streams import AudioStream, make_loader
 from .trainer import AudioTrainer
 
@@ -38,6 +39,7 @@ __all__ = [
     "newest_checkpoint",
     "note_run",
     "parse_selection",
+    "patiently",
     "reads_single_columns",
     "select_rows",
     "spec_augment",

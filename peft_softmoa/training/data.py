@@ -11,23 +11,22 @@ import io
 import logging
 import os
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
 
-import fsspec
 import numpy as np
 from datasets import Audio, ClassLabel, Features, IterableDataset, Value, load_dataset, load_dataset_builder
 from tqdm.auto import tqdm
 from transformers import SequenceFeatureExtractor
+
+from .network import patiently, read_url
 
 logger = logging.getLogger(__name__)
 
 METADATA = "metadata.csv"
 BLOCK_FRAMES = 65_536
 UNNAMED = "a clip without a name"
-PAUSES = (1.0, 4.0, 16.0)  # seconds between tries to read a URL
 
 
 class AudioError(ValueError):
@@ -111,7 +110,7 @@ def load_rows(
         rows = rows.map(_local_audio, fn_kwargs={"folder": str(folder), "audio_column": audio_column})
     else:
         options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        builder = load_dataset_builder(name, config_name, **options)
+        builder = patiently(load_dataset_builder, name, config_name, **options)
         if builder.__module__.endswith("audiofolder"):
             raise ValueError(
                 f"'{name}' is a folder of audio files, which datasets reads with torchcodec and a system FFmpeg only. "
@@ -121,9 +120,10 @@ def load_rows(
         if builder.info.splits and split not in builder.info.splits:
             raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(builder.info.splits)}.")
         if columns is not None and hasattr(builder.config, "columns"):
-            check_columns(load_dataset(name, config_name, split=split, streaming=True, **options), columns, name)
+            whole = patiently(load_dataset, name, config_name, split=split, streaming=True, **options)
+            check_columns(whole, columns, name)
             options["columns"] = list(columns)
-        rows = load_dataset(name, config_name, split=split, streaming=streaming, **options)
+        rows = patiently(load_dataset, name, config_name, split=split, streaming=streaming, **options)
         rows = rows if streaming else rows.to_iterable_dataset()
         if isinstance((rows.features or {}).get(audio_column), Audio):
             rows = rows.cast_column(audio_column, Audio(decode=False))
@@ -245,7 +245,7 @@ def reads_single_columns(name: str, config_name: Optional[str] = None, **hub: An
     root = Path(name)
     if (root / METADATA).is_file() or (root.is_dir() and any(root.glob(f"*/{METADATA}"))):
         return True
-    return hasattr(load_dataset_builder(name, config_name, **hub).config, "columns")
+    return hasattr(patiently(load_dataset_builder, name, config_name, **hub).config, "columns")
 
 
 # --- audio --------------------------------------------------------------------------------------------------------
@@ -273,11 +273,10 @@ def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling
     except ImportError as error:
         raise ImportError("Decoding audio needs soundfile and soxr: pip install 'peft-softmoa[audio]'") from error
     name, content = _name_and_content(audio)
-    if content is None and "://" in name:
-        content = _read_remote(name)
     try:
         if content is None:
-            content = Path(name).read_bytes()
+            # An outage is an error of its own: else all clips would be skipped as if they were bad.
+            content = read_url(name) if "://" in name else Path(name).read_bytes()
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             # In blocks: a broken header may declare any length, and memory is not for it to claim.
             blocks = [file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)]
@@ -285,6 +284,8 @@ def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling
                 blocks.append(file.read(BLOCK_FRAMES, dtype="float32", always_2d=True))
             samples = np.concatenate(blocks)
             declared, log, source_rate = file.frames, file.extra_info, file.samplerate
+    except ConnectionError:
+        raise
     except (OSError, ValueError, soundfile.LibsndfileError) as error:
         raise AudioError(name, f"unreadable ({getattr(error, 'error_string', error)})") from error
     if len(samples) < declared or _is_cut(content, log):
@@ -419,21 +420,6 @@ def _metadata_folder(name: str, split: str) -> Optional[Path]:
 
 def _local_audio(row: dict[str, Any], folder: str, audio_column: str) -> dict[str, Any]:
     return {audio_column: {"path": os.path.join(folder, row["file_name"]), "bytes": None}}
-
-
-def _read_remote(url: str) -> bytes:
-    """The content behind a URL. An outage is an error: else all clips would be skipped as if they were bad."""
-    for pause in (*PAUSES, None):
-        try:
-            with fsspec.open(url, "rb") as file:
-                return file.read()
-        except FileNotFoundError as error:
-            raise AudioError(url, "missing") from error
-        except Exception as error:  # clients have errors of their own
-            if pause is None:
-                raise ConnectionError(f"{url} could not be read after {len(PAUSES) + 1} tries: {error!r}") from error
-            time.sleep(pause)
-    raise AssertionError
 
 
 def _has_value(value: Any, values: Sequence[str], names: Optional[Sequence[str]]) -> bool:
