@@ -17,7 +17,7 @@ started again.
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
 import logging
 import sys
@@ -28,14 +28,12 @@ from typing import Literal, Optional
 import torch
 import transformers
 import yaml
-from datasets import IterableDataset
 from huggingface_hub import HfApi
 from peft import get_peft_model
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
     HfArgumentParser,
-    SequenceFeatureExtractor,
     TrainingArguments,
     set_seed,
 )
@@ -45,20 +43,13 @@ from peft_softmoa.card import add_results
 from peft_softmoa.training import (
     AudioStream,
     AudioTrainer,
-    ExtractFeatures,
     LogRouterLoss,
-    Survey,
     begin_run,
-    class_names,
+    check_apart,
     classification_metrics,
-    load_rows,
+    load_stream,
     note_run,
-    parse_selection,
     patiently,
-    reads_single_columns,
-    select_rows,
-    survey_metadata,
-    survey_rows,
 )
 
 logger = logging.getLogger(__name__)
@@ -88,12 +79,23 @@ SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "dataloader_num_workers",
+    "optim",
     "learning_rate",
     "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "max_grad_norm",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "label_smoothing_factor",
     "bf16",
     "fp16",
+    "num_train_epochs",
+    "max_steps",
 )
+# And what may differ: it changes nothing in what is trained.
+OTHER = ("token", "cache_dir", "eval_split_name", "eval_rows", "test_split_name", "test_rows")
 
 
 @dataclass
@@ -169,25 +171,32 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
             "--label_smoothing_factor and --routing top_k do not go together: the Trainer computes a smoothed loss "
             "itself, without the load-balancing loss of the routers. Leave one out, or set --router_aux_loss_coef 0."
         )
-    check_rows_are_apart(data_args, training_args)
+    parts = {"training": (data_args.train_split_name, data_args.train_rows)}
+    if training_args.eval_strategy != "no":
+        parts["evaluation"] = (data_args.eval_split_name, data_args.eval_rows)
+    if data_args.test_split_name:
+        parts["test"] = (data_args.test_split_name, data_args.test_rows)
+    check_apart(parts)
     settings = {
-        **{name: value for name, value in asdict(model_args).items() if name not in ("token", "cache_dir")},
-        **asdict(data_args),
-        **asdict(adapter_args),
+        **{name: value for part in (model_args, data_args, adapter_args) for name, value in asdict(part).items()},
         **{name: getattr(training_args, name) for name in SETTINGS},
         "num_processes": training_args.world_size,
     }
+    settings = {name: value for name, value in settings.items() if name not in OTHER}
     resume = training_args.resume_from_checkpoint
     if resume and str(resume).lower() in ("true", "false"):
         resume = str(resume).lower() == "true"
-    checkpoint = begin_run(training_args.output_dir, settings, resume)
+    is_main = training_args.process_index == 0
+    checkpoint = begin_run(
+        training_args.output_dir, settings, resume, longer=("num_train_epochs", "max_steps"), is_main=is_main
+    )
     set_seed(training_args.seed)
     # Pushing is done here, at the end: the Trainer would write a card of its own over the adapter's, and a token into
     # every checkpoint.
     push_to_hub, hub_token = training_args.push_to_hub, training_args.hub_token
     training_args.push_to_hub, training_args.hub_token = False, None
     repo_id = None
-    if push_to_hub and training_args.process_index == 0:  # now, for what is not allowed should not show after training
+    if push_to_hub and is_main:  # now, for what is not allowed should not show after training
         repo_id = patiently(
             HfApi(token=hub_token).create_repo,
             training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
@@ -202,26 +211,30 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         cache_dir=model_args.cache_dir,
         token=model_args.token,
     )
-    parts = {"training": (data_args.train_split_name, data_args.train_rows)}
-    if training_args.eval_strategy != "no":
-        parts["evaluation"] = (data_args.eval_split_name, data_args.eval_rows)
-    if data_args.test_split_name:
-        parts["test"] = (data_args.test_split_name, data_args.test_rows)
-    rows = {part: read_rows(data_args, model_args, *each) for part, each in parts.items()}
-    surveys = {part: survey(part, *each, data_args, model_args, training_args) for part, each in parts.items()}
-    known = surveys["training"].labels if surveys["training"] else ()
-    for part, found in surveys.items():
-        unseen = sorted(set(found.labels) - set(known)) if found and known else ()
-        if unseen:
-            raise ValueError(
-                f"The {part} rows of {data_args.dataset_name} have labels that the training rows do not have: "
-                f"{', '.join(unseen)}. Training has: {', '.join(known)}."
-            )
-    label_names = class_names(rows["training"], data_args.label_column_name) or list(known)
-    streams = {
-        part: make_stream(rows[part], surveys[part], label_names, feature_extractor, data_args, training_args, part)
-        for part in parts
-    }
+    streams: dict[str, AudioStream] = {}
+    label_names = None
+    for part, (split, rows) in parts.items():
+        streams[part] = load_stream(
+            data_args.dataset_name,
+            split,
+            feature_extractor,
+            rows=rows,
+            label_names=label_names,
+            audio_column=data_args.audio_column_name,
+            label_column=data_args.label_column_name,
+            config_name=data_args.dataset_config_name,
+            streaming=data_args.streaming,
+            training=part == "training",
+            needs_length=part == "training" and training_args.max_steps <= 0,
+            max_length_seconds=data_args.max_length_seconds,
+            on_bad_audio=data_args.on_bad_audio,
+            shuffle_buffer=data_args.shuffle_buffer_size,
+            seed=training_args.seed,
+            revision=data_args.dataset_revision,
+            token=model_args.token,
+            cache_dir=model_args.cache_dir,
+        )
+        label_names = list(streams[part].extract.label_ids)
 
     model = patiently(
         AutoModelForAudioClassification.from_pretrained,
@@ -275,138 +288,41 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:
     """Arguments of the command line and, before it, of the YAML file that `--config` names."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, AdapterArguments, TrainingArguments))
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", metavar="FILE", help="YAML file with arguments, as in examples/recipes/")
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, AdapterArguments, TrainingArguments), parents=[files], allow_abbrev=False
+    )
     parser.set_defaults(**TRAINING_DEFAULTS)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with arguments, as in examples/recipes/.")
-    if "--config" in arguments:
-        index = arguments.index("--config")
-        arguments = [*read_config(arguments[index + 1 :][:1], parser), *arguments[:index], *arguments[index + 2 :]]
+    file, arguments = files.parse_known_args(arguments)
+    if file.config:
+        arguments = [*read_config(file.config, parser), *arguments]
     return parser.parse_args_into_dataclasses(arguments)[:4]
 
 
-def read_config(paths: list[str], parser: HfArgumentParser) -> list[str]:
+def read_config(path: str, parser: HfArgumentParser) -> list[str]:
     """Arguments from a YAML file, in the form of a command line."""
-    if not paths:
-        raise ValueError("--config takes a YAML file.")
-    given = yaml.safe_load(Path(paths[0]).read_text())
-    names = {action.dest for action in parser._actions} - {"help", "config"}
-    unknown = sorted(map(str, given.keys() - names)) if isinstance(given, dict) else ["no fields at all"]
+    given = yaml.safe_load(Path(path).read_text())
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    unknown = sorted(map(str, given.keys() - known)) if isinstance(given, dict) else ["no fields at all"]
     if unknown:
         raise ValueError(
-            f"'{paths[0]}' has {', '.join(unknown)}, which this script does not take. Correct or remove it: --help "
-            "lists all arguments."
+            f"'{path}' has {', '.join(unknown)}, which this script does not take. Correct or remove it: --help lists "
+            "all arguments."
         )
     arguments = []
     for name, value in given.items():
+        if value is False and "no" in map(str, known[name].choices or ()):
+            value = "no"  # which YAML takes for False
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        arguments += [f"--{name}", *map(str, values)]
+        if value is not None:
+            arguments += [f"--{name}", *map(str, values)]
     return arguments
-
-
-def check_rows_are_apart(data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Refuse to evaluate, or to test, on rows that were trained on."""
-    selections = {"training": (data_args.train_split_name, data_args.train_rows)}
-    if training_args.eval_strategy != "no":
-        selections["evaluation"] = (data_args.eval_split_name, data_args.eval_rows)
-    if data_args.test_split_name:
-        selections["test"] = (data_args.test_split_name, data_args.test_rows)
-    for one, other in itertools.combinations(selections, 2):
-        (split, rows), (other_split, other_rows) = selections[one], selections[other]
-        column, values = parse_selection(rows) if rows else (None, ())
-        other_column, other_values = parse_selection(other_rows) if other_rows else (None, ())
-        if split != other_split or (None not in (column, other_column) and column != other_column):
-            continue
-        if None in (column, other_column) or set(values) & set(other_values):
-            raise ValueError(
-                f"{one.capitalize()} and {other} both read the split '{split}' and share rows: choose different ones "
-                f"with --train_rows, --eval_rows and --test_rows (now {rows} and {other_rows})."
-            )
-
-
-def read_rows(
-    data_args: DataArguments,
-    model_args: ModelArguments,
-    split: str,
-    selection: Optional[str],
-    labels_only: bool = False,
-) -> IterableDataset:
-    """Rows of a split, selected; with the columns that are needed."""
-    columns = (
-        [data_args.label_column_name] if labels_only else [data_args.audio_column_name, data_args.label_column_name]
-    )
-    if selection and parse_selection(selection)[0] not in columns:
-        columns.append(parse_selection(selection)[0])
-    rows = load_rows(
-        data_args.dataset_name,
-        split,
-        audio_column=data_args.audio_column_name,
-        columns=columns,
-        config_name=data_args.dataset_config_name,
-        revision=data_args.dataset_revision,
-        token=model_args.token,
-        cache_dir=model_args.cache_dir,
-        streaming=data_args.streaming,
-    )
-    return select_rows(rows, selection, data_args.dataset_name) if selection else rows
-
-
-def survey(
-    part: str,
-    split: str,
-    selection: Optional[str],
-    data_args: DataArguments,
-    model_args: ModelArguments,
-    training_args: TrainingArguments,
-) -> Optional[Survey]:
-    """Number of rows and labels: counted where that does not read the audio, else from what the dataset says."""
-    label_column = data_args.label_column_name
-    rows = read_rows(data_args, model_args, split, selection, labels_only=True)
-    options = {"revision": data_args.dataset_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
-    names = class_names(rows, label_column)
-    if names is None or reads_single_columns(data_args.dataset_name, data_args.dataset_config_name, **options):
-        return survey_rows(rows, label_column, f"{data_args.dataset_name} ({part})")
-    found = None if selection else survey_metadata(rows, label_column)
-    if found is None and part == "training" and training_args.max_steps <= 0:
-        raise ValueError(
-            f"{data_args.dataset_name} does not say how many rows '{split}'{f' with {selection}' if selection else ''} "
-            "has, and counting them would read all of its audio: give --max_steps instead of --num_train_epochs."
-        )
-    return found
-
-
-def make_stream(
-    rows: IterableDataset,
-    found: Optional[Survey],
-    label_names: list[str],
-    feature_extractor: SequenceFeatureExtractor,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    part: str,
-) -> AudioStream:
-    """Stream of model inputs; shuffled and cut at random places in training."""
-    extract = ExtractFeatures(
-        feature_extractor,
-        label_names,
-        audio_column=data_args.audio_column_name,
-        label_column=data_args.label_column_name,
-        class_names=class_names(rows, data_args.label_column_name),
-        max_length_seconds=data_args.max_length_seconds,
-        random_crop=part == "training",
-        on_bad_audio=data_args.on_bad_audio,
-    )
-    return AudioStream(
-        rows,
-        extract,
-        found,
-        shuffle_buffer=data_args.shuffle_buffer_size if part == "training" else 0,
-        seed=training_args.seed,
-        name=data_args.dataset_name,
-    )
 
 
 def push(folder: str, repo_id: str, token: Optional[str]) -> None:
     """Upload the adapter, its card and its feature extractor, without checkpoints and pickles."""
-    ignored = ["checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"]
+    ignored = ["*checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"]
     patiently(HfApi(token=token).upload_folder, repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
 
 

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoFeatureExtractor,
@@ -33,18 +32,15 @@ from transformers.trainer_utils import rotate_checkpoints
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.card import add_results
 from peft_softmoa.training import (
-    AudioStream,
-    ExtractFeatures,
     begin_run,
-    class_names,
+    check_apart,
     classification_metrics,
-    load_rows,
+    load_stream,
+    make_eval_loader,
     make_loader,
     note_run,
     patiently,
-    select_rows,
     spec_augment,
-    survey_rows,
     whole_checkpoint,
 )
 
@@ -75,27 +71,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_stream(args: argparse.Namespace, extractor, label_names: list[str] | None, training: bool) -> AudioStream:
-    """The rows of training or evaluation as a stream of model inputs."""
-    split, selection = (args.train_split_name, args.train_rows) if training else (args.eval_split_name, args.eval_rows)
-    rows = load_rows(args.dataset_name, split, audio_column=args.audio_column_name)
-    if selection:
-        rows = select_rows(rows, selection, args.dataset_name)
-    survey = survey_rows(rows, args.label_column_name, args.dataset_name)
-    names = class_names(rows, args.label_column_name)
-    extract = ExtractFeatures(
-        extractor,
-        label_names or names or survey.labels,
-        audio_column=args.audio_column_name,
-        label_column=args.label_column_name,
-        class_names=names,
-        max_length_seconds=args.max_length_seconds,
-        random_crop=training,
-    )
-    shuffle_buffer = args.shuffle_buffer_size if training else 0
-    return AudioStream(rows, extract, survey, shuffle_buffer=shuffle_buffer, seed=args.seed, name=args.dataset_name)
-
-
 def save_only_the_adapter(accelerator: Accelerator) -> None:
     """Leave the frozen base model out of checkpoints; FSDP and DeepSpeed save their parts of a model by themselves."""
 
@@ -117,6 +92,7 @@ def save_only_the_adapter(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
+@torch.random.fork_rng(devices=[])  # a run that goes on does not evaluate again, and needs the same random numbers
 def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
     model.eval()
     outputs = []
@@ -135,16 +111,33 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
-    other = ("num_train_epochs", "save_steps", "report_to", "output_dir")
+    evaluation = (args.eval_split_name, args.eval_rows)
+    check_apart({"training": (args.train_split_name, args.train_rows), "evaluation": evaluation})
+    other = ("eval_split_name", "eval_rows", "save_steps", "report_to", "output_dir")
     settings = {name: value for name, value in vars(args).items() if name not in other}
-    settings["num_processes"] = accelerator.num_processes
-    checkpoint = begin_run(args.output_dir, settings)
+    settings.update(num_processes=accelerator.num_processes, mixed_precision=accelerator.mixed_precision)
+    checkpoint = begin_run(args.output_dir, settings, is_main=accelerator.is_main_process)
     set_seed(args.seed)
 
     extractor = patiently(AutoFeatureExtractor.from_pretrained, args.model_name_or_path)
-    train_stream = make_stream(args, extractor, None, training=True)
+    data = {
+        "audio_column": args.audio_column_name,
+        "label_column": args.label_column_name,
+        "max_length_seconds": args.max_length_seconds,
+        "shuffle_buffer": args.shuffle_buffer_size,
+        "seed": args.seed,
+    }
+    train_stream = load_stream(args.dataset_name, args.train_split_name, extractor, rows=args.train_rows, **data)
     label_names = list(train_stream.extract.label_ids)
-    eval_stream = make_stream(args, extractor, label_names, training=False)
+    eval_stream = load_stream(
+        args.dataset_name,
+        args.eval_split_name,
+        extractor,
+        rows=args.eval_rows,
+        label_names=label_names,
+        training=False,
+        **data,
+    )
 
     model = patiently(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path)
     config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
@@ -155,10 +148,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if parameter.requires_grad:
             groups[name in decayed]["params"].append(parameter)
     optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.98), eps=1e-6)
-    loader = make_loader(
-        train_stream, args.per_device_train_batch_size, accelerator, num_workers=args.dataloader_num_workers
-    )
-    eval_loader = accelerator.prepare(DataLoader(eval_stream, args.per_device_train_batch_size))
+    batch_size, num_workers = args.per_device_train_batch_size, args.dataloader_num_workers
+    loader = make_loader(train_stream, batch_size, accelerator, num_workers=num_workers)
+    eval_loader = make_eval_loader(eval_stream, batch_size, accelerator, num_workers=num_workers)
     steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     steps = args.num_train_epochs * steps_per_epoch
     scheduler = get_cosine_schedule_with_warmup(optimizer, 0, steps)
@@ -209,7 +201,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=state)
         extractor.save_pretrained(args.output_dir)
-        add_results(args.output_dir, metrics, dataset=args.dataset_name, split=args.eval_split_name)
+        split = " ".join(filter(None, evaluation))
+        add_results(args.output_dir, metrics, dataset=args.dataset_name, split=split)
         note_run(args.output_dir, settings, finished=True)
     accelerator.end_training()
     return metrics

@@ -7,6 +7,7 @@ one that somebody has written keeps its text and gets the section at its end.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -15,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
 HEADING = "## Mixture of adapters"
-RESULTS = "## Results"
+RESULTS = "## Results of training"
 # Names of metrics on the Hub, by the names that `peft_softmoa.training` gives them.
 METRICS = {"accuracy": ("accuracy", "Accuracy"), "f1_macro": ("f1", "Macro F1")}
 
@@ -113,7 +114,12 @@ def add_results(
         )
         for metric, value in metrics.items()
     ]
-    others = [each for each in card.data.eval_results or [] if (each.dataset_name, each.dataset_split) != (name, split)]
+    here = (name, config_name, split)
+    others = [
+        each
+        for each in card.data.eval_results or []
+        if (each.dataset_name, each.dataset_config, each.dataset_split) != here
+    ]
     card.data.model_name = Path(folder).resolve().name
     card.data.eval_results = [*others, *results]
     if not is_local:
@@ -127,12 +133,12 @@ def add_results(
 
 
 def _with_section(text: str, heading: str, section: str) -> str:
-    """A card's text with a section in the place of the one of its heading, or at the end."""
-    if heading not in text:
+    """A card's text with a section in the place of the one that begins with the same line, or at the end."""
+    found = re.search(rf"^{re.escape(heading)}$", text, re.MULTILINE)
+    if found is None:
         return f"{text.rstrip()}\n\n{section}"
-    before, _, after = text.partition(heading)
-    _, following, rest = after.partition("\n## ")
-    return before + section + following + rest
+    _, following, rest = text[found.end() :].partition("\n## ")
+    return text[: found.start()] + section + following + rest
 
 
 def _own_words(text: str) -> list[str]:

@@ -117,9 +117,10 @@ def test_results_are_stated_for_the_hub_and_for_readers(tmp_path):
     }
     assert card.data.model_name == "birds" and card.data.datasets == ["ashraq/esc50"]
     assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["revision"] == "main"
-    assert "| ashraq/esc50 | train (fold=5) | Accuracy | 0.9123 |\n" in card.text and card.text.count("## Results") == 1
+    assert "| ashraq/esc50 | train (fold=5) | Accuracy | 0.9123 |\n" in card.text
+    assert card.text.count("## Results of training") == 1
     assert str(tmp_path) not in str(card)
     # Saving the adapter again keeps them.
     save(tmp_path / "birds")
     again = ModelCard.load(tmp_path / "birds" / "README.md")
-    assert HEADING in again.text and "## Results" in again.text and len(again.data.eval_results) == 3
+    assert HEADING in again.text and "## Results of training" in again.text and len(again.data.eval_results) == 3

@@ -26,7 +26,7 @@ def test_quickstart_and_loading(base_folder, tones_folder, tmp_path, monkeypatch
     local = {
         "MIT/ast-finetuned-audioset-10-10-0.4593": str(base_folder),
         "ashraq/esc50": str(write_parquet(tmp_path / "parquet", tones_folder, class_label=False)),
-        '"category"': '"label"',
+        'label_column="category"': 'label_column="label"',
     }
     quickstart = code("quickstart")
     for there, here in local.items():

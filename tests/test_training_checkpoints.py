@@ -10,7 +10,7 @@ import torch
 from conftest import FRAMES, training_options
 from train_audio_classification import main
 
-from peft_softmoa.training import begin_run, newest_checkpoint, note_run, whole_checkpoint
+from peft_softmoa.training import AudioTrainer, begin_run, newest_checkpoint, note_run, whole_checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # A run with all that is drawn at random: order, cuts, masks and dropout.
@@ -82,14 +82,20 @@ print("steps at the kills:", *steps)
 
 def test_twenty_kills_lose_nothing(base_folder, tones_folder, tmp_path):
     """The adapter is, to the bit, that of a run that was let alone; with a worker that reads the data."""
-    arguments = {**RANDOM, "max_steps": 90, "save_total_limit": 2, "dataloader_num_workers": 1}
+    arguments = {
+        **RANDOM,
+        "max_steps": 89,
+        "lr_scheduler_type": "constant",
+        "save_total_limit": 2,
+        "dataloader_num_workers": 1,
+    }
     options = training_options(base_folder, tones_folder, tmp_path, **arguments)[:-2]
     done = subprocess.run(
         [sys.executable, "-c", KILLS, str(EXAMPLES), str(tmp_path), "20", *options], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     steps = list(map(int, done.stdout.rpartition("steps at the kills:")[2].split()))
-    assert len(set(steps)) > 10 and steps[-1] < 90
+    assert len(set(steps)) > 10 and steps[-1] < 89
     killed, whole = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole"))
     assert killed == whole
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["finished"]
@@ -131,7 +137,7 @@ def test_a_full_disk_leaves_the_newest_checkpoint(base_folder, tones_folder, tmp
         ({"per_device_train_batch_size": 4}, "per_device_train_batch_size was 3 and is 4"),
         (
             {"train_rows": "fold=2", "shuffle_buffer_size": 7},
-            "shuffle_buffer_size was 5 and is 7; train_rows was 'fold=1'",
+            "train_rows was 'fold=1' and is 'fold=2'; shuffle_buffer_size was 5",
         ),
     ],
 )
@@ -151,7 +157,17 @@ def test_when_a_run_goes_on(tmp_path):
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-best").mkdir()
     assert newest_checkpoint(folder) == begin_run(folder, {"seed": 1}) == str(folder / "checkpoint-10")
-    assert begin_run(folder, {"seed": 1}, str(folder / "checkpoint-9")) == str(folder / "checkpoint-9")
+    # Back to an earlier one: those after it do not get in its way, nor are they lost.
+    earlier = str(folder / "checkpoint-9")
+    assert begin_run(folder, {"seed": 1}, earlier) == earlier
+    assert {path.name for path in folder.glob("*checkpoint-*")} == {
+        "checkpoint-9",
+        "checkpoint-best",
+        "later-checkpoint-10",
+    }
+    (folder / "checkpoint-10").mkdir()
+    # The same command, started again, goes on from where it was.
+    assert begin_run(folder, {"seed": 1}, earlier) == str(folder / "checkpoint-10")
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
         begin_run(folder, {"seed": 2})
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
@@ -160,11 +176,20 @@ def test_when_a_run_goes_on(tmp_path):
         begin_run(folder, {"seed": 1}, str(folder / "checkpoint-11"))
     with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
         begin_run(folder, {"seed": 1}, str(tmp_path / "other" / "checkpoint-1"))
+    # A setting that another version does not know is no other one.
+    assert begin_run(folder, {"seed": 1, "new": 5})
+    with pytest.raises(ValueError, match="already holds a model"):
+        begin_run(folder, {"seed": 1}, False)
+    note_run(folder, {"seed": 1, "epochs": 2}, finished=True)
+    with pytest.raises(ValueError, match="epochs was 2 and is 3"):
+        begin_run(folder, {"seed": 1, "epochs": 3}, longer=["epochs"])
+    assert begin_run(folder, {"seed": 1, "epochs": 3}, True, longer=["epochs"])
     note_run(folder, {"seed": 1}, finished=True)
     with pytest.raises(ValueError, match="is finished"):
         begin_run(folder, {"seed": 1})
     assert begin_run(folder, {"seed": 1}, True) == str(folder / "checkpoint-10")
-    assert json.loads((folder / "run.json").read_text()) == {"finished": False, "settings": {"seed": 1}}
+    noted = json.loads((folder / "run.json").read_text())
+    assert noted == {"finished": False, "resume": True, "settings": {"seed": 1}}
     assert begin_run(tmp_path / "new", {"seed": 1}, None) is None
     with pytest.raises(ValueError, match="There is no checkpoint in .*new"):
         begin_run(tmp_path / "new", {"seed": 1}, True)
@@ -185,6 +210,51 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
         Path(path, "file").write_text("3")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "3"
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_goes_on_from_the_end_of_an_epoch(base_folder, tones_folder, tmp_path, monkeypatch, strategy):
+    """Where it evaluates, which is not done again."""
+    options = {"eval_strategy": strategy, "save_strategy": strategy, "save_steps": 3, "eval_steps": 1, "max_steps": 7}
+    main(run_of(base_folder, tones_folder, tmp_path / "whole", **options))
+
+    def cut_off(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AudioTrainer, "_save_checkpoint", _until(3, AudioTrainer._save_checkpoint, cut_off))
+    with pytest.raises(KeyboardInterrupt):
+        main(run_of(base_folder, tones_folder, tmp_path / "cut", **options))
+    assert newest_checkpoint(tmp_path / "cut").endswith("checkpoint-3")
+    monkeypatch.undo()
+    main(run_of(base_folder, tones_folder, tmp_path / "cut", **options))
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert files[0] == files[1]
+
+
+def _until(step, save, then):
+    def save_or_stop(trainer, *args):
+        if trainer.state.global_step > step:
+            then()
+        save(trainer, *args)
+
+    return save_or_stop
+
+
+def test_a_run_that_lacks_only_its_end_trains_no_more(base_folder, tones_folder, tmp_path):
+    """Its last step is within an epoch, of which the Trainer would go on with the next."""
+    options = run_of(base_folder, tones_folder, tmp_path / "out", lr_scheduler_type="constant")
+    main(options)
+    adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    run = tmp_path / "out" / "run.json"
+    run.write_text(run.read_text().replace('"finished": true', '"finished": false'))
+    assert main(options).state.global_step == 4
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_small_last_batches_are_kept(base_folder, tones_folder, tmp_path):
+    with pytest.raises(ValueError, match="leave out --dataloader_drop_last"):
+        main(run_of(base_folder, tones_folder, tmp_path / "out", dataloader_drop_last=True))
 
 
 def test_the_best_checkpoint_is_kept_and_loaded(base_folder, tones_folder, tmp_path):

@@ -7,6 +7,7 @@ from .data import (
     AudioError,
     ExtractFeatures,
     Survey,
+    check_apart,
     class_names,
     decode_audio,
     load_rows,
@@ -18,7 +19,7 @@ from .data import (
 )
 from .metrics import Accuracy, MacroF1, classification_metrics
 from .network import patiently
-from .streams import AudioStream, make_loader
+from .streams import AudioStream, load_stream, make_eval_loader, make_loader
 from .trainer import AudioTrainer
 
 __all__ = [
@@ -31,10 +32,13 @@ __all__ = [
     "MacroF1",
     "Survey",
     "begin_run",
+    "check_apart",
     "class_names",
     "classification_metrics",
     "decode_audio",
     "load_rows",
+    "load_stream",
+    "make_eval_loader",
     "make_loader",
     "newest_checkpoint",
     "note_run",

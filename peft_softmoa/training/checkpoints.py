@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 # Where a checkpoint is while it is written, and what a run notes of itself, in its output folder.
 STAGING = "unfinished-checkpoint"
 RUN = "run.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def newest_checkpoint(folder: Union[str, os.PathLike]) -> Optional[str]:
@@ -56,33 +56,47 @@ def whole_checkpoint(
             checkpoints before it are still there.
     """
     staging, place = Path(folder, STAGING), Path(folder, name)
-    if is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        (staging / name).mkdir(parents=True)
-    wait()
     try:
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / name).mkdir(parents=True)
+        wait()
         yield str(staging / name)
+        wait()
+        if is_main:
+            for path in (*staging.rglob("*"), staging / name):
+                _sync(path)  # on the disk before it gets its name, should the machine go down
+            if place.exists():  # of the same step, by an earlier run
+                os.replace(place, staging / "earlier")
+            os.replace(staging / name, place)
+            _sync(Path(folder))
+            shutil.rmtree(staging)
+        wait()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        shutil.rmtree(staging, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
         newest = newest_checkpoint(folder)
         raise OSError(
             f"{name} could not be saved in '{folder}': {error}. The newest checkpoint is still {newest or 'none'}. "
             "Make room if the disk is full, and start the same command again: it goes on from there."
         ) from error
-    wait()
-    if is_main:
-        for path in staging.rglob("*"):
-            if path.is_file():  # on the disk before it gets its name, should the machine go down
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(place, ignore_errors=True)  # of the same step, by an earlier run
-        os.replace(staging / name, place)
-        staging.rmdir()
-    wait()
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def begin_run(
-    folder: Union[str, os.PathLike], settings: Mapping[str, Any], resume: Union[str, bool, None] = None
+    folder: Union[str, os.PathLike],
+    settings: Mapping[str, Any],
+    resume: Union[str, bool, None] = None,
+    *,
+    longer: Collection[str] = (),
+    is_main: bool = True,
 ) -> Optional[str]:
     """Decide whether a run starts or goes on, and note what it is.
 
@@ -92,7 +106,11 @@ def begin_run(
         folder (str or PathLike): the output folder.
         settings (mapping): what has to stay the same, as JSON.
         resume (str or bool, optional): a checkpoint in this folder, or True for the newest, to train a finished run
-            longer or to go back. Default: none.
+            longer or to go back; the checkpoints after it get names that begin with `later-`. False starts a run, and
+            only that. Default: none of these.
+        longer (collection of str): names of settings that may change if `resume` is given, such as the number of
+            epochs. Default: none.
+        is_main (bool): whether this process, of several, writes. Default: True.
 
     Returns:
         str, optional: the checkpoint to go on from; None for a start.
@@ -108,18 +126,18 @@ def begin_run(
         raise ValueError(
             f"--resume_from_checkpoint must be a checkpoint in the output folder '{folder}', got '{resume}'."
         )
-    if not path.is_file():
-        if present and not resume:
-            raise ValueError(
-                f"The output folder '{folder}' already holds a model ({', '.join(present)}). Choose another "
-                "--output_dir, or go on from one of its checkpoints with --resume_from_checkpoint."
-            )
-    else:
-        noted = json.loads(path.read_text())
+    noted = json.loads(path.read_text()) if path.is_file() else None
+    if present and not resume and (noted is None or resume is False):
+        raise ValueError(
+            f"The output folder '{folder}' already holds a model ({', '.join(present)}). Choose another --output_dir, "
+            "or go on from one of its checkpoints with --resume_from_checkpoint."
+        )
+    if noted:
+        before = noted["settings"]
         changed = [
-            f"{name} was {noted['settings'].get(name)!r} and is {settings.get(name)!r}"
-            for name in sorted({*noted["settings"], *settings})
-            if noted["settings"].get(name) != settings.get(name)
+            f"{name} was {before[name]!r} and is {value!r}"
+            for name, value in settings.items()
+            if name in before and before[name] != value and not (resume and name in longer)
         ]
         if changed and present:
             raise ValueError(
@@ -128,29 +146,47 @@ def begin_run(
             )
         if noted["finished"] and not resume:
             raise ValueError(
-                f"The run in the output folder '{folder}' is finished. Choose another --output_dir, or train it longer "
-                "with --resume_from_checkpoint True and more --num_train_epochs."
+                f"The run in the output folder '{folder}' is finished. Choose another --output_dir, or train it longer"
+                f"{' with --resume_from_checkpoint True and other ' + ' or '.join(longer) if longer else ''}."
             )
-    newest = newest_checkpoint(folder)
-    checkpoint = resume if isinstance(resume, str) else newest
+    # The command that went back to an earlier checkpoint goes on from the newest, if it is started again.
+    goes_back = isinstance(resume, str) and not (noted and noted.get("resume") == resume and not noted["finished"])
+    checkpoint = str(resume) if goes_back else newest_checkpoint(folder)
     if resume and (checkpoint is None or not os.path.isdir(checkpoint)):
         raise ValueError(
             f"There is no checkpoint {resume if isinstance(resume, str) else f'in {folder}'} to go on from."
         )
-    note_run(folder, settings, finished=False)
+    if is_main:
+        if goes_back and checkpoint:
+            for later in Path(folder).glob("checkpoint-*"):
+                if CHECKPOINT.fullmatch(later.name) and _step(later) > _step(checkpoint):
+                    shutil.rmtree(later.with_name(f"later-{later.name}"), ignore_errors=True)
+                    os.replace(later, later.with_name(f"later-{later.name}"))
+        note_run(folder, settings, finished=False, resume=resume)
     return checkpoint
 
 
-def note_run(folder: Union[str, os.PathLike], settings: Mapping[str, Any], finished: bool) -> None:
+def note_run(
+    folder: Union[str, os.PathLike],
+    settings: Mapping[str, Any],
+    *,
+    finished: bool,
+    resume: Union[str, bool, None] = None,
+) -> None:
     """Note what a run is, and whether it is finished.
 
     Args:
         folder (str or PathLike): the output folder; it is made.
         settings (mapping): what has to stay the same, as JSON.
         finished (bool): whether all of it was saved.
+        resume (str or bool, optional): with what it was asked to go on. Default: none.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    # Each process has a file of its own; they say the same.
-    written = Path(folder, f"{RUN}.{os.getpid()}")
-    written.write_text(json.dumps({"finished": finished, "settings": dict(settings)}, indent=2) + "\n")
+    written = Path(folder, f"{RUN}.unfinished")
+    noted = {"finished": finished, "resume": resume, "settings": dict(settings)}
+    written.write_text(json.dumps(noted, indent=2) + "\n")
     os.replace(written, Path(folder, RUN))
+
+
+def _step(checkpoint: Union[str, os.PathLike]) -> int:
+    return int(os.fspath(checkpoint).rpartition("-")[2])

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
 
@@ -170,6 +171,28 @@ def parse_selection(selection: str) -> tuple[str, tuple[str, ...]]:
     if not (column.strip() and equals and chosen):
         raise ValueError(f"A selection of rows has the form column=value,value, such as fold=1,2,3; got '{selection}'.")
     return column.strip(), chosen
+
+
+def check_apart(parts: Mapping[str, tuple[str, Optional[str]]]) -> None:
+    """Check that no row is used for two things, such as training and evaluation.
+
+    Args:
+        parts (mapping): split and selection of rows, if there is one, of each use by its name.
+
+    Raises:
+        ValueError: if two uses read one split and do not select different rows of it.
+    """
+    for one, other in itertools.combinations(parts, 2):
+        (split, rows), (other_split, other_rows) = parts[one], parts[other]
+        column, values = parse_selection(rows) if rows else (None, ())
+        other_column, other_values = parse_selection(other_rows) if other_rows else (None, ())
+        if split != other_split or (None not in (column, other_column) and column != other_column):
+            continue
+        if None in (column, other_column) or set(values) & set(other_values):
+            raise ValueError(
+                f"{one.capitalize()} and {other} both read the split '{split}' and share rows: choose different ones "
+                f"with --train_rows, --eval_rows and --test_rows (now {rows} and {other_rows})."
+            )
 
 
 def class_names(rows: IterableDataset, label_column: str) -> Optional[list[str]]:

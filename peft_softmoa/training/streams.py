@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import fsspec.asyn
 import numpy as np
@@ -15,8 +15,20 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from datasets import IterableDataset
 from torch.utils.data import DataLoader, get_worker_info
+from transformers import SequenceFeatureExtractor
 
-from .data import ExtractFeatures, Survey, check_columns
+from .data import (
+    ExtractFeatures,
+    Survey,
+    check_columns,
+    class_names,
+    load_rows,
+    parse_selection,
+    reads_single_columns,
+    select_rows,
+    survey_metadata,
+    survey_rows,
+)
 
 BATCH = 8  # rows that are decoded at a time
 
@@ -75,11 +87,11 @@ class AudioStream(torch.utils.data.IterableDataset):
         self._epoch.fill_(epoch)
 
     def part(self, process_index: int, num_processes: int, batch_size: int, num_workers: int) -> AudioStream:
-        """What a process reads, in a number of batches that is known before.
+        """What a process reads for training, in a number of batches that is known before.
 
         Processes wait for each other in every step, and a run that goes on from a checkpoint counts batches. So one
         that has fewer rows than another, or skips so many that a batch is missing, goes on with its first ones again,
-        as Accelerate does to complete a last batch.
+        as Accelerate does to complete a last batch. A stream without length goes on for ever, from epoch to epoch.
 
         Args:
             process_index (int): which process.
@@ -119,29 +131,39 @@ class AudioStream(torch.utils.data.IterableDataset):
         if worker:
             fsspec.asyn.reset_lock()  # a forked process would wait for its parent's for ever
         reader, readers = self.process_index * workers + index, self.num_processes * workers
-        skipped = self.extract.skipped
+        epoch, skipped = int(self._epoch), self.extract.skipped
         skipped.clear()
+        quota = self._quota(index, workers) if self.batch_size and self.survey else None
         count = 0
         try:
-            for example in self._read(reader, readers):
+            for example in islice(self._read(reader, readers, epoch), quota):
                 yield example
                 count += 1
         finally:  # training may stop within a pass
             # A worker forgets with each epoch what it has said.
-            if not (worker and self._epoch):
+            if not (worker and epoch):
                 self.extract.report(self.survey.num_rows if self.survey else None)
-        if count == 0 and skipped:
+        if count == 0 and skipped and readers == 1:
             raise ValueError(f"None of the {len(skipped)} audio files can be used: {'; '.join(skipped)}")
-        if self.batch_size and self.survey:
-            quota = self._quota(index, workers)
+        if self.batch_size and quota is not None:
             while math.ceil(count / self.batch_size) < math.ceil(quota / self.batch_size):
-                for example in islice(self._read(reader, readers), quota - count):
-                    yield example
-                    count += 1
+                before = count
+                # Its own first rows again and, as it may have none that can be used, those of the others.
+                for turn in range(readers):
+                    again = self._read((reader + turn) % readers, readers, epoch)
+                    for example in islice(again, quota - count):
+                        yield example
+                        count += 1
+                if count == before:
+                    raise ValueError(f"None of the rows of {self.name} can be used: {'; '.join(skipped)}")
+        elif self.batch_size:
+            while count:
+                epoch += 1
+                yield from self._read(reader, readers, epoch)
 
-    def _read(self, reader: int, readers: int) -> Iterator[dict[str, Any]]:
+    def _read(self, reader: int, readers: int, epoch: int) -> Iterator[dict[str, Any]]:
         """Examples of one reader's rows."""
-        rows, epoch = self.rows, int(self._epoch)
+        rows = self.rows
         by_shards = self._by_shards(readers)
         if by_shards:
             rows = rows.shard(readers, reader, contiguous=False)
@@ -188,7 +210,7 @@ def make_loader(
     """A `DataLoader` that reads this process's part of a stream.
 
     Accelerate by itself would have the first process read everything for all. It still does so for a stream without
-    length, of which the parts could not be made equal.
+    length, of which the parts could not be made equal; then without workers, whose smaller batches it would cut.
 
     Args:
         stream (AudioStream): the stream.
@@ -200,9 +222,9 @@ def make_loader(
     Returns:
         DataLoader: prepared for training; its length is the number of batches in an epoch.
     """
-    options = {"batch_size": batch_size, "num_workers": num_workers, **options}
     if stream.survey is None and accelerator.num_processes > 1:
-        return accelerator.prepare(DataLoader(stream, **options))
+        return accelerator.prepare(DataLoader(stream.part(0, 1, batch_size, 0), batch_size, **options))
+    options = {"batch_size": batch_size, "num_workers": num_workers, **options}
     part = stream.part(accelerator.process_index, accelerator.num_processes, batch_size, num_workers)
     # Workers' seeds are drawn when an epoch begins. If dropout's generator did that, a run that goes on within an epoch
     # would have other draws.
@@ -217,3 +239,122 @@ def make_loader(
     )
     loader._is_accelerate_prepared = True
     return loader
+
+
+def make_eval_loader(
+    stream: AudioStream, batch_size: int, accelerator: Accelerator, *, num_workers: int = 0, **options: Any
+) -> DataLoader:
+    """A `DataLoader` that reads each row of a stream once, for evaluation.
+
+    With several processes the first one reads for all, so that `gather_for_metrics` knows which samples it has added to
+    the last batch; then without workers, whose smaller batches Accelerate would cut.
+
+    Args:
+        stream (AudioStream): the stream.
+        batch_size (int): of each process.
+        accelerator (Accelerator): knows the processes and devices.
+        num_workers (int): processes that decode, if there is one that evaluates. Default: 0.
+        options: other arguments of `torch.utils.data.DataLoader`.
+
+    Returns:
+        DataLoader: prepared for evaluation.
+    """
+    if accelerator.num_processes == 1:
+        options["num_workers"] = num_workers
+    return accelerator.prepare(DataLoader(stream, batch_size, **options))
+
+
+def load_stream(
+    dataset: str,
+    split: str,
+    feature_extractor: SequenceFeatureExtractor,
+    *,
+    rows: Optional[str] = None,
+    label_names: Optional[Sequence[str]] = None,
+    audio_column: str = "audio",
+    label_column: str = "label",
+    config_name: Optional[str] = None,
+    streaming: bool = True,
+    training: bool = True,
+    needs_length: bool = True,
+    max_length_seconds: Optional[float] = None,
+    on_bad_audio: Literal["skip", "raise"] = "skip",
+    shuffle_buffer: int = 500,
+    seed: int = 0,
+    **hub: Any,
+) -> AudioStream:
+    """A split of a dataset as a stream of model inputs: what `load_rows`, `survey_rows` and `ExtractFeatures` do.
+
+    Rows and labels are counted before, where that does not read the audio, or are what the dataset says of itself.
+
+    Args:
+        dataset (str): id on the Hub or local folder.
+        split (str): name of the split.
+        feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
+        rows (str, optional): which rows, such as `"fold=1,2,3"`. Default: all.
+        label_names (Sequence[str], optional): the classes, in the order of the model's outputs. Default: those that the
+            dataset declares or, if it declares none, those that occur, in order; `stream.extract.label_ids` has them.
+        audio_column (str): name of the column with the audio. Default: `"audio"`.
+        label_column (str): name of the column with the labels. Default: `"label"`.
+        config_name (str, optional): configuration of the dataset.
+        streaming (bool): read while training instead of downloading first. Default: True.
+        training (bool): shuffle, and cut long clips at random places. Default: True.
+        needs_length (bool): whether it is an error if the rows cannot be counted without their audio. Default: True.
+        max_length_seconds (float, optional): longer clips are cut to this length. Default: they are not.
+        on_bad_audio ("skip" or "raise"): what happens to audio that cannot be used. Default: `"skip"`.
+        shuffle_buffer (int): how many undecoded rows are held to draw from in training. Default: 500.
+        seed (int): of the shuffling and of random cuts. Default: 0.
+        hub: `revision`, `token` and `cache_dir`, as for `load_rows`.
+
+    Returns:
+        AudioStream: the stream.
+
+    Raises:
+        ValueError: if there is no such split, column or row, a label is none of the classes, or the rows cannot be
+            counted.
+    """
+    where = f"{dataset} ({split}{f', {rows}' if rows else ''})"
+    columns = [label_column, *([parse_selection(rows)[0]] if rows else [])]
+
+    def load(*more: str) -> IterableDataset:
+        given = load_rows(
+            dataset,
+            split,
+            audio_column=audio_column,
+            columns=list(dict.fromkeys([*more, *columns])),
+            config_name=config_name,
+            streaming=streaming,
+            **hub,
+        )
+        return select_rows(given, rows, dataset) if rows else given
+
+    labels = load()
+    names = class_names(labels, label_column)
+    if names is None or reads_single_columns(dataset, config_name, **hub):
+        survey: Optional[Survey] = survey_rows(labels, label_column, where)
+    else:
+        survey = None if rows else survey_metadata(labels, label_column)
+        if survey is None and needs_length:
+            raise ValueError(
+                f"{where} does not say how many rows it has, and counting them would read all of its audio: give "
+                "--max_steps instead of --num_train_epochs."
+            )
+    label_names = list(label_names or names or survey.labels)  # type: ignore[union-attr]
+    unseen = sorted(set(survey.labels) - set(label_names)) if survey else []
+    if unseen:
+        raise ValueError(
+            f"{where} has labels that are none of the classes {', '.join(label_names)}: {', '.join(unseen)}."
+        )
+    extract = ExtractFeatures(
+        feature_extractor,
+        label_names,
+        audio_column=audio_column,
+        label_column=label_column,
+        class_names=names,
+        max_length_seconds=max_length_seconds,
+        random_crop=training,
+        on_bad_audio=on_bad_audio,
+    )
+    return AudioStream(
+        load(audio_column), extract, survey, shuffle_buffer=shuffle_buffer if training else 0, seed=seed, name=dataset
+    )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .augment import spec_augment
 from .checkpoints import whole_checkpoint
-from .streams import AudioStream, make_loader
+from .streams import AudioStream, make_eval_loader, make_loader
 
 
 class AudioTrainer(Trainer):
@@ -35,21 +36,49 @@ class AudioTrainer(Trainer):
         self.mask_frames = mask_frames
         self._checkpoint_folder: Optional[str] = None  # while a checkpoint is written
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as `transformers.Trainer` does, but no step more if the checkpoint has all of `max_steps`."""
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            if 0 < self.args.max_steps <= state.global_step:
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(best or resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         """The batches of this process."""
         if not isinstance(self.train_dataset, AudioStream):
             return super().get_train_dataloader()
-        return make_loader(
-            self.train_dataset,
-            self._train_batch_size,
-            self.accelerator,
-            num_workers=self.args.dataloader_num_workers,
-            collate_fn=self.data_collator,
-            drop_last=self.args.dataloader_drop_last,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
+        if self.args.dataloader_drop_last:
+            raise ValueError(
+                "An AudioStream keeps its last batches, also small ones: leave out --dataloader_drop_last."
+            )
+        options = self._loader_options()
+        if self.args.dataloader_num_workers:
+            options["persistent_workers"] = self.args.dataloader_persistent_workers
+            options["prefetch_factor"] = self.args.dataloader_prefetch_factor
+        return make_loader(self.train_dataset, self._train_batch_size, self.accelerator, **options)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The batches of evaluation."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, AudioStream):
+            return super().get_eval_dataloader(eval_dataset)
+        return make_eval_loader(dataset, self.args.eval_batch_size, self.accelerator, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.args.dataloader_num_workers,
+            "collate_fn": self.data_collator,
+            "pin_memory": self.args.dataloader_pin_memory,
+        }
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, and leave the generator of training's masks and dropout as it is."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Number of rows of a dataset, in all processes together."""
@@ -62,8 +91,11 @@ class AudioTrainer(Trainer):
         """A step on a batch, with SpecAugment if it was asked for."""
         if self.mask_frequencies or self.mask_frames:
             inputs = self._prepare_inputs(inputs)
-            [name] = inputs.keys() & {"input_values", "input_features"}
-            inputs = {**inputs, name: spec_augment(inputs[name], self.mask_frequencies, self.mask_frames)}
+            spectrograms = inputs.get("input_values")
+            if spectrograms is None:
+                raise ValueError("SpecAugment is for models that read spectrograms as `input_values`, such as AST.")
+            masked = spec_augment(spectrograms, self.mask_frequencies, self.mask_frames)
+            inputs = {**inputs, "input_values": masked}
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
