@@ -18,6 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .shapes import norms_before
+from .structure import whole_shape
 
 # They hold modules, and have no forward pass of their own.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -90,8 +91,7 @@ def saved_shapes(
     """
     base_labels = _base_labels(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    # Under DeepSpeed's ZeRO-3 a process has only its part of them.
-    shapes.update((name, tuple(getattr(each, "ds_shape", each.shape))) for name, each in module.named_parameters())
+    shapes.update((name, whole_shape(parameter)) for name, parameter in module.named_parameters())
     if label_names is not None and list(base_labels.values()) != label_names:
         for path in _classifiers(module, len(base_labels)):
             for name in ("weight", "bias"):

@@ -186,4 +186,6 @@ def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     if not isinstance(both[0], nn.Embedding):
         return {}
     modules = {name: module for name, module in model.named_modules() if any(module is each for each in both)}
-    return {f"{name}.weight": tuple(module.weight.shape) for name, module in modules.items()}
+    weights = {f"{name}.weight": module.weight for name, module in modules.items()}
+    # ZeRO-3 leaves their shape beside them, too.
+    return {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .structure import CONVOLUTION, is_linear, is_norm
+from .structure import CONVOLUTION, is_linear, is_norm, whole_shape
 
 # Tokens in a probe of a block. Prime and small: it should not happen to be the size of a block's weight.
 PROBE_TOKENS = 3
@@ -61,7 +61,7 @@ def block_widths(name: str, block: nn.Module, hidden_size: Optional[int] = None)
     if is_linear(base):
         return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
     parameters = [] if isinstance(base, NO_TOKENS) else base.parameters()
-    sizes = Counter(size for parameter in parameters for size in parameter.shape)
+    sizes = Counter(size for parameter in parameters for size in whole_shape(parameter))
     failure: Optional[Exception] = None
     # What is no block at all, or reads something else than tokens, is not taken for one that needs more than tokens.
     refused = type(base).forward is nn.Module.forward or any(isinstance(module, NO_TOKENS) for module in base.modules())
@@ -143,7 +143,8 @@ def _note_norms(module: nn.Module, name: str, blocks: set[str], width: int, foun
 def _ghost(module: nn.Module) -> nn.Module:
     """A copy of a module without weights, hooks, adapters and dropout."""
     state = [*module.parameters(), *module.buffers()]
-    shapes = {id(tensor): nn.Parameter(tensor.detach().to("meta"), requires_grad=False) for tensor in state}
+    ghosts = {tensor: torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta") for tensor in state}
+    shapes = {id(tensor): nn.Parameter(ghost, requires_grad=False) for tensor, ghost in ghosts.items()}
     ghost = copy.deepcopy(module, shapes)
     remove_hook_from_submodules(ghost)
     ghost.to("meta")  # accelerate's hooks leave the weights that they have offloaded

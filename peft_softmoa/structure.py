@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 CONVOLUTION = nn.modules.conv._ConvNd
@@ -105,6 +105,18 @@ def own_module(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter or buffer, also where DeepSpeed's ZeRO-3 has left each process a part of it, or nothing.
+
+    Args:
+        tensor (Tensor): the parameter or buffer.
+
+    Returns:
+        tuple[int, ...]: the shape of all parts together.
+    """
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, quantised or not."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -162,7 +174,7 @@ def _linears(module: nn.Module, name: str) -> Iterator[Linear]:
     if is_linear(module):
         yield Linear(name, int(module.in_features), int(module.out_features))  # type: ignore[arg-type]
     elif isinstance(module, Conv1D):
-        yield Linear(name, *module.weight.shape)
+        yield Linear(name, *whole_shape(module.weight))
     else:
         for child_name, child in module.named_children():
             yield from _linears(child, f"{name}.{child_name}")
@@ -218,6 +230,6 @@ def _attention_block(module: nn.Module, name: str, linears: list[Linear], width:
     for path, part in module.named_modules():
         if f"{name}.{path}" == first:
             break
-        if is_norm(part) and any(parameter.shape == (width,) for parameter in part.parameters()):
+        if is_norm(part) and any(whole_shape(parameter) == (width,) for parameter in part.parameters()):
             entry = first  # normalized inside of the block
     return Block(entry, exit, name, reads)
