@@ -110,6 +110,10 @@ class ModelArguments:
     feature_extractor_name: Optional[str] = field(
         default=None, metadata={"help": "Id or folder of the feature extractor, if it is not the model's."}
     )
+    modules_to_save: list[str] = field(
+        default_factory=lambda: ["classifier"],
+        metadata={"help": "Modules that are trained whole, besides the adapter."},
+    )
     cache_dir: Optional[str] = field(default=None, metadata={"help": "Where downloads go."})
     token: Optional[str] = field(
         default=None, metadata={"help": "Access token for the Hub. Default: the one that is logged in."}
@@ -140,7 +144,12 @@ class DataArguments:
         default=None, metadata={"help": "Rows to test it on, by the values of a column, such as fold=4."}
     )
     audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
+    label_column_name: str = field(
+        default="label",
+        metadata={
+            "help": "Column with the labels, or several, such as action,object,location, that make one together."
+        },
+    )
     max_length_seconds: Optional[float] = field(
         default=None,
         metadata={"help": "Longer clips are cut to this length: at a random place in training, else at the start."},
@@ -165,7 +174,7 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[logging.StreamHandler(sys.stdout)])
     logging.getLogger().setLevel(logging.WARNING)
     transformers.logging.set_verbosity_warning()
-    config = make_config(adapter_args, modules_to_save=["classifier"])
+    config = make_config(adapter_args, modules_to_save=model_args.modules_to_save)
     if config.router_aux_loss_coef and training_args.label_smoothing_factor:
         raise ValueError(
             "--label_smoothing_factor and --routing top_k do not go together: the Trainer computes a smoothed loss "

@@ -96,7 +96,9 @@ def load_rows(
         path = str(folder / METADATA)
         # As strings: guessed types would make a class NA a missing label, and fold 1 a fold 1.0.
         with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
-            text = Features({name: Value("string") for name in next(csv.reader(file), [])})
+            names = next(csv.reader(file), [])
+            # pandas numbers the columns without a name, as those of an index.
+            text = Features({name or f"Unnamed: {index}": Value("string") for index, name in enumerate(names)})
         rows = load_dataset(
             "csv",
             data_files=path,

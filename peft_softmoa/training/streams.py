@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Literal, Optional
 
 import fsspec.asyn
@@ -134,30 +134,30 @@ class AudioStream(torch.utils.data.IterableDataset):
         epoch, skipped = int(self._epoch), self.extract.skipped
         skipped.clear()
         quota = self._quota(index, workers) if self.batch_size and self.survey else None
-        count = 0
+        given = 0
         try:
             for example in islice(self._read(reader, readers, epoch), quota):
                 yield example
-                count += 1
+                given += 1
         finally:  # training may stop within a pass
             # A worker forgets with each epoch what it has said.
             if not (worker and epoch):
                 self.extract.report(self.survey.num_rows if self.survey else None)
-        if count == 0 and skipped and readers == 1:
+        if given == 0 and skipped and readers == 1:
             raise ValueError(f"None of the {len(skipped)} audio files can be used: {'; '.join(skipped)}")
         if self.batch_size and quota is not None:
-            while math.ceil(count / self.batch_size) < math.ceil(quota / self.batch_size):
-                before = count
+            while math.ceil(given / self.batch_size) < math.ceil(quota / self.batch_size):
+                before = given
                 # Its own first rows again and, as it may have none that can be used, those of the others.
                 for turn in range(readers):
                     again = self._read((reader + turn) % readers, readers, epoch)
-                    for example in islice(again, quota - count):
+                    for example in islice(again, quota - given):
                         yield example
-                        count += 1
-                if count == before:
+                        given += 1
+                if given == before:
                     raise ValueError(f"None of the rows of {self.name} can be used: {'; '.join(skipped)}")
         elif self.batch_size:
-            while count:
+            while given:
                 epoch += 1
                 yield from self._read(reader, readers, epoch)
 
@@ -167,16 +167,36 @@ class AudioStream(torch.utils.data.IterableDataset):
         by_shards = self._by_shards(readers)
         if by_shards:
             rows = rows.shard(readers, reader, contiguous=False)
-        if self.shuffle_buffer:
-            rows = rows.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-            rows.set_epoch(epoch)
-        step, first = (1, 0) if by_shards else (readers, reader)
-        # Not by iterating over `rows` itself, which would divide them among workers once more.
-        for number, batch in enumerate(rows.iter(BATCH * step)):
+        # The same order for all readers, so that they can take turns.
+        ordered = (
+            self._shuffled(rows, np.random.default_rng([self.seed, epoch])) if self.shuffle_buffer else _rows(rows)
+        )
+        own = ordered if by_shards else islice(ordered, reader, None, readers)
+        for number in count():
+            batch = list(islice(own, BATCH))
+            if not batch:
+                break
             generator = np.random.default_rng([self.seed, epoch, reader, number])
-            features = self.extract({name: column[first::step] for name, column in batch.items()}, generator)
+            features = self.extract({name: [row[name] for row in batch] for name in batch[0]}, generator)
             for index in range(len(features["labels"])):
                 yield {name: column[index] for name, column in features.items()}
+
+    def _shuffled(self, rows: IterableDataset, generator: np.random.Generator) -> Iterator[dict[str, Any]]:
+        """Rows that are drawn from a buffer, which is filled from the shards in random order.
+
+        `IterableDataset.shuffle` does the same, and then sleeps for five seconds at the end of each pass over Parquet.
+        """
+        buffer: list[dict[str, Any]] = []
+        for shard in generator.permutation(rows.num_shards):
+            for row in _rows(rows.shard(rows.num_shards, int(shard))):
+                if len(buffer) < self.shuffle_buffer:
+                    buffer.append(row)
+                else:
+                    index = generator.integers(self.shuffle_buffer)
+                    yield buffer[index]
+                    buffer[index] = row
+        for index in generator.permutation(len(buffer)):
+            yield buffer[index]
 
     def _by_shards(self, readers: int) -> bool:
         """Whether each reader gets shards of its own, instead of rows of all shards."""
@@ -293,9 +313,11 @@ def load_stream(
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
         rows (str, optional): which rows, such as `"fold=1,2,3"`. Default: all.
         label_names (Sequence[str], optional): the classes, in the order of the model's outputs. Default: those that the
-            dataset declares or, if it declares none, those that occur, in order; `stream.extract.label_ids` has them.
+            dataset declares or, if it declares none, those that occur, in order; if `rows` chooses labels, only these.
+            `stream.extract.label_ids` has them.
         audio_column (str): name of the column with the audio. Default: `"audio"`.
-        label_column (str): name of the column with the labels. Default: `"label"`.
+        label_column (str): name of the column with the labels, or several such as `"action,object,location"`, whose
+            values together are the label. Default: `"label"`.
         config_name (str, optional): configuration of the dataset.
         streaming (bool): read while training instead of downloading first. Default: True.
         training (bool): shuffle, and cut long clips at random places. Default: True.
@@ -314,7 +336,8 @@ def load_stream(
             counted.
     """
     where = f"{dataset} ({split}{f', {rows}' if rows else ''})"
-    columns = [label_column, *([parse_selection(rows)[0]] if rows else [])]
+    label_columns = label_column.split(",")
+    columns = [*label_columns, *([parse_selection(rows)[0]] if rows else [])]
 
     def load(*more: str) -> IterableDataset:
         given = load_rows(
@@ -326,7 +349,10 @@ def load_stream(
             streaming=streaming,
             **hub,
         )
-        return select_rows(given, rows, dataset) if rows else given
+        given = select_rows(given, rows, dataset) if rows else given
+        if len(label_columns) == 1:
+            return given
+        return given.map(_join_labels, fn_kwargs={"columns": label_columns, "name": label_column})
 
     labels = load()
     names = class_names(labels, label_column)
@@ -339,7 +365,11 @@ def load_stream(
                 f"{where} does not say how many rows it has, and counting them would read all of its audio: give "
                 "--max_steps instead of --num_train_epochs."
             )
-    label_names = list(label_names or names or survey.labels)  # type: ignore[union-attr]
+    if label_names is None:
+        label_names = names or survey.labels  # type: ignore[union-attr]
+        if rows and survey and parse_selection(rows)[0] == label_column:
+            label_names = [name for name in label_names if name in survey.labels]
+    label_names = list(label_names)
     unseen = sorted(set(survey.labels) - set(label_names)) if survey else []
     if unseen:
         raise ValueError(
@@ -358,3 +388,14 @@ def load_stream(
     return AudioStream(
         load(audio_column), extract, survey, shuffle_buffer=shuffle_buffer if training else 0, seed=seed, name=dataset
     )
+
+
+def _rows(rows: IterableDataset) -> Iterator[dict[str, Any]]:
+    """All rows; iterating over `rows` itself would divide them among workers once more."""
+    for batch in rows.iter(BATCH):
+        for index in range(len(next(iter(batch.values())))):
+            yield {name: column[index] for name, column in batch.items()}
+
+
+def _join_labels(row: dict[str, Any], columns: Sequence[str], name: str) -> dict[str, str]:
+    return {name: " ".join(str(row[column]) for column in columns)}
