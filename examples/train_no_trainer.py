@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     AutoFeatureExtractor,
@@ -34,6 +32,7 @@ from peft_softmoa.card import add_results
 from peft_softmoa.training import (
     begin_run,
     check_apart,
+    checkpoint_only_adapters,
     classification_metrics,
     load_stream,
     make_eval_loader,
@@ -71,27 +70,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def save_only_the_adapter(accelerator: Accelerator) -> None:
-    """Leave the frozen base model out of checkpoints; FSDP and DeepSpeed save their parts of a model by themselves."""
-
-    def save(models: list, weights: list, folder: str) -> None:
-        if weights:
-            weights.clear()
-            if accelerator.is_main_process:
-                save_file(
-                    get_peft_model_state_dict(accelerator.unwrap_model(models[0])), f"{folder}/adapter.safetensors"
-                )
-
-    def load(models: list, folder: str) -> None:
-        if os.path.exists(f"{folder}/adapter.safetensors"):
-            set_peft_model_state_dict(
-                accelerator.unwrap_model(models.pop()), load_file(f"{folder}/adapter.safetensors")
-            )
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 @torch.random.fork_rng(devices=[])  # a run that goes on does not evaluate again, and needs the same random numbers
 def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
     model.eval()
@@ -99,8 +77,8 @@ def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
     for batch in loader:
         with torch.no_grad():
             logits = model(input_values=batch["input_values"]).logits
-        outputs.append(accelerator.gather_for_metrics((logits.float().cpu(), batch["labels"].cpu())))
-    logits, labels = (torch.cat(each).numpy() for each in zip(*outputs))
+        outputs.append(accelerator.gather_for_metrics((logits, batch["labels"])))
+    logits, labels = (torch.cat(each).cpu().float().numpy() for each in zip(*outputs))
     return classification_metrics(EvalPrediction(logits, labels))
 
 
@@ -156,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scheduler = get_cosine_schedule_with_warmup(optimizer, 0, steps)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(scheduler)
-    save_only_the_adapter(accelerator)
+    checkpoint_only_adapters(accelerator)
     if args.report_to:
         accelerator.init_trackers("softmoa", {name: value for name, value in settings.items() if value is not None})
 

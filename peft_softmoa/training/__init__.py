@@ -2,7 +2,7 @@
 
 from .augment import spec_augment
 from .callbacks import LogRouterLoss
-from .checkpoints import begin_run, newest_checkpoint, note_run, whole_checkpoint
+from .checkpoints import begin_run, checkpoint_only_adapters, newest_checkpoint, note_run, whole_checkpoint
 from .data import (
     AudioError,
     ExtractFeatures,
@@ -33,6 +33,7 @@ __all__ = [
     "Survey",
     "begin_run",
     "check_apart",
+    "checkpoint_only_adapters",
     "class_names",
     "classification_metrics",
     "decode_audio",

@@ -11,11 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from accelerate import Accelerator
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-# Where a checkpoint is while it is written, and what a run notes of itself, in its output folder.
+# Where a checkpoint is while it is written, and what a run notes of itself, in its output folder; an adapter in a
+# checkpoint of Accelerate.
 STAGING = "unfinished-checkpoint"
 RUN = "run.json"
+ADAPTER = "adapter.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
@@ -190,3 +195,26 @@ def note_run(
 
 def _step(checkpoint: Union[str, os.PathLike]) -> int:
     return int(os.fspath(checkpoint).rpartition("-")[2])
+
+
+def checkpoint_only_adapters(accelerator: Accelerator) -> None:
+    """Leave the frozen base model out of what `accelerator.save_state` writes and `load_state` reads.
+
+    Under FSDP and DeepSpeed, which save their parts of a model by themselves, nothing changes.
+
+    Args:
+        accelerator (Accelerator): to which a PEFT model will be given.
+    """
+
+    def save(models: list, weights: list, folder: str) -> None:
+        if weights:
+            weights.clear()
+            if accelerator.is_main_process:
+                save_file(get_peft_model_state_dict(accelerator.unwrap_model(models[0])), Path(folder, ADAPTER))
+
+    def load(models: list, folder: str) -> None:
+        if Path(folder, ADAPTER).exists():
+            set_peft_model_state_dict(accelerator.unwrap_model(models.pop()), load_file(Path(folder, ADAPTER)))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

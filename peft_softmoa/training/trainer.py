@@ -37,8 +37,11 @@ class AudioTrainer(Trainer):
         self._checkpoint_folder: Optional[str] = None  # while a checkpoint is written
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `transformers.Trainer` does, but no step more if the checkpoint has all of `max_steps`."""
-        if isinstance(resume_from_checkpoint, str):
+        """Train as `transformers.Trainer` does, but no step more if the checkpoint has all of `max_steps`.
+
+        Under FSDP and DeepSpeed, which load a model's parts after it was prepared for training, there is a step more.
+        """
+        if isinstance(resume_from_checkpoint, str) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             if 0 < self.args.max_steps <= state.global_step:
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
