@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 from train_audio_classification import main as train
-from train_audio_classification import parse
+from train_audio_classification import parse, settings_of
+
+from peft_softmoa.training import note_run
+from peft_softmoa.training.checkpoints import RUN
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -33,33 +38,48 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         parser.error(
             f"--num_folds {own.num_folds} with --validation_folds {own.validation_folds} leaves no fold to train on"
         )
-    own.output_dir.mkdir(parents=True, exist_ok=True)
-    noted = own.output_dir / "arguments.json"
-    given = [*others, f"{own.num_folds} folds by {own.fold_column}, {own.validation_folds} for validation"]
-    if noted.exists() and json.loads(noted.read_text()) != given:
+    parsed = parse([*others, "--output_dir", str(own.output_dir)])
+    for name in ("train_rows", "eval_rows", "test_rows"):
+        if getattr(parsed[1], name):
+            parser.error(f"the folds say what --{name} is: leave it out")
+    if parsed[3].push_to_hub:
+        parser.error("--push_to_hub would push each fold over the last: push the one that you want")
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    settings = settings_of(*parsed) | {name: str(value) for name, value in vars(own).items() if name != "output_dir"}
+    noted = own.output_dir / RUN
+    before = json.loads(noted.read_text())["settings"] if noted.exists() else {}
+    settings = json.loads(json.dumps(settings))
+    changed = [f"{name} was {before[name]!r} and is {settings.get(name)!r}" for name in before]
+    changed = [each for name, each in zip(before, changed) if before[name] != settings.get(name)]
+    if changed and any(own.output_dir.glob("fold-*/checkpoint-*")):
         parser.error(
-            f"{own.output_dir} is of a cross-validation with other arguments. Choose another --output_dir, or go on "
-            f"with its own: {' '.join(json.loads(noted.read_text()))}"
+            f"{own.output_dir} is of a cross-validation with other settings: {'; '.join(changed)}. Go on with its own, "
+            "or choose another --output_dir"
         )
-    noted.write_text(json.dumps(given) + "\n")
+    if is_main:
+        note_run(own.output_dir, settings, finished=False)
     accuracies: dict[str, float] = {}
     for test in range(1, own.num_folds + 1):
         folder = own.output_dir / f"fold-{test}"
-        arguments = [*others, *fold_arguments(test, own, others), "--output_dir", str(folder)]
         if not is_finished(folder):
-            train(arguments)
+            train([*others, *fold_arguments(test, own, parsed[1].train_split_name), "--output_dir", str(folder)])
         accuracies[str(test)] = json.loads((folder / "test_results.json").read_text())["test_accuracy"]
-        print(f"Fold {test} of {own.num_folds}: accuracy {accuracies[str(test)]:.1%}")
-    mean, deviation = statistics.mean(accuracies.values()), statistics.stdev(accuracies.values())
-    print(f"Accuracy {100 * mean:.2f} ± {100 * deviation:.2f} % (mean and sample standard deviation over folds)")
-    result = {"mean": mean, "standard_deviation": deviation, "folds": accuracies}
-    (own.output_dir / "cross_validation.json").write_text(json.dumps(result, indent=2) + "\n")
-    return {"mean": mean, "standard_deviation": deviation}
+        if is_main:
+            print(f"Fold {test} of {own.num_folds}: accuracy {accuracies[str(test)]:.1%}")
+    result = {
+        "mean": statistics.mean(accuracies.values()),
+        "standard_deviation": statistics.stdev(accuracies.values()),
+        "folds": accuracies,
+    }
+    if is_main:
+        mean, deviation = (100 * result[name] for name in ("mean", "standard_deviation"))
+        print(f"Accuracy {mean:.2f} ± {deviation:.2f} % (mean and sample standard deviation over folds)")
+        (own.output_dir / "cross_validation.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
-def fold_arguments(test: int, own: argparse.Namespace, others: list[str]) -> list[str]:
+def fold_arguments(test: int, own: argparse.Namespace, split: str) -> list[str]:
     """Which folds train, validate and are tested, as arguments of the training script."""
-    split = parse([*others, "--output_dir", "unused"])[1].train_split_name
     order = [(test - 1 + index) % own.num_folds + 1 for index in range(own.num_folds)]
     validation, training = order[1 : 1 + own.validation_folds], order[1 + own.validation_folds :]
     chosen = {"train": training, "eval": validation, "test": [test]}
@@ -71,7 +91,7 @@ def fold_arguments(test: int, own: argparse.Namespace, others: list[str]) -> lis
 
 
 def is_finished(folder: Path) -> bool:
-    run = folder / "run.json"
+    run = folder / RUN
     return run.is_file() and json.loads(run.read_text())["finished"] and (folder / "test_results.json").is_file()
 
 

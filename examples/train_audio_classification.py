@@ -23,7 +23,7 @@ import logging
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import transformers
@@ -88,7 +88,11 @@ SETTINGS = (
     "max_grad_norm",
     "lr_scheduler_type",
     "warmup_steps",
+    "lr_scheduler_kwargs",
+    "optim_args",
     "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "average_tokens_across_devices",
     "bf16",
     "fp16",
     "num_train_epochs",
@@ -186,12 +190,10 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     if data_args.test_split_name:
         parts["test"] = (data_args.test_split_name, data_args.test_rows)
     check_apart(parts)
-    settings = {
-        **{name: value for part in (model_args, data_args, adapter_args) for name, value in asdict(part).items()},
-        **{name: getattr(training_args, name) for name in SETTINGS},
-        "num_processes": training_args.world_size,
-    }
-    settings = {name: value for name, value in settings.items() if name not in OTHER}
+    for name in ("save_only_model", "ignore_data_skip"):
+        if getattr(training_args, name):
+            raise ValueError(f"With --{name} a run that was cut off would not go on as it was: leave it out.")
+    settings = settings_of(model_args, data_args, adapter_args, training_args)
     resume = training_args.resume_from_checkpoint
     if resume and str(resume).lower() in ("true", "false"):
         resume = str(resume).lower() == "true"
@@ -272,6 +274,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():  # what a run that was cut off has left of it could not be read
+        Path(training_args.output_dir, "all_results.json").unlink(missing_ok=True)
     trainer.save_metrics("train", result.metrics)
     for part, prefix in (("evaluation", "eval"), ("test", "test")):
         if part in streams:
@@ -292,7 +296,24 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         if repo_id:
             push(training_args.output_dir, repo_id, hub_token)
         note_run(training_args.output_dir, settings, finished=True)
+    trainer.accelerator.wait_for_everyone()
     return trainer
+
+
+def settings_of(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    adapter_args: AdapterArguments,
+    training_args: TrainingArguments,
+) -> dict[str, Any]:
+    """What has to stay the same when a run goes on."""
+    settings = {
+        **{name: value for part in (model_args, data_args, adapter_args) for name, value in asdict(part).items()},
+        **{name: getattr(training_args, name, None) for name in SETTINGS},
+        "num_processes": training_args.world_size,
+        "distributed_type": str(training_args.distributed_state.distributed_type),
+    }
+    return {name: value for name, value in settings.items() if name not in OTHER}
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:

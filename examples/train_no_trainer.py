@@ -43,6 +43,9 @@ from peft_softmoa.training import (
     whole_checkpoint,
 )
 
+# What has to stay the same when a run goes on, besides the arguments.
+SETTINGS = ("num_processes", "mixed_precision", "distributed_type")
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_apart({"training": (args.train_split_name, args.train_rows), "evaluation": evaluation})
     other = ("eval_split_name", "eval_rows", "save_steps", "report_to", "output_dir")
     settings = {name: value for name, value in vars(args).items() if name not in other}
-    settings.update(num_processes=accelerator.num_processes, mixed_precision=accelerator.mixed_precision)
+    settings.update({name: str(getattr(accelerator, name)) for name in SETTINGS})
     checkpoint = begin_run(args.output_dir, settings, is_main=accelerator.is_main_process)
     set_seed(args.seed)
 
@@ -114,6 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         rows=args.eval_rows,
         label_names=label_names,
         training=False,
+        needs_length=False,
         **data,
     )
 
@@ -179,7 +183,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output_dir, state_dict=state)
         extractor.save_pretrained(args.output_dir)
-        split = " ".join(filter(None, evaluation))
+        split = f"{args.eval_split_name} ({args.eval_rows})" if args.eval_rows else args.eval_split_name
         add_results(args.output_dir, metrics, dataset=args.dataset_name, split=split)
         note_run(args.output_dir, settings, finished=True)
     accelerator.end_training()

@@ -159,7 +159,7 @@ def test_a_dataset_that_does_not_say_how_many_rows_it_has(base_folder, tones_fol
     monkeypatch.setattr(streams, "reads_single_columns", lambda *args, **kwargs: False)
     options = training_options(base_folder, dataset, tmp_path / "out", eval_strategy="no")
     with pytest.raises(
-        ValueError, match="parquet \\(train, fold=1\\) does not say how many rows it has.*give --max_steps"
+        ValueError, match="parquet \\(train, fold=1\\) does not say how many rows it has.*with --max_steps"
     ):
         main(options)
     assert main([*options, "--max_steps", "5"]).state.global_step == 5

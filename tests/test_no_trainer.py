@@ -1,6 +1,9 @@
 """The training loop without the Trainer."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,6 +67,24 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(base_folder, tones_fold
     train_no_trainer.main(options("cut"))
     base = AutoModelForAudioClassification.from_pretrained(base_folder)
     assert PeftModel.from_pretrained(base, tmp_path / "cut").get_base_model().config.id2label == {0: "high", 1: "low"}
+
+
+def test_two_processes(base_folder, tones_folder, tmp_path):
+    options = options_of(base_folder, tones_folder, tmp_path / "out", num_train_epochs=2, dataloader_num_workers=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # as `accelerate launch` says it
+    done = subprocess.run(
+        [*command, train_no_trainer.__file__, *options], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Epoch 2: accuracy") == 1
+    # Eight rows are two batches for each of two processes.
+    assert newest_checkpoint(tmp_path / "out").endswith("checkpoint-4")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["num_processes"] == "2"
+    base = AutoModelForAudioClassification.from_pretrained(base_folder)
+    PeftModel.from_pretrained(base, tmp_path / "out")
+    with pytest.raises(ValueError, match="num_processes was '2' and is '1'"):
+        train_no_trainer.main(options)
 
 
 def test_what_is_tracked(base_folder, tones_folder, tmp_path):

@@ -74,7 +74,8 @@ def test_esc_50(base_folder, tmp_path, capsys):
         card = (folder / f"fold-{fold}" / "README.md").read_text()
         assert f"train (fold={fold})" in card and f"train (fold={fold % 5 + 1})" in card  # of test and validation
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-    assert result == {"mean": mean, "standard_deviation": deviation}
+    assert (result["mean"], result["standard_deviation"]) == (mean, deviation)
+    assert list(result["folds"].values()) == accuracies
     assert f"Accuracy {100 * mean:.2f} ± {100 * deviation:.2f} %" in capsys.readouterr().out
 
     # It goes on where it stopped, and trains what is finished no more.
@@ -85,11 +86,12 @@ def test_esc_50(base_folder, tmp_path, capsys):
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("fold-[1235]/*")}
     for path in (folder / "fold-4").glob("checkpoint-*"):
         path.rename(tmp_path / path.name)
-    assert cross_validate.main([*options, "--output_dir", str(folder)]) == pytest.approx(result)
+    assert cross_validate.main([*options, "--output_dir", str(folder), "--token", "hf_secret"]) == result
     assert {path: path.stat().st_mtime_ns for path in folder.glob("fold-[1235]/*")} == finished
+    assert not any("hf_secret" in path.read_text() for path in folder.rglob("*.json"))
     with pytest.raises(SystemExit):
         cross_validate.main([*options, "--learning_rate", "1", "--output_dir", str(folder)])
-    assert "is of a cross-validation with other arguments" in capsys.readouterr().err
+    assert "with other settings: learning_rate was 0.005 and is 1.0" in capsys.readouterr().err
 
 
 def test_urbansound_8k(base_folder, tmp_path):
@@ -144,6 +146,8 @@ def test_fluent_speech_commands(base_folder, tmp_path):
     "arguments, message",
     [
         ({"num_folds": 2, "validation_folds": 1}, "leaves no fold to train on"),
+        ({"num_folds": 2, "train_rows": "fold=1"}, "leave it out"),
+        ({"num_folds": 2, "push_to_hub": True}, "would push each fold over the last"),
         ({"num_folds": 3, "fold_column": "part"}, "has no column 'part'"),
         ({"num_folds": 4}, "No rows are left of .*fold=3"),
     ],

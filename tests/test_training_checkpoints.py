@@ -167,15 +167,17 @@ def test_when_a_run_goes_on(tmp_path):
     }
     (folder / "checkpoint-10").mkdir()
     # The same command, started again, goes on from where it was.
-    assert begin_run(folder, {"seed": 1}, earlier) == str(folder / "checkpoint-10")
+    for again in (earlier, f"{earlier}/", f"{folder}/../out/checkpoint-9"):
+        assert begin_run(folder, {"seed": 1}, again) == str(folder / "checkpoint-10")
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
         begin_run(folder, {"seed": 2})
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
         begin_run(folder, {"seed": 2}, True)
     with pytest.raises(ValueError, match="There is no checkpoint .*checkpoint-11"):
         begin_run(folder, {"seed": 1}, str(folder / "checkpoint-11"))
-    with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
-        begin_run(folder, {"seed": 1}, str(tmp_path / "other" / "checkpoint-1"))
+    for other in (tmp_path / "other" / "checkpoint-1", folder / "checkpoint-best"):
+        with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
+            begin_run(folder, {"seed": 1}, str(other))
     # A setting that another version does not know is no other one.
     assert begin_run(folder, {"seed": 1, "new": 5})
     with pytest.raises(ValueError, match="already holds a model"):
@@ -240,16 +242,24 @@ def _until(step, save, then):
     return save_or_stop
 
 
-def test_a_run_that_lacks_only_its_end_trains_no_more(base_folder, tones_folder, tmp_path):
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1.2}], ids=str)
+def test_a_run_that_lacks_only_its_end_trains_no_more(base_folder, tones_folder, tmp_path, length):
     """Its last step is within an epoch, of which the Trainer would go on with the next."""
-    options = run_of(base_folder, tones_folder, tmp_path / "out", lr_scheduler_type="constant")
+    options = run_of(base_folder, tones_folder, tmp_path / "out", lr_scheduler_type="constant", **length)
     main(options)
     adapter = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    (tmp_path / "out" / "all_results.json").write_text("")  # cut off while it was written
     run = tmp_path / "out" / "run.json"
     run.write_text(run.read_text().replace('"finished": true', '"finished": false'))
     assert main(options).state.global_step == 4
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.parametrize("name", ["save_only_model", "ignore_data_skip"])
+def test_what_a_run_needs_to_go_on_is_not_left_out(base_folder, tones_folder, tmp_path, name):
+    with pytest.raises(ValueError, match=f"With --{name} a run that was cut off would not go on"):
+        main(run_of(base_folder, tones_folder, tmp_path / "out", **{name: True}))
 
 
 def test_small_last_batches_are_kept(base_folder, tones_folder, tmp_path):

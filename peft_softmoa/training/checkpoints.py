@@ -127,15 +127,18 @@ def begin_run(
     settings = json.loads(json.dumps(settings))
     patterns = ("config.json", "adapter_*", "model*", "pytorch_model*", "checkpoint-*")
     present = sorted(path.name for pattern in patterns for path in Path(folder).glob(pattern))
-    if isinstance(resume, str) and Path(resume).resolve().parent != Path(folder).resolve():
-        raise ValueError(
-            f"--resume_from_checkpoint must be a checkpoint in the output folder '{folder}', got '{resume}'."
-        )
+    if isinstance(resume, str):
+        given = Path(resume).resolve()
+        if given.parent != Path(folder).resolve() or not CHECKPOINT.fullmatch(given.name):
+            raise ValueError(
+                f"--resume_from_checkpoint must be a checkpoint in the output folder '{folder}', got '{resume}'."
+            )
+        resume = str(Path(folder, given.name))
     noted = json.loads(path.read_text()) if path.is_file() else None
     if present and not resume and (noted is None or resume is False):
         raise ValueError(
-            f"The output folder '{folder}' already holds a model ({', '.join(present)}). Choose another --output_dir, "
-            "or go on from one of its checkpoints with --resume_from_checkpoint."
+            f"The output folder '{folder}' already holds a model ({', '.join(present)}). Choose another --output_dir"
+            f"{', or go on from one of its checkpoints with --resume_from_checkpoint' if longer else ''}."
         )
     if noted:
         before = noted["settings"]
@@ -151,8 +154,8 @@ def begin_run(
             )
         if noted["finished"] and not resume:
             raise ValueError(
-                f"The run in the output folder '{folder}' is finished. Choose another --output_dir, or train it longer"
-                f"{' with --resume_from_checkpoint True and other ' + ' or '.join(longer) if longer else ''}."
+                f"The run in the output folder '{folder}' is finished. Choose another --output_dir"
+                f"{', or train it longer with --resume_from_checkpoint True' if longer else ''}."
             )
     # The command that went back to an earlier checkpoint goes on from the newest, if it is started again.
     goes_back = isinstance(resume, str) and not (noted and noted.get("resume") == resume and not noted["finished"])

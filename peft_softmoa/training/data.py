@@ -233,7 +233,7 @@ def survey_rows(rows: IterableDataset, label_column: str, name: str = "the datas
         for index in range(rows.num_shards):
             before = progress.n
             for row in rows.shard(rows.num_shards, index).select_columns([label_column]):
-                labels.add(_label_name(row[label_column], names, name))
+                labels.add(label_name(row[label_column], names, name))
                 progress.update()
             rows_per_shard.append(progress.n - before)
     if not labels:
@@ -387,7 +387,7 @@ class ExtractFeatures:
                     "file, or a dict with both."
                 )
             name = _name_and_content(audio)[0]
-            label = _label_name(value, self.class_names, name)
+            label = label_name(value, self.class_names, name)
             if label not in self.label_ids:
                 raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
             try:
@@ -469,7 +469,7 @@ def check_columns(rows: IterableDataset, columns: Sequence[str], name: str) -> N
             raise ValueError(f"{name} has no column '{column}'; its columns are: {', '.join(present)}.")
 
 
-def _label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
+def label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
     if names is None:
         if value in (None, ""):
             raise ValueError(f"{where}: a row has no label.")

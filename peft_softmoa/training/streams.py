@@ -22,6 +22,7 @@ from .data import (
     Survey,
     check_columns,
     class_names,
+    label_name,
     load_rows,
     parse_selection,
     reads_single_columns,
@@ -352,7 +353,8 @@ def load_stream(
         given = select_rows(given, rows, dataset) if rows else given
         if len(label_columns) == 1:
             return given
-        return given.map(_join_labels, fn_kwargs={"columns": label_columns, "name": label_column})
+        names_of = {column: class_names(given, column) for column in label_columns}
+        return given.map(_join_labels, fn_kwargs={"names_of": names_of, "name": label_column, "where": where})
 
     labels = load()
     names = class_names(labels, label_column)
@@ -362,13 +364,14 @@ def load_stream(
         survey = None if rows else survey_metadata(labels, label_column)
         if survey is None and needs_length:
             raise ValueError(
-                f"{where} does not say how many rows it has, and counting them would read all of its audio: give "
-                "--max_steps instead of --num_train_epochs."
+                f"{where} does not say how many rows it has, and counting them would read all of its audio: train a "
+                "number of steps instead of epochs, with --max_steps, or here with needs_length=False."
             )
     if label_names is None:
         label_names = names or survey.labels  # type: ignore[union-attr]
-        if rows and survey and parse_selection(rows)[0] == label_column:
-            label_names = [name for name in label_names if name in survey.labels]
+        column, chosen = parse_selection(rows) if rows else (None, ())
+        if names and column == label_column:
+            label_names = [name for index, name in enumerate(names) if {name, str(index)} & set(chosen)]
     label_names = list(label_names)
     unseen = sorted(set(survey.labels) - set(label_names)) if survey else []
     if unseen:
@@ -397,5 +400,7 @@ def _rows(rows: IterableDataset) -> Iterator[dict[str, Any]]:
             yield {name: column[index] for name, column in batch.items()}
 
 
-def _join_labels(row: dict[str, Any], columns: Sequence[str], name: str) -> dict[str, str]:
-    return {name: " ".join(str(row[column]) for column in columns)}
+def _join_labels(
+    row: dict[str, Any], names_of: dict[str, Optional[list[str]]], name: str, where: str
+) -> dict[str, str]:
+    return {name: " ".join(label_name(row[column], names, where) for column, names in names_of.items())}

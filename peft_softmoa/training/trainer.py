@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Optional
 
@@ -37,15 +38,19 @@ class AudioTrainer(Trainer):
         self._checkpoint_folder: Optional[str] = None  # while a checkpoint is written
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `transformers.Trainer` does, but no step more if the checkpoint has all of `max_steps`.
+        """Train as `transformers.Trainer` does, but no step more if the checkpoint has all of them.
 
         Under FSDP and DeepSpeed, which load a model's parts after it was prepared for training, there is a step more.
         """
         if isinstance(resume_from_checkpoint, str) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            if 0 < self.args.max_steps <= state.global_step:
+            same_epochs = state.num_train_epochs == math.ceil(self.args.num_train_epochs)
+            steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps if same_epochs else 0
+            if 0 < steps <= state.global_step:
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
                 self._load_from_checkpoint(best or resume_from_checkpoint)
+                state.is_world_process_zero = self.is_world_process_zero()
+                state.is_local_process_zero = self.is_local_process_zero()
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
