@@ -18,11 +18,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from train_audio_classification import DataArguments, ModelArguments, parse, settings_of
 from train_audio_classification import main as train
-from train_audio_classification import parse, settings_of
 
-from peft_softmoa.training import note_run
+from peft_softmoa.training import load_rows, note_run, reads_single_columns, survey_rows
 from peft_softmoa.training.checkpoints import RUN
+
+# What says which checkpoint is tested, besides what has to stay the same in a run.
+CHOICE = ("eval_strategy", "eval_steps")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -44,23 +47,31 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             parser.error(f"the folds say what --{name} is: leave it out")
     if parsed[3].push_to_hub:
         parser.error("--push_to_hub would push each fold over the last: push the one that you want")
+    if parsed[3].load_best_model_at_end and not own.validation_folds:
+        parser.error("--load_best_model_at_end needs a fold that says what is best: give --validation_folds 1")
     is_main = int(os.environ.get("RANK", 0)) == 0
-    settings = settings_of(*parsed) | {name: str(value) for name, value in vars(own).items() if name != "output_dir"}
+    settings = settings_of(*parsed) | {name: getattr(parsed[3], name) for name in CHOICE}
+    settings |= {name: str(value) for name, value in vars(own).items() if name != "output_dir"}
     noted = own.output_dir / RUN
     before = json.loads(noted.read_text())["settings"] if noted.exists() else {}
     settings = json.loads(json.dumps(settings))
     changed = [f"{name} was {before[name]!r} and is {settings.get(name)!r}" for name in before]
     changed = [each for name, each in zip(before, changed) if before[name] != settings.get(name)]
-    if changed and any(own.output_dir.glob("fold-*/checkpoint-*")):
+    folders = {test: own.output_dir / f"fold-{test}" for test in range(1, own.num_folds + 1)}
+    begun = any(own.output_dir.glob("fold-*/checkpoint-*")) or any(map(is_finished, own.output_dir.glob("fold-*")))
+    if changed and begun:
         parser.error(
             f"{own.output_dir} is of a cross-validation with other settings: {'; '.join(changed)}. Go on with its own, "
             "or choose another --output_dir"
         )
+    if not all(map(is_finished, folders.values())):
+        wrong = check_folds(own, parsed[0], parsed[1])
+        if wrong:
+            parser.error(wrong)
     if is_main:
         note_run(own.output_dir, settings, finished=False)
     accuracies: dict[str, float] = {}
-    for test in range(1, own.num_folds + 1):
-        folder = own.output_dir / f"fold-{test}"
+    for test, folder in folders.items():
         if not is_finished(folder):
             train([*others, *fold_arguments(test, own, parsed[1].train_split_name), "--output_dir", str(folder)])
         accuracies[str(test)] = json.loads((folder / "test_results.json").read_text())["test_accuracy"]
@@ -68,14 +79,40 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(f"Fold {test} of {own.num_folds}: accuracy {accuracies[str(test)]:.1%}")
     result = {
         "mean": statistics.mean(accuracies.values()),
-        "standard_deviation": statistics.stdev(accuracies.values()),
+        "standard_deviation": statistics.pstdev(accuracies.values()),
         "folds": accuracies,
     }
     if is_main:
         mean, deviation = (100 * result[name] for name in ("mean", "standard_deviation"))
-        print(f"Accuracy {mean:.2f} ± {deviation:.2f} % (mean and sample standard deviation over folds)")
+        print(f"Accuracy {mean:.2f} ± {deviation:.2f} % (mean and population standard deviation over folds)")
         (own.output_dir / "cross_validation.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def check_folds(own: argparse.Namespace, model_args: ModelArguments, data_args: DataArguments) -> str | None:
+    """What is wrong with the folds, before any is trained: each must have rows, and each row must be in one."""
+    name, split = data_args.dataset_name, data_args.train_split_name
+    hub = {"revision": data_args.dataset_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
+    if not reads_single_columns(name, data_args.dataset_config_name, **hub):
+        return None  # it would read all of the audio
+    rows = load_rows(
+        name,
+        split,
+        audio_column=data_args.audio_column_name,
+        columns=[own.fold_column],
+        config_name=data_args.dataset_config_name,
+        streaming=data_args.streaming,
+        **hub,
+    )
+    present = set(survey_rows(rows, own.fold_column, f"{name} ({split})").labels)
+    expected = {str(fold) for fold in range(1, own.num_folds + 1)}
+    if present == expected:
+        return None
+    return (
+        f"--num_folds {own.num_folds} means the folds 1 to {own.num_folds}, but column '{own.fold_column}' of {name} "
+        f"({split}) has {', '.join(sorted(present, key=lambda fold: (len(fold), fold)))}: correct --num_folds or "
+        "--fold_column"
+    )
 
 
 def fold_arguments(test: int, own: argparse.Namespace, split: str) -> list[str]:

@@ -95,6 +95,9 @@ SETTINGS = (
     "average_tokens_across_devices",
     "bf16",
     "fp16",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
     "num_train_epochs",
     "max_steps",
 )

@@ -3,15 +3,18 @@
 import json
 import re
 import statistics
+import subprocess
 from pathlib import Path
 
 import cross_validate
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
+import train_audio_classification
 from conftest import training_options, write_tone
 from train_audio_classification import main
+
+from peft_softmoa.training import load_stream
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 FEW = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}
@@ -32,7 +35,10 @@ def write(path, rows, **features):
     described = {"audio": {"_type": "Audio"}, **features}
     for name, value in rows[0].items():
         if name not in described:
-            described[name] = {"dtype": {str: "string", int: "int64", bool: "bool"}[type(value)], "_type": "Value"}
+            described[name] = {
+                "dtype": {str: "string", int: "int64", float: "float64", bool: "bool"}[type(value)],
+                "_type": "Value",
+            }
     table = pa.Table.from_pylist(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = json.dumps({"info": {"features": {name: described[name] for name in table.column_names}}})
@@ -51,7 +57,7 @@ def folds(folder, num_folds, label_column, **others):
 
 
 def seen_rows(folder):
-    """Which folds a run has trained on, validated on and tested."""
+    """Which folds a run has trained on."""
     settings = json.loads((folder / "run.json").read_text())["settings"]
     return settings["train_rows"]
 
@@ -73,7 +79,7 @@ def test_esc_50(base_folder, tmp_path, capsys):
         assert {"classifier", "audio_spectrogram_transformer.layernorm"} < set(saved["modules_to_save"])
         card = (folder / f"fold-{fold}" / "README.md").read_text()
         assert f"train (fold={fold})" in card and f"train (fold={fold % 5 + 1})" in card  # of test and validation
-    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    mean, deviation = statistics.mean(accuracies), statistics.pstdev(accuracies)
     assert (result["mean"], result["standard_deviation"]) == (mean, deviation)
     assert list(result["folds"].values()) == accuracies
     assert f"Accuracy {100 * mean:.2f} ± {100 * deviation:.2f} %" in capsys.readouterr().out
@@ -94,36 +100,56 @@ def test_esc_50(base_folder, tmp_path, capsys):
     assert "with other settings: learning_rate was 0.005 and is 1.0" in capsys.readouterr().err
 
 
-def test_urbansound_8k(base_folder, tmp_path):
-    others = {"slice_file_name": "1-2-3.wav", "fsID": 1, "start": 0, "end": 4, "salience": 1, "classID": 3}
+def test_urbansound_8k(base_folder, tmp_path, monkeypatch, capsys):
+    others = {"slice_file_name": "1-2-3.wav", "fsID": 1, "start": 0.0, "end": 4.0, "salience": 1, "classID": 3}
     dataset = folds(tmp_path, 3, "class", **others)
-    options = [*options_of("urbansound8k", base_folder, dataset), "--num_folds", "3", "--output_dir", tmp_path / "out"]
-    cross_validate.main(list(map(str, options)))
-    assert [seen_rows(tmp_path / "out" / f"fold-{fold}") for fold in (1, 2, 3)] == ["fold=2,3", "fold=1,3", "fold=1,2"]
-    tested = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
-    assert set(tested["folds"]) == {"1", "2", "3"}
+    read = []
+
+    def load(*args, **kwargs):
+        stream = load_stream(*args, **kwargs)
+        read.append((kwargs["rows"], stream.survey.num_rows))
+        return stream
+
+    monkeypatch.setattr(train_audio_classification, "load_stream", load)
+    folder = tmp_path / "out"
+    options = options_of("urbansound8k", base_folder, dataset, num_folds=3, output_dir=folder, save_strategy="no")
+    result = cross_validate.main(options)
+    # Each row is tested once, by a model that was not trained on it.
+    assert read[1::2] == [("fold=1", 4), ("fold=2", 4), ("fold=3", 4)]
+    assert read[::2] == [("fold=2,3", 8), ("fold=1,3", 8), ("fold=1,2", 8)]
+    assert json.loads((folder / "cross_validation.json").read_text()) == result
+    assert set(result["folds"]) == {"1", "2", "3"}
+
+    # Results of other settings are not taken for those of these, although there are no checkpoints.
+    for name, value in (("learning_rate", "1"), ("metric_for_best_model", "f1_macro")):
+        with pytest.raises(SystemExit):
+            cross_validate.main([*options, f"--{name}", value])
+        assert f"with other settings: {name} was" in capsys.readouterr().err
+    assert len(read) == 6 and cross_validate.main(options) == result and len(read) == 6
 
 
 def test_speech_commands(base_folder, tmp_path):
-    words = yaml.safe_load((RECIPES / "speech_commands.yaml").read_text())["train_rows"].removeprefix("label=")
-    names = [*words.split(","), "_silence_"]
-    assert len(names) == 36
-    feature = {"label": {"_type": "ClassLabel", "names": names}}
-    for split in ("train", "validation", "test"):
-        rows = [
-            {"file": "x.wav", "audio": clip(tmp_path, 200 + 40 * label), "label": label, "is_unknown": label > 9}
-            for label in range(len(names))
-        ]
-        write(tmp_path / "data" / "v0.02" / f"{split}.parquet", rows, **feature)
-    files = "".join(
-        f"\n  - split: {split}\n    path: v0.02/{split}.parquet" for split in ("train", "validation", "test")
+    words = ("yes", "no", "wow")
+    dataset = tmp_path / "data"
+    for index, word in enumerate((*words, "_background_noise_")):
+        (dataset / word).mkdir(parents=True)
+        for clip_index in range(4):
+            write_tone(dataset / word / f"{clip_index}_nohash_0.wav", 200 + 500 * index, seconds=0.2)
+    for number, name in ((2, "validation"), (3, "testing")):
+        (dataset / f"{name}_list.txt").write_text("".join(f"{word}/{number}_nohash_0.wav\n" for word in words))
+    # The tables are made as the recipe says.
+    comment = [line.removeprefix("#") for line in (RECIPES / "speech_commands.yaml").read_text().splitlines()]
+    commands = [line for line in comment if line.startswith("     ")]
+    commands = commands[: next(index for index, line in enumerate(commands) if "python" in line)]
+    subprocess.run("\n".join(commands), shell=True, check=True, cwd=dataset)
+    sizes = {path.parent.name: len(path.read_text().splitlines()) - 1 for path in dataset.glob("*/metadata.csv")}
+    assert sizes == {"train": 6, "validation": 3, "test": 3}
+    trainer = main(
+        options_of("speech_commands", base_folder, dataset, output_dir=tmp_path / "out", on_bad_audio="raise")
     )
-    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n- config_name: v0.02\n  data_files:{files}\n---\n")
-    out = {"output_dir": tmp_path / "out", "dataset_revision": "main"}
-    trainer = main(options_of("speech_commands", base_folder, tmp_path / "data", **out))
-    assert list(trainer.train_dataset.extract.label_ids) == names[:-1]
-    assert trainer.train_dataset.survey.num_rows == 35
-    assert "test_accuracy" in json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert list(trainer.train_dataset.extract.label_ids) == sorted(words)
+    assert trainer.train_dataset.survey.num_rows == 6
+    assert {"eval_accuracy", "test_accuracy"} <= set(json.loads((tmp_path / "out" / "all_results.json").read_text()))
 
 
 def test_fluent_speech_commands(base_folder, tmp_path):
@@ -149,7 +175,9 @@ def test_fluent_speech_commands(base_folder, tmp_path):
         ({"num_folds": 2, "train_rows": "fold=1"}, "leave it out"),
         ({"num_folds": 2, "push_to_hub": True}, "would push each fold over the last"),
         ({"num_folds": 3, "fold_column": "part"}, "has no column 'part'"),
-        ({"num_folds": 4}, "No rows are left of .*fold=3"),
+        ({"num_folds": 4}, "--num_folds 4 means the folds 1 to 4, but column 'fold' of .* has 1, 2: correct"),
+        ({"num_folds": 3, "fold_column": "label"}, "column 'label' of .* has low, high: correct --num_folds or"),
+        ({"num_folds": 2, "load_best_model_at_end": True}, "needs a fold that says what is best"),
     ],
 )
 def test_folds_that_do_not_fit(base_folder, tones_folder, tmp_path, capsys, arguments, message):
@@ -160,3 +188,11 @@ def test_folds_that_do_not_fit(base_folder, tones_folder, tmp_path, capsys, argu
     with pytest.raises((SystemExit, ValueError)) as error:
         cross_validate.main([*options, *more])
     assert re.search(message, str(error.value) + capsys.readouterr().err)
+    assert not list(tmp_path.glob("fold-*"))
+
+
+def test_folds_that_are_left_out(base_folder, tmp_path, capsys):
+    dataset = folds(tmp_path, 3, "class")
+    with pytest.raises(SystemExit):
+        cross_validate.main(options_of("urbansound8k", base_folder, dataset, num_folds=2, output_dir=tmp_path / "out"))
+    assert re.search("means the folds 1 to 2, but column 'fold' of .* has 1, 2, 3", capsys.readouterr().err)

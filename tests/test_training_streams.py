@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 from accelerate import Accelerator
-from conftest import SAMPLING_RATE
+from conftest import SAMPLING_RATE, write_parquet
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import DataLoader, default_collate
 
@@ -18,6 +18,7 @@ from peft_softmoa.training import (
     AudioStream,
     ExtractFeatures,
     Survey,
+    load_stream,
     make_loader,
     reads_single_columns,
     survey_metadata,
@@ -197,3 +198,25 @@ def test_what_datasets_say_of_themselves(tmp_path, tones_folder):
             entry.size = len(content)
             file.addfile(entry, io.BytesIO(content))
     assert not reads_single_columns(str(tmp_path))
+
+
+def test_labels_that_are_chosen_are_the_classes(tones_folder, tmp_path):
+    """Of those that the dataset declares; by their name or index."""
+    folder = str(write_parquet(tmp_path / "parquet", tones_folder))
+    for chosen, names in (
+        ("label=high", ["high"]),
+        ("label=1", ["low"]),
+        ("fold=1", ["high", "low"]),
+        (None, ["high", "low"]),
+    ):
+        stream = load_stream(folder, "train", Length(), rows=chosen)
+        assert list(stream.extract.label_ids) == names and set(stream.survey.labels) <= set(names)
+
+
+def test_labels_of_several_columns(tones_folder, tmp_path):
+    folder = str(write_parquet(tmp_path / "parquet", tones_folder))
+    stream = load_stream(folder, "train", Length(), label_column="label,fold", training=False)
+    assert list(stream.extract.label_ids) == ["high 1", "high 2", "low 1", "low 2"]
+    assert [example["labels"] for example in stream] == [2] * 4 + [0] * 4 + [3] * 4 + [1] * 4
+    with pytest.raises(ValueError, match="labels that are none of the classes low 1: high 1, high 2, low 2"):
+        load_stream(folder, "train", Length(), label_column="label,fold", label_names=["low 1"])
