@@ -11,7 +11,7 @@ import soundfile
 import torch
 from accelerate import Accelerator
 from conftest import SAMPLING_RATE, write_parquet
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, default_collate
 
 from peft_softmoa.training import (
@@ -45,17 +45,18 @@ def clip(index):
 
 
 def shards(sizes, bad=()):
-    """Clips 0, 1, 2, … in shards of some sizes, and how many there are."""
+    """Clips 0, 1, 2, … in shards of some sizes; some of them cannot be read."""
     indices = iter(range(sum(sizes)))
-    parts = [
-        Dataset.from_list(
-            [{"audio": {"bytes": clip(-1 if i in bad else i), "path": str(i)}, "label": "x"} for i in rows]
-        ).to_iterable_dataset()
-        for rows in ([next(indices) for _ in range(size)] for size in sizes)
-    ]
-    rows = concatenate_datasets(parts)
+    parts = [[next(indices) for _ in range(size)] for size in sizes]
+    rows = IterableDataset.from_generator(_clips, gen_kwargs={"parts": parts, "bad": set(bad)})
     assert rows.num_shards == len(sizes)
     return rows
+
+
+def _clips(parts, bad):
+    for part in parts:
+        for index in part:
+            yield {"audio": {"bytes": clip(-1 if index in bad else index), "path": str(index)}, "label": "x"}
 
 
 def batches_of(rows, num_processes, num_workers, batch_size, epoch=0, shuffle_buffer=0):
