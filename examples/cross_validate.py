@@ -55,8 +55,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     noted = own.output_dir / RUN
     before = json.loads(noted.read_text())["settings"] if noted.exists() else {}
     settings = json.loads(json.dumps(settings))
-    changed = [f"{name} was {before[name]!r} and is {settings.get(name)!r}" for name in before]
-    changed = [each for name, each in zip(before, changed) if before[name] != settings.get(name)]
+    changed = [
+        f"{name} was {value!r} and is {settings.get(name)!r}"
+        for name, value in before.items()
+        if value != settings.get(name)
+    ]
     folders = {test: own.output_dir / f"fold-{test}" for test in range(1, own.num_folds + 1)}
     begun = any(own.output_dir.glob("fold-*/checkpoint-*")) or any(map(is_finished, own.output_dir.glob("fold-*")))
     if changed and begun:

@@ -123,7 +123,9 @@ class AudioStream(torch.utils.data.IterableDataset):
         workers = max(self.num_workers, 1)
         if self.batch_size is None or workers * self.num_processes == 1:
             return self.survey.num_rows
-        batches = sum(math.ceil(self._quota(worker, workers) / self.batch_size) for worker in range(workers))
+        batches = sum(
+            math.ceil(self._quota(self.survey, worker, workers) / self.batch_size) for worker in range(workers)
+        )
         return batches * self.batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -134,7 +136,7 @@ class AudioStream(torch.utils.data.IterableDataset):
         reader, readers = self.process_index * workers + index, self.num_processes * workers
         epoch, skipped = int(self._epoch), self.extract.skipped
         skipped.clear()
-        quota = self._quota(index, workers) if self.batch_size and self.survey else None
+        quota = self._quota(self.survey, index, workers) if self.batch_size and self.survey else None
         given = 0
         try:
             for example in islice(self._read(reader, readers, epoch), quota):
@@ -214,9 +216,9 @@ class AudioStream(torch.utils.data.IterableDataset):
         again = sum(self.num_processes * max(counts[worker::workers]) for worker in range(workers)) - sum(counts)
         return self.num_processes == 1 or (min(counts) > 0 and again < self.batch_size * self.num_processes)
 
-    def _quota(self, worker: int, workers: int) -> int:
+    def _quota(self, survey: Survey, worker: int, workers: int) -> int:
         """How many rows a worker reads, or the one of its number in another process, if that is more."""
-        num_rows, _, shards = self.survey  # type: ignore[misc]
+        num_rows, _, shards = survey
         readers = self.num_processes * workers
         if self._by_shards(readers):
             shards = shards or (num_rows,)
@@ -368,7 +370,7 @@ def load_stream(
                 "number of steps instead of epochs, with --max_steps, or here with needs_length=False."
             )
     if label_names is None:
-        label_names = names or survey.labels  # type: ignore[union-attr]
+        label_names = names or (survey.labels if survey else ())
         column, chosen = parse_selection(rows) if rows else (None, ())
         if names and column == label_column:
             label_names = [name for index, name in enumerate(names) if {name, str(index)} & set(chosen)]
