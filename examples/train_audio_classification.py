@@ -360,4 +360,5 @@ def push(folder: str, repo_id: str, token: Optional[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Ends what several processes have between them, which may abort one that ends before.
+    main().accelerator.end_training()

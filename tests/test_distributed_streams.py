@@ -60,6 +60,7 @@ for workers in (0, 2):
     }
 with open(f"{output}/{rank}.json", "w") as file:
     json.dump(results, file)
+trainer.accelerator.end_training()
 """
 
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 import transformers as tf
-from accelerate import DistributedType
+from accelerate import DistributedType, PartialState
 from conftest import FRAMES, MEL_BINS, tiny_ast_config
 from families import FAMILIES, MASKED_WAVE
 from peft import PeftModel, get_peft_model
@@ -213,3 +213,5 @@ def main(folder: str, *names: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # Threads of gloo that still run when Python ends abort it.
+    PartialState().destroy_process_group()
