@@ -130,6 +130,9 @@ class PatchGrid(NamedTuple):
     class_tokens: int  # tokens before the patches
     height: int  # patches in frequency
     width: int  # patches in time
+    patch_size: int = 1  # of a square patch, in bins and frames of the spectrogram; with smaller strides they overlap
+    frequency_stride: int = 1  # bins from one patch to the next
+    time_stride: int = 1  # frames from one patch to the next
 
 
 class ConvolutionExperts(BottleneckExperts):

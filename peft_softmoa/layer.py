@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Optional, cast
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import SoftMoAConfig
 from .experts import BottleneckExperts, PatchGrid
-from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, is_mask, token_mask, unpack
+from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, in_backward, is_mask, token_mask, unpack
 from .mixed_batch import MixedBatch
 from .mixture import Router, add_mixture, build_mixture, mixes_tokens
 from .placement import Target
@@ -71,6 +73,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_hooks: dict[str, list[Any]] = {}
         # The losses of its routers, while a forward pass of the model collects them.
         self.router_losses: Optional[list[Tensor]] = None
+        # Is told what each mixture reads, while routing is recorded.
+        self.recorder: Optional[Callable[[str, Tensor, Optional[Tensor]], None]] = None
         # The adapters of the samples, while a forward pass of the model mixes them.
         self.mixed_batch: Optional[MixedBatch] = None
         self._disable_adapters = False
@@ -110,10 +114,32 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         """
         target, call = self.softmoa_targets[adapter_name], self.softmoa_calls[adapter_name]
         entry = find_module(model, target.entry) if target.entry else None
-        masks = target.masks if call.reads_mask and not self._takes_mask else ()
-        masked = [find_module(model, name) for name in masks]
-        layer = find_module(model, target.layer) if target.layer else None
-        self.softmoa_hooks[adapter_name] += call.hook(entry, masked, layer)
+        masked, layer = self._around(target, model)
+        self.softmoa_hooks[adapter_name] += call.hook(entry, masked if call.reads_mask else [], layer)
+
+    def _around(self, target: Target, model: nn.Module) -> tuple[list[nn.Module], Optional[nn.Module]]:
+        """The modules that get the mask of a block that gets none itself, and the layer around the block."""
+        masked = [] if self._takes_mask else [find_module(model, name) for name in target.masks]
+        return masked, find_module(model, target.layer) if target.layer else None
+
+    @contextlib.contextmanager
+    def recording(self, model: nn.Module, recorder: Callable[[str, Tensor, Optional[Tensor]], None]) -> Iterator[None]:
+        """A context in which a function is told what the mixtures read.
+
+        Args:
+            model (nn.Module): the base model.
+            recorder (callable): is called with an adapter's name, the tokens `(B, T, D)`, and their mask `(B, T)`, true
+                for real tokens, or None, also where routing needs no mask. It is not called when a backward pass runs
+                the block again.
+        """
+        with contextlib.ExitStack() as stack:
+            for adapter_name, call in self.softmoa_calls.items():
+                stack.enter_context(call.keeping_mask(*self._around(self.softmoa_targets[adapter_name], model)))
+            self.recorder = recorder
+            try:
+                yield
+            finally:
+                self.recorder = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and add the active mixtures.
@@ -141,9 +167,6 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _add(self, adapter_name: str, hidden: Tensor, tokens: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        router = cast(Router, self.softmoa_router[adapter_name])
-        experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
-        scaling = self.softmoa_scaling[adapter_name]
         shape = hidden.shape
         mask: Optional[Tensor]
         try:
@@ -154,11 +177,11 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
                 mask = token_mask(given, *tokens.shape[:2])
             if self.mixed_batch is None:
-                output, loss = add_mixture(hidden, tokens, router, experts, mask, scaling)
+                output, loss = self._mix(adapter_name, hidden, tokens, mask)
             else:
                 rows = self.mixed_batch.rows_of(adapter_name, len(hidden), hidden.device)
                 own_mask = None if mask is None else mask[rows]
-                added, loss = add_mixture(hidden[rows], tokens[rows], router, experts, own_mask, scaling)
+                added, loss = self._mix(adapter_name, hidden[rows], tokens[rows], own_mask)
                 output = hidden.index_copy(0, rows, added)
             if given is not None and given.name in LIMITS:
                 output = output[mask]
@@ -168,9 +191,21 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             self.router_losses.append(loss)
         return output.reshape(shape)
 
+    def _mix(
+        self, adapter_name: str, hidden: Tensor, tokens: Tensor, mask: Optional[Tensor]
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        if self._records():
+            cast(Callable, self.recorder)(adapter_name, tokens, mask)
+        router = cast(Router, self.softmoa_router[adapter_name])
+        experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
+        return add_mixture(hidden, tokens, router, experts, mask, self.softmoa_scaling[adapter_name])
+
+    def _records(self) -> bool:
+        return self.recorder is not None and not in_backward()
+
     def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Optional[Mask]:
         call = self._kept(adapter_name)
-        if not (call.mixes_tokens or (call.reads_mask and self.training)):
+        if not (call.mixes_tokens or (call.reads_mask and self.training) or self._records()):
             return None
         return find_mask(self._arguments, args, kwargs) if self._takes_mask else call.take_mask()
 

@@ -7,8 +7,9 @@ H heads, W windows, D width.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -160,6 +161,11 @@ def _not_understood(mask: Mask, batch: int, num_tokens: int) -> str:
     )
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs, in which gradient checkpointing runs blocks again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class LayerCall:
     """What one call of a transformer's layer passes to an adapted block in it that does not get it itself.
 
@@ -210,6 +216,27 @@ class LayerCall:
         self.keeps_mask, self.has_hooks = bool(masked), bool(handles)
         return handles
 
+    @contextlib.contextmanager
+    def keeping_mask(self, masked: Sequence[nn.Module], layer: Optional[nn.Module]) -> Iterator[None]:
+        """A context in which the mask is kept, also if the mixture needs none.
+
+        Args:
+            masked (sequence of nn.Module): as for `hook`.
+            layer (nn.Module, optional): as for `hook`.
+        """
+        if self.keeps_mask or not masked:
+            yield
+            return
+        had_hooks = self.has_hooks
+        handles = self.hook(None, masked, layer)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.keeps_mask, self.has_hooks = False, had_hooks
+            self.mask, self.has_seen_mask, self.is_open = None, False, False
+
     def take_tokens(self) -> Optional[Tensor]:
         """The tokens that are kept, once; None if there are none."""
         tokens, self.tokens = self.tokens, None
@@ -224,7 +251,7 @@ class LayerCall:
         Raises:
             ValueError: if gradient checkpointing runs a block again that comes before the layer's attention.
         """
-        if self.keeps_mask and not self.has_seen_mask and torch._C._current_graph_task_id() != -1:
+        if self.keeps_mask and not self.has_seen_mask and in_backward():
             raise ValueError(
                 "Under gradient checkpointing, its mask is not known when the backward pass runs it again, because "
                 "it comes before the self-attention of its layer. Adapt a block after it, use routing='dense', or "

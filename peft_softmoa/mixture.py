@@ -86,6 +86,27 @@ class SoftRouter(nn.Module):
             read = dispatch @ tokens
         return add_slots(hidden, combine, scaling * experts(read)), None
 
+    def record(
+        self, tokens: Tensor, experts: BottleneckExperts, mask: Optional[Tensor] = None, scaling: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` mixes, for whoever wants to see it.
+
+        Args:
+            tokens, experts, mask, scaling: as for `forward`.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: dispatch and combine weights, `(B, T, N, P)` each, and the norms over D' of
+            what each expert adds to each token, `‖scaling · Σ_p combine[t, n, p] Ỹ[n, p]‖`, `(B, T, N)`.
+        """
+        tokens = in_full_precision(tokens)
+        dispatch, combine = soft_routing(tokens, self.slots, mask, self.scale)
+        answers = scaling * experts(dispatch.mT @ tokens)
+        by_expert = (len(experts.up_weight), -1)
+        answers, combine = answers.unflatten(1, by_expert), combine.unflatten(-1, by_expert)
+        # The products of an expert's answers: nothing of size T·N·D'.
+        squares = torch.einsum("btnp,bnpq,btnq->btn", combine, answers @ answers.mT, combine)
+        return dispatch.unflatten(-1, by_expert), combine, squares.clamp_min(0).sqrt()
+
 
 class DenseRouter(nn.Module):
     """A router of tokens: every expert reads every token, weighted by a softmax. One expert needs no router.
@@ -135,10 +156,37 @@ class DenseRouter(nn.Module):
             experts, a scalar, or None.
         """
         tokens = in_full_precision(tokens)
-        if self.weight is None or self.bias is None:
-            return experts(tokens, tokens.new_full((*tokens.shape[:2], 1), scaling), mask, hidden), None
-        weights, loss = self._route(dense_routing(tokens, self.weight, self.bias), mask)
+        weights, loss = self._weigh(tokens, mask)
         return experts(tokens, scaling * weights, mask, hidden), loss
+
+    def record(
+        self, tokens: Tensor, experts: BottleneckExperts, mask: Optional[Tensor] = None, scaling: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` mixes, for whoever wants to see it.
+
+            combine[t, n] = weights[t, n]
+            dispatch[t, n] = weights[t, n] / Σ_u weights[u, n]      over the real tokens u
+
+        Args:
+            tokens, experts, mask, scaling: as for `forward`.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: dispatch and combine weights, `(B, T, N, 1)` each, and the norms over D' of
+            what each expert adds to each token, `‖scaling · weights[t, n] · expert_n(x)[t]‖`, `(B, T, N)`.
+        """
+        tokens = in_full_precision(tokens)
+        weights, _ = self._weigh(tokens, mask)
+        real = weights if mask is None else weights.masked_fill(~mask.unsqueeze(-1), 0.0)
+        dispatch = real / real.sum(dim=1, keepdim=True).clamp_min(torch.finfo(real.dtype).tiny)
+        alone = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+        norms = [experts(tokens, scaling * weights * expert, mask).norm(dim=-1) for expert in alone]
+        return dispatch.unsqueeze(-1), weights.unsqueeze(-1), torch.stack(norms, dim=-1)
+
+    def _weigh(self, tokens: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """The weights of the experts, `(B, T, N)`, and the loss."""
+        if self.weight is None or self.bias is None:
+            return tokens.new_ones(*tokens.shape[:2], 1), None
+        return self._route(dense_routing(tokens, self.weight, self.bias), mask)
 
     def _route(self, gates: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """From the gates to the weights of the experts, both `(B, T, N)`, and the loss."""

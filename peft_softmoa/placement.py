@@ -42,7 +42,8 @@ def _ast_grid(config: dict[str, Any]) -> PatchGrid:
         return (config[size] - config["patch_size"]) // config[stride] + 1
 
     # A class and a distillation token, then the patches, all times of the lowest frequency first.
-    return PatchGrid(2, patches("num_mel_bins", "frequency_stride"), patches("max_length", "time_stride"))
+    height, width = patches("num_mel_bins", "frequency_stride"), patches("max_length", "time_stride")
+    return PatchGrid(2, height, width, config["patch_size"], config["frequency_stride"], config["time_stride"])
 
 
 class Architecture(NamedTuple):

@@ -1,5 +1,7 @@
-"""What the experts of a trained mixture do, in numbers."""
+"""What the experts of a mixture do: records, metrics, reports; pictures are in `inspection.plots`."""
 
+from .callback import ExpertUtilizationCallback
+from .maps import ReadingMap, reading_map
 from .metrics import (
     class_information,
     coefficient_of_variation,
@@ -12,16 +14,28 @@ from .metrics import (
     output_share,
     slot_similarity,
 )
+from .records import Record, find_layers, record_routing
+from .report import BlockReport, ExpertReport, Finding, expert_report
 
 __all__ = [
+    "BlockReport",
+    "ExpertReport",
+    "ExpertUtilizationCallback",
+    "Finding",
+    "ReadingMap",
+    "Record",
     "class_information",
     "coefficient_of_variation",
     "combine_similarity",
     "effective_number",
     "effective_tokens",
     "expert_load",
+    "expert_report",
+    "find_layers",
     "idle_experts",
     "normalized_entropy",
     "output_share",
+    "reading_map",
+    "record_routing",
     "slot_similarity",
 ]

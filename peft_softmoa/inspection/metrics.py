@@ -29,7 +29,7 @@ def expert_load(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     Returns:
         Tensor: `(N,)`, in float64, with sum one; all zero if no token is real or none reads an expert.
     """
-    return _shares(_masked(combine, mask).sum((0, 1, 3)))
+    return _shares(masked(combine, mask).sum((0, 1, 3)))
 
 
 def output_share(norms: Tensor, mask: Optional[Tensor] = None) -> Tensor:
@@ -46,7 +46,7 @@ def output_share(norms: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     Returns:
         Tensor: `(N,)`, in float64, with sum one; all zero if nothing is added.
     """
-    return _shares(_masked(norms, mask).sum((0, 1)))
+    return _shares(masked(norms, mask).sum((0, 1)))
 
 
 def normalized_entropy(load: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def effective_tokens(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         Tensor: `(N, P)`, in float64, from 1 to the number of real tokens; zero for slots that read none. Samples
         without a real token do not count.
     """
-    weights = _masked(dispatch, mask)
+    weights = masked(dispatch, mask)
     totals = weights.sum(1, keepdim=True)
     shares = weights / totals.clamp_min(torch.finfo(weights.dtype).tiny)
     numbers = _entropy(shares.movedim(1, -1)).exp() * (totals.squeeze(1) > 0)
@@ -130,7 +130,7 @@ def slot_similarity(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         Tensor: `(S, S)`, in float64, from 0 for slots that share no token to 1 for twins. Samples without a real token
         do not count.
     """
-    slots = F.normalize(_masked(dispatch, mask).flatten(2), dim=1)
+    slots = F.normalize(masked(dispatch, mask).flatten(2), dim=1)
     counted = slots.flatten(1).any(1).sum()
     return (slots.mT @ slots).sum(0) / counted.clamp_min(1)
 
@@ -145,12 +145,26 @@ def combine_similarity(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor
     Returns:
         Tensor: a scalar in float64: 1 if all tokens read the same; not a number if no sample has two real tokens.
     """
-    tokens = F.normalize(_masked(combine, mask).flatten(2), dim=2)
-    numbers = (tokens.square().sum(2) > 0.5).sum(1).to(tokens.dtype)
+    tokens = F.normalize(masked(combine, mask).flatten(2), dim=2)
     # The square of the sum has each pair twice, and each token with itself.
-    pairs = numbers * (numbers - 1)
-    total = (tokens.sum(1).square().sum(1) - numbers).sum()
-    return torch.where(pairs.sum() > 0, total / pairs.sum(), torch.nan)
+    total = (tokens.sum(1).square().sum(1) - tokens.square().sum((1, 2))).sum() / 2
+    pairs = reading_pairs(combine, mask)
+    return torch.where(pairs > 0, total / pairs, torch.nan)
+
+
+def reading_pairs(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """Over how many pairs of tokens of one sample `combine_similarity` is a mean: of those that read anything.
+
+    Args:
+        combine (Tensor): `(B, T, N, P)`, combine weights.
+        mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+
+    Returns:
+        Tensor: a scalar in float64.
+    """
+    weights = masked(combine, mask)
+    numbers = weights.flatten(2).any(2).sum(1).to(weights.dtype)
+    return (numbers * (numbers - 1)).sum() / 2
 
 
 def class_information(loads: Tensor) -> Tensor:
@@ -169,8 +183,10 @@ def class_information(loads: Tensor) -> Tensor:
     return (_entropy(joint.sum(0)) + _entropy(joint.sum(1)) - _entropy(joint.flatten())) / math.log(2)
 
 
-def _masked(values: Tensor, mask: Optional[Tensor]) -> Tensor:
+def masked(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     """Values `(B, T, ...)` in float64, zero for tokens that are not real."""
+    if values.device.type == "mps":  # has no float64
+        values, mask = values.cpu(), None if mask is None else mask.cpu()
     values = values.to(torch.float64)
     if mask is None:
         return values

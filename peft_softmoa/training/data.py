@@ -10,8 +10,10 @@ import csv
 import io
 import itertools
 import logging
+import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional, Union
@@ -276,13 +278,17 @@ def reads_single_columns(name: str, config_name: Optional[str] = None, **hub: An
 # --- audio --------------------------------------------------------------------------------------------------------
 
 
-def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling_rate: int) -> np.ndarray:
+def decode_audio(
+    audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling_rate: int, max_seconds: Optional[float] = None
+) -> np.ndarray:
     """Decode one audio file to mono at a sampling rate.
 
     Args:
         audio (str, PathLike, bytes or dict): path or URL, content, or an undecoded row of datasets, which is a dict
             with `path` and `bytes`.
         sampling_rate (int): in Hz.
+        max_seconds (float, optional): how much is read from the start of the clip; the memory that it takes, for files
+            on disk, depends on that alone. Default: all.
 
     Returns:
         np.ndarray: `(samples,)` float32, the mean of all channels.
@@ -299,21 +305,30 @@ def decode_audio(audio: Union[str, os.PathLike, bytes, dict[str, Any]], sampling
         raise ImportError("Decoding audio needs soundfile and soxr: pip install 'peft-softmoa[audio]'") from error
     name, content = _name_and_content(audio)
     try:
-        if content is None:
+        if content is None and "://" in name:
             # An outage is an error of its own: else all clips would be skipped as if they were bad.
-            content = read_url(name) if "://" in name else Path(name).read_bytes()
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            content = read_url(name)
+        elif content is None and max_seconds is None:
+            content = Path(name).read_bytes()
+        with (
+            open(name, "rb") if content is None else io.BytesIO(content) as source,
+            soundfile.SoundFile(source) as file,
+        ):
+            wanted = sys.maxsize if max_seconds is None else math.ceil(max_seconds * file.samplerate)
             # In blocks: a broken header may declare any length, and memory is not for it to claim.
             blocks = [file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)]
-            while len(blocks[-1]):
+            while len(blocks[-1]) and sum(map(len, blocks)) < wanted:
                 blocks.append(file.read(BLOCK_FRAMES, dtype="float32", always_2d=True))
-            samples = np.concatenate(blocks)
+            samples = np.concatenate(blocks)[:wanted]
             declared, log, source_rate = file.frames, file.extra_info, file.samplerate
+        is_cut = len(samples) < min(declared, wanted)
+        if len(samples) < wanted and not is_cut:  # the file is read to its end
+            is_cut = _is_cut(Path(name).read_bytes() if content is None else content, log)
     except ConnectionError:
         raise
     except (OSError, ValueError, soundfile.LibsndfileError) as error:
         raise AudioError(name, f"unreadable ({getattr(error, 'error_string', error)})") from error
-    if len(samples) < declared or _is_cut(content, log):
+    if is_cut:
         raise AudioError(name, "truncated")
     if len(samples) == 0:
         raise AudioError(name, "no samples")
@@ -329,7 +344,7 @@ class ExtractFeatures:
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
         label_names (Sequence[str]): the classes, in the order of the model's outputs.
         audio_column (str): name of the column with the audio. Default: `"audio"`.
-        label_column (str): name of the column with the labels. Default: `"label"`.
+        label_column (str, optional): name of the column with the labels; None if there are none. Default: `"label"`.
         class_names (Sequence[str], optional): names of the classes, if the labels are indices.
         max_length_seconds (float, optional): longer clips are cut to this length. Default: they are not.
         random_crop (bool): cut at a random place, for training, or else at the start. Default: False.
@@ -343,7 +358,7 @@ class ExtractFeatures:
         label_names: Sequence[str],
         *,
         audio_column: str = "audio",
-        label_column: str = "label",
+        label_column: Optional[str] = "label",
         class_names: Optional[Sequence[str]] = None,
         max_length_seconds: Optional[float] = None,
         random_crop: bool = False,
@@ -368,28 +383,32 @@ class ExtractFeatures:
         """Decode and extract.
 
         Args:
-            rows (dict[str, list]): a batch with the two columns.
+            rows (dict[str, list]): a batch with the columns.
             generator (np.random.Generator, optional): draws the places of random cuts. Default: a fresh one.
 
         Returns:
-            dict[str, list]: the model's inputs and `labels`.
+            dict[str, list]: the model's inputs and, if there are any, `labels`.
 
         Raises:
             AudioError: for audio that cannot be used, if `on_bad_audio="raise"`.
             ValueError: for a label that is not among the classes.
         """
         generator = generator or np.random.default_rng()
-        batch: dict[str, list] = {name: [] for name in [self.feature_extractor.model_input_names[0], "labels"]}
-        for audio, value in zip(rows[self.audio_column], rows[self.label_column]):
+        batch: dict[str, list] = {self.feature_extractor.model_input_names[0]: []}
+        if self.label_column is not None:
+            batch["labels"] = []
+        for index, audio in enumerate(rows[self.audio_column]):
             if audio is not None and not isinstance(audio, (str, bytes, dict)):
                 raise ValueError(
                     f"Column '{self.audio_column}' holds {type(audio).__name__}, but audio is a path, the content of a "
                     "file, or a dict with both."
                 )
             name = _name_and_content(audio)[0]
-            label = label_name(value, self.class_names, name)
-            if label not in self.label_ids:
-                raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
+            label = None
+            if self.label_column is not None:
+                label = label_name(rows[self.label_column][index], self.class_names, name)
+                if label not in self.label_ids:
+                    raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
             try:
                 inputs = self._extract(audio, name, generator)
             except AudioError as error:
@@ -399,7 +418,8 @@ class ExtractFeatures:
                 continue
             for key, features in inputs.items():
                 batch.setdefault(key, []).append(features[0])
-            batch["labels"].append(self.label_ids[label])
+            if label is not None:
+                batch["labels"].append(self.label_ids[label])
         return batch
 
     def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Any:

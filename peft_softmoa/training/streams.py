@@ -35,7 +35,7 @@ BATCH = 8  # rows that are decoded at a time
 
 
 class AudioStream(torch.utils.data.IterableDataset):
-    """A stream of model inputs and `labels`: shuffled if asked, decoded, and turned into features.
+    """A stream of model inputs and, if there are any, `labels`: shuffled if asked, decoded, and turned into features.
 
     It can be given to a `DataLoader` or a Trainer as it is; its workers divide it among them. `make_loader` divides it
     among processes, too. With K readers in all, reader k reads the shards k, k + K, k + 2K, …, or, if they are fewer
@@ -66,7 +66,7 @@ class AudioStream(torch.utils.data.IterableDataset):
     ) -> None:
         if shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer` must not be negative, got {shuffle_buffer}.")
-        columns = [extract.audio_column, extract.label_column]
+        columns = [each for each in (extract.audio_column, extract.label_column) if each is not None]
         check_columns(rows, columns, name)
         self.rows = rows.select_columns(columns)
         self.extract = extract
@@ -181,7 +181,7 @@ class AudioStream(torch.utils.data.IterableDataset):
                 break
             generator = np.random.default_rng([self.seed, epoch, reader, number])
             features = self.extract({name: [row[name] for row in batch] for name in batch[0]}, generator)
-            for index in range(len(features["labels"])):
+            for index in range(len(next(iter(features.values())))):
                 yield {name: column[index] for name, column in features.items()}
 
     def _shuffled(self, rows: IterableDataset, generator: np.random.Generator) -> Iterator[dict[str, Any]]:
@@ -295,7 +295,7 @@ def load_stream(
     rows: Optional[str] = None,
     label_names: Optional[Sequence[str]] = None,
     audio_column: str = "audio",
-    label_column: str = "label",
+    label_column: Optional[str] = "label",
     config_name: Optional[str] = None,
     streaming: bool = True,
     training: bool = True,
@@ -319,8 +319,9 @@ def load_stream(
             dataset declares or, if it declares none, those that occur, in order; if `rows` chooses labels, only these.
             `stream.extract.label_ids` has them.
         audio_column (str): name of the column with the audio. Default: `"audio"`.
-        label_column (str): name of the column with the labels, or several such as `"action,object,location"`, whose
-            values together are the label. Default: `"label"`.
+        label_column (str, optional): name of the column with the labels, or several such as
+            `"action,object,location"`, whose values together are the label; None to read no labels, and count no rows.
+            Default: `"label"`.
         config_name (str, optional): configuration of the dataset.
         streaming (bool): read while training instead of downloading first. Default: True.
         training (bool): shuffle, and cut long clips at random places. Default: True.
@@ -339,7 +340,7 @@ def load_stream(
             counted.
     """
     where = f"{dataset} ({split}{f', {rows}' if rows else ''})"
-    label_columns = label_column.split(",")
+    label_columns = label_column.split(",") if label_column else []
     columns = [*label_columns, *([parse_selection(rows)[0]] if rows else [])]
 
     def load(*more: str) -> IterableDataset:
@@ -353,22 +354,25 @@ def load_stream(
             **hub,
         )
         given = select_rows(given, rows, dataset) if rows else given
-        if len(label_columns) == 1:
+        if len(label_columns) < 2:
             return given
         names_of = {column: class_names(given, column) for column in label_columns}
         return given.map(_join_labels, fn_kwargs={"names_of": names_of, "name": label_column, "where": where})
 
-    labels = load()
-    names = class_names(labels, label_column)
-    if names is None or reads_single_columns(dataset, config_name, **hub):
-        survey: Optional[Survey] = survey_rows(labels, label_column, where)
-    else:
-        survey = None if rows else survey_metadata(labels, label_column)
-        if survey is None and needs_length:
-            raise ValueError(
-                f"{where} does not say how many rows it has, and counting them would read all of its audio: train a "
-                "number of steps instead of epochs, with --max_steps, or here with needs_length=False."
-            )
+    names: Optional[list[str]] = None
+    survey: Optional[Survey] = None
+    if label_column is not None:
+        labels = load()
+        names = class_names(labels, label_column)
+        if names is None or reads_single_columns(dataset, config_name, **hub):
+            survey = survey_rows(labels, label_column, where)
+        elif not rows:
+            survey = survey_metadata(labels, label_column)
+    if survey is None and needs_length:
+        raise ValueError(
+            f"{where} does not say how many rows it has, and counting them would read all of its audio: train a "
+            "number of steps instead of epochs, with --max_steps, or here with needs_length=False."
+        )
     if label_names is None:
         label_names = names or (survey.labels if survey else ())
         column, chosen = parse_selection(rows) if rows else (None, ())

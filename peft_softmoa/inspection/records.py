@@ -1,0 +1,112 @@
+"""Records: what the mixtures of a model read, and what they say, while it runs.
+
+Letters of all shapes: B batch, T tokens, D hidden size, N experts, P slots per expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple, Optional, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..experts import BottleneckExperts
+from ..kernels import without_autocast
+from ..layer import SoftMoALayer
+from ..mixture import Router
+
+
+class Record(NamedTuple):
+    """What one call of an adapted block did with one adapter. The tensors are detached, in float32 or float64.
+
+    B is the number of what the block takes for samples: for attention in windows, the windows of all samples.
+    """
+
+    block: str  # name of the block in the base model
+    adapter: str
+    dispatch: Tensor  # (B, T, N, P): the share of each token in what each slot reads
+    combine: Tensor  # (B, T, N, P): the weight of each slot in what each token gets
+    norms: Tensor  # (B, T, N): the norm of what each expert adds to each token
+    mask: Tensor  # (B, T) boolean, true for real tokens; of the others nothing in here has a meaning
+
+
+@contextlib.contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[Record]]:
+    """Record what the mixtures of a model do.
+
+        with record_routing(model) as records:
+            model(**inputs)
+
+    Everything is computed beside the model's own pass, whose output, gradients and random numbers stay what they are;
+    outside the context it costs nothing. Routers whose experts read tokens themselves, such as `routing="dense"`, have
+    one slot per expert, P = 1; their dispatch weights are the combine weights, divided by their sum over the tokens.
+    With gradient checkpointing, only the first pass is recorded.
+
+    Args:
+        model (nn.Module): a model with adapters, or one that wraps it, such as `DistributedDataParallel`. A compiled
+            model runs eagerly in the context, with a warning.
+
+    Yields:
+        list[Record]: one for each active adapter of each block, in the order in which they run; it may be emptied
+        between passes.
+
+    Raises:
+        ValueError: if the model has no Soft-MoA adapter, is recorded already, or, while it runs, has a mask of tokens
+            in a form that is not understood.
+    """
+    layers = find_layers(model)
+    if any(layer.recorder is not None for layer in layers):
+        raise ValueError("The model is being recorded already. Read the records of the outer `record_routing`.")
+    if any(isinstance(each, torch._dynamo.OptimizedModule) or each._compiled_call_impl for each in model.modules()):
+        warnings.warn("The compiled model runs eagerly while its routing is recorded.", stacklevel=3)
+    records: list[Record] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer, base in layers.items():
+            stack.enter_context(layer.recording(base, partial(_record, records, layer)))
+        yield records
+
+
+def find_layers(model: nn.Module) -> dict[SoftMoALayer, nn.Module]:
+    """Find the adapted blocks of a model, each with the base model that it belongs to.
+
+    Args:
+        model (nn.Module): a model with adapters, or one that wraps it.
+
+    Returns:
+        dict[SoftMoALayer, nn.Module]: the blocks, in the order of the model.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = {
+        module: model.get_submodule(path.removesuffix(module.name).rstrip("."))
+        for path, module in model.named_modules()
+        if isinstance(module, SoftMoALayer)
+    }
+    if not layers:
+        raise ValueError(
+            f"The {type(model).__name__} has no Soft-MoA adapter. Give it one with `get_peft_model(model, "
+            "SoftMoAConfig(...))`, or load one with `PeftModel.from_pretrained`."
+        )
+    return layers
+
+
+@torch.no_grad()
+def _record(records: list[Record], layer: SoftMoALayer, adapter: str, tokens: Tensor, mask: Optional[Tensor]) -> None:
+    router = cast(Router, layer.softmoa_router[adapter])
+    experts = cast(BottleneckExperts, layer.softmoa_experts[adapter])
+    was_training = experts.training
+    try:
+        experts.eval()  # dropout would draw random numbers that the model's own pass then misses
+        with without_autocast(tokens.device.type):
+            weights = router.record(tokens.detach(), experts, mask, layer.softmoa_scaling[adapter])
+    finally:
+        experts.train(was_training)
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    records.append(Record(layer.name, adapter, *weights, mask))
