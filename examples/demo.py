@@ -1,10 +1,18 @@
 #!/usr/bin/env python
-"""Train an adapter on synthesised sounds and use it. Needs no network and no files; takes a minute or two."""
+"""Train an adapter on synthesised sounds and use it. Needs no network and no files; takes a minute or two.
+
+    python examples/demo.py --output_dir demo
+
+keeps the base model, the sounds and the adapter, to look at them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import tempfile
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import soundfile
@@ -39,13 +47,16 @@ def write_base_model(folder: Path, frames: int = 128) -> None:
     ASTFeatureExtractor(max_length=frames).save_pretrained(folder)
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description="Train an adapter on synthesised sounds and use it.")
+    parser.add_argument("--output_dir", help="an empty folder to keep everything in; it is made")
+    kept = parser.parse_args(arguments).output_dir
+    with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_base_model(folder / "base")
         write_dataset(folder / "sounds", {"train": 30, "test": 10}, seed=0)
         print(f"Training on {30 * len(SOUNDS)} synthesised clips of {len(SOUNDS)} classes: {', '.join(SOUNDS)}")
-        arguments = {
+        options = {
             "model_name_or_path": folder / "base",
             "dataset_name": folder / "sounds",
             "train_rows": "part=train",
@@ -58,7 +69,7 @@ def main() -> None:
             "report_to": "none",
             "output_dir": folder / "adapter",
         }
-        trainer = train([part for key, value in arguments.items() for part in (f"--{key}", str(value))])
+        trainer = train([part for key, value in options.items() for part in (f"--{key}", str(value))])
 
         accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
         size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -69,8 +80,9 @@ def main() -> None:
         # From here on as somebody else would who has the adapter: load it by name and classify a file.
         classifier = pipeline("audio-classification", model=str(folder / "adapter"))
         label = "siren"
-        soundfile.write(folder / "fresh.wav", synthesise(label, np.random.default_rng(1)), SAMPLING_RATE)
-        best = classifier(decode_audio(folder / "fresh.wav", SAMPLING_RATE))[0]
+        clip = folder / f"{label}.wav"
+        soundfile.write(clip, synthesise(label, np.random.default_rng(1)), SAMPLING_RATE)
+        best = classifier(decode_audio(clip, SAMPLING_RATE))[0]
         print(f"A fresh WAV file with a {label}: the reloaded adapter says {best['label']} ({best['score']:.0%})")
 
 

@@ -40,6 +40,7 @@ from transformers import (
 
 from peft_softmoa.arguments import AdapterArguments, make_config
 from peft_softmoa.card import add_results
+from peft_softmoa.inspection import ExpertUtilizationCallback
 from peft_softmoa.training import (
     AudioStream,
     AudioTrainer,
@@ -102,7 +103,7 @@ SETTINGS = (
     "max_steps",
 )
 # And what may differ: it changes nothing in what is trained.
-OTHER = ("token", "cache_dir", "eval_split_name", "eval_rows", "test_split_name", "test_rows")
+OTHER = ("token", "cache_dir", "log_experts_steps", "eval_split_name", "eval_rows", "test_split_name", "test_rows")
 
 
 @dataclass
@@ -120,6 +121,9 @@ class ModelArguments:
     modules_to_save: list[str] = field(
         default_factory=lambda: ["classifier"],
         metadata={"help": "Modules that are trained whole, besides the adapter."},
+    )
+    log_experts_steps: int = field(
+        default=0, metadata={"help": "How often, in optimizer steps, to log how the experts are used. Default: never."}
     )
     cache_dir: Optional[str] = field(default=None, metadata={"help": "Where downloads go."})
     token: Optional[str] = field(
@@ -274,6 +278,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     )
     if config.router_aux_loss_coef:
         trainer.add_callback(LogRouterLoss(trainer))
+    if model_args.log_experts_steps:
+        trainer.add_callback(ExpertUtilizationCallback(trainer, every=model_args.log_experts_steps))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -14,7 +15,8 @@ from transformers import AutoConfig, AutoModel, HfArgumentParser
 from .arguments import AdapterArguments, make_config
 from .describe import describe_targets
 
-USAGE = "peft-softmoa targets MODEL [options]"
+USAGE = """peft-softmoa targets MODEL [options]    show what an adapter would adapt in a model
+       peft-softmoa inspect ADAPTER [options]  see what the experts of an adapter do"""
 
 
 @dataclass
@@ -30,25 +32,93 @@ class TargetsArguments:
     )
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
-    """Print what an adapter would adapt in a model: `peft-softmoa targets MODEL`, an id on the Hub or a folder.
+@dataclass
+class InspectArguments:
+    """What an adapter is looked at with."""
 
-    Only the model's config is loaded. The fields of `SoftMoAConfig` are options.
+    audio: Optional[str] = field(default=None, metadata={"help": "A file with a clip, to see where the slots read it."})
+    dataset: Optional[str] = field(
+        default=None, metadata={"help": "Dataset to see the experts over: an id on the Hub or a folder."}
+    )
+    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of the dataset."})
+    split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    rows: Optional[str] = field(default=None, metadata={"help": "Which rows of it, such as fold=5. Default: all."})
+    audio_column_name: str = field(default="audio", metadata={"help": "Its column with the audio."})
+    label_column_name: str = field(
+        default="label", metadata={"help": "Its column with the labels; an empty string if there is none."}
+    )
+    max_length_seconds: float = field(default=30.0, metadata={"help": "How much of a clip is read, from its start."})
+    max_clips: Optional[int] = field(default=None, metadata={"help": "How many clips of the dataset. Default: all."})
+    batch_size: int = field(default=8, metadata={"help": "Clips in a batch."})
+    revision: Optional[str] = field(default=None, metadata={"help": "Branch, tag or commit of the adapter."})
+    output_dir: str = field(
+        default="inspection", metadata={"help": "Where report.html, report.json and the pictures are written."}
+    )
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    """Run a command: `peft-softmoa targets MODEL` or `peft-softmoa inspect ADAPTER`.
+
+    `targets` prints what an adapter would adapt in a model, of which only the config is loaded; the fields of
+    `SoftMoAConfig` are options. `inspect` writes a report of what the experts of an adapter do.
 
     Args:
         arguments (list[str], optional): the words after the command. Default: those of this process.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    commands = {"targets": show_targets, "inspect": inspect}
+    parser = ArgumentParser(prog="peft-softmoa", usage=USAGE)
+    parser.add_argument("command", choices=commands)
+    command = parser.parse_args(given[:1]).command
+    try:
+        commands[command](given[1:])
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"peft-softmoa: {error}")
+
+
+def show_targets(arguments: list[str]) -> None:
+    """Print what an adapter would adapt in a model.
+
+    Args:
+        arguments (list[str]): the words after `targets`.
+    """
     groups: list[Any] = [TargetsArguments, AdapterArguments]
-    parser = HfArgumentParser(groups, prog="peft-softmoa", usage=USAGE)
-    parser.add_argument("command", choices=["targets"], help="Show what an adapter would adapt in a model.")
+    parser = HfArgumentParser(groups, prog="peft-softmoa targets")
     parser.add_argument("model", help="Id on the Hub or folder of the model; only its config is loaded.")
     options, adapter, rest = parser.parse_args_into_dataclasses(arguments)
-    try:
-        model = empty_model(rest.model, options.revision)
-        config = make_config(adapter, modules_to_save=options.modules_to_save, label_names=options.label_names)
-        print(describe_targets(model, config))
-    except (ValueError, OSError) as error:
-        sys.exit(f"peft-softmoa: {error}")
+    model = empty_model(rest.model, options.revision)
+    config = make_config(adapter, modules_to_save=options.modules_to_save, label_names=options.label_names)
+    print(describe_targets(model, config))
+
+
+def inspect(arguments: list[str]) -> None:
+    """Write a report of what the experts of an adapter do.
+
+    Args:
+        arguments (list[str]): the words after `inspect`.
+    """
+    # Only here, as it loads matplotlib and datasets.
+    from .inspection.inspect_adapter import inspect_adapter
+
+    parser = HfArgumentParser(InspectArguments, prog="peft-softmoa inspect")  # type: ignore[arg-type]
+    parser.add_argument("adapter", help="Id on the Hub or folder of the adapter.")
+    options, rest = parser.parse_args_into_dataclasses(arguments)
+    page = inspect_adapter(
+        rest.adapter,
+        options.output_dir,
+        audio=options.audio,
+        dataset=options.dataset,
+        split=options.split,
+        rows=options.rows,
+        audio_column=options.audio_column_name,
+        label_column=options.label_column_name or None,
+        config_name=options.dataset_config_name,
+        revision=options.revision,
+        max_seconds=options.max_length_seconds,
+        max_clips=options.max_clips,
+        batch_size=options.batch_size,
+    )
+    print(f"The report is in {page}")
 
 
 def empty_model(name: str, revision: str = "main") -> nn.Module:

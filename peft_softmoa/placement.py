@@ -93,15 +93,27 @@ def find_patch_grid(model_config: dict[str, Any]) -> PatchGrid:
     Raises:
         ValueError: if the architecture is not known to have one.
     """
-    model_type = model_config.get("model_type", "unknown")
-    make = ARCHITECTURES.get(model_type, Architecture()).patch_grid
-    if make is None:
+    grid = known_patch_grid(model_config)
+    if grid is None:
         known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if architecture.patch_grid))
         raise ValueError(
-            f"`patch_grid` is known for models of type {known}, not for '{model_type}'. Set it to False: the "
-            "convolution then runs over the sequence of tokens."
+            f"`patch_grid` is known for models of type {known}, not for '{model_config.get('model_type', 'unknown')}'. "
+            "Set it to False: the convolution then runs over the sequence of tokens."
         )
-    return make(model_config)
+    return grid
+
+
+def known_patch_grid(model_config: dict[str, Any]) -> Optional[PatchGrid]:
+    """How a model's tokens lie in time and frequency, if its architecture is known to have a grid.
+
+    Args:
+        model_config (dict): the model's config.
+
+    Returns:
+        PatchGrid, optional: the grid.
+    """
+    make = ARCHITECTURES.get(model_config.get("model_type", "unknown"), Architecture()).patch_grid
+    return None if make is None else make(model_config)
 
 
 def choose_targets(config: Any, model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,16 @@ from peft_softmoa import layer as layer_module
 SAMPLING_RATE = 16_000
 MEL_BINS = 128
 FRAMES = 64
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+# No GPU, no sandbox in a container, and nothing that the browser would fetch by itself.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def tiny_ast_config(**overrides):
@@ -159,3 +170,40 @@ def tiny_wav2vec2():
         return Wav2Vec2Model(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)}")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page; at the end of the test there must have been neither messages nor requests beyond the file."""
+    contexts, problems = [], []
+
+    def visit(path, **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+        page.on("requestfailed", lambda request: problems.append(f"failed: {request.url[:80]}"))
+        page.on(
+            "request",
+            lambda request: request.url.startswith(("data:", path.as_uri())) or problems.append(request.url[:80]),
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert problems == []

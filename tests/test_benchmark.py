@@ -218,6 +218,16 @@ def test_the_input_pipeline(tmp_path, monkeypatch):
     assert "| input, 2 workers, 64 samples | " in path.with_suffix(".md").read_text()
 
 
+def test_recording(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, next(iter(MODELS)), (make_small_ast, (128, 128)))
+    main(["--parts", "recording", "--layers", "1", "--rounds", "1", "--output_dir", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    assert [row["what"] for row in json.loads(path.read_text())["recording"]] == [
+        "training step", "recorded training step",
+    ]  # fmt: skip
+    assert "| recorded training step | " in path.with_suffix(".md").read_text()
+
+
 def test_the_model_in_onnx_runtime_says_the_same():
     model, values = tiny_ast(), torch.randn(1, 64, 128)
     run = in_onnx_runtime(model, values)

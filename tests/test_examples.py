@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,13 @@ def test_trains_evaluates_and_saves_everything(base_folder, tones_folder, tmp_pa
 
 def test_choices_of_the_adapter(base_folder, tones_folder, tmp_path):
     options = {"routing": "top_k", "expert_type": "convolution", "patch_grid": True, "train_norms": True}
-    trainer = main(training_options(base_folder, tones_folder, tmp_path / "out", layers_to_transform=0, **options))
+    others = {"layers_to_transform": 0, "log_experts_steps": 2}
+    trainer = main(training_options(base_folder, tones_folder, tmp_path / "out", **others, **options))
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert {name: saved[name] for name in options} == options and saved["layers_to_transform"] == [0]
     assert saved["modules_to_save"] == ["classifier", "audio_spectrogram_transformer.layers.0.layernorm_before"]
     assert any("router_aux_loss" in entry for entry in trainer.state.log_history)
+    assert any("experts/layers.0.attention/effective_number" in entry for entry in trainer.state.log_history)
 
 
 def test_accelerate_launch(base_folder, tones_folder, tmp_path):
@@ -178,9 +181,15 @@ def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, ton
 
 
 def test_demo(tmp_path):
+    """With the two commands of the README: the second one looks at the adapter that the first one leaves."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    shown = re.search(r"<!-- inspect -->\n```\n(.*?)```", readme, re.DOTALL).group(1).replace("\\\n", "")
+    demo, inspect = (shlex.split(line) for line in shown.splitlines())
+    assert demo[:2] == [".venv/bin/python", "examples/demo.py"] and inspect[0] == ".venv/bin/peft-softmoa"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py")], capture_output=True, text=True, cwd=tmp_path, timeout=300,
-        env={**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        [sys.executable, str(EXAMPLES / "demo.py"), *demo[2:]], capture_output=True, text=True, cwd=tmp_path,
+        timeout=300, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     before, after = re.search(r"(\d+)% before, (\d+)% after", result.stdout).groups()
@@ -189,7 +198,12 @@ def test_demo(tmp_path):
     assert re.search(r"Size of the adapter on disk: \d+ KiB", result.stdout)
     assert re.search(r"A fresh WAV file with a siren: the reloaded adapter says siren", result.stdout)
     assert "it/s]" in result.stderr  # the progress bar
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    command = [str(Path(sys.executable).with_name("peft-softmoa")), *inspect[1:]]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    picture = Path(re.search(r"!\[.*?\]\((examples/inspection/.*?)\)", readme).group(1))
+    assert (tmp_path / "demo" / "inspection" / picture.name).exists() and (EXAMPLES.parent / picture).exists()
 
 
 @pytest.mark.real_audio

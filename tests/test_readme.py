@@ -41,6 +41,10 @@ def test_quickstart_and_loading(base_folder, tones_folder, tmp_path, monkeypatch
     names: dict = {}
     exec(code("several").replace("1024", str(FRAMES)), names)
     assert names["logits"].shape == (4, 2)
+    capsys.readouterr()
+    exec(code("records").replace("1024", str(FRAMES)), {})
+    printed = capsys.readouterr().out
+    assert "layers.0.attention torch.Size([4, " in printed and "Over 4 clips, the load is spread" in printed
 
 
 def test_budgets(capsys):

@@ -136,6 +136,23 @@ def input_table(rows: list[dict[str, Any]]) -> str:
     return markdown(table)
 
 
+def recording_table(rows: list[dict[str, Any]]) -> str:
+    """What it costs to log how experts are used.
+
+    Args:
+        rows (list[dict]): what `run.measure_recording` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    plain = rows[0]["seconds"]
+    table = [["", "ms", "of a step", "in every 100th step, of all steps"]]
+    for row in rows:
+        multiple = ratio(row["seconds"], plain)
+        table.append([row["what"], times(row["seconds"]), f"{multiple:.2f}", f"{(multiple - 1) / 100:+.2%}"])
+    return markdown(table)
+
+
 def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
     """One sweep of the layer alone: a row for each point.
 
@@ -202,6 +219,8 @@ def tables(results: dict[str, Any]) -> str:
         parts += ["16 samples with three adapters and the base model, float32:", mixed_table(results["mixed_batches"])]
     if "input" in results:
         parts += [f"Clips of 5 s from files, for {next(iter(MODELS))}:", input_table(results["input"])]
+    if "recording" in results:
+        parts += [f"Recording of {next(iter(MODELS))}, float32:", recording_table(results["recording"])]
     if "import_seconds" in results:
         parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} ms")
     return "\n\n".join(parts) + "\n"

@@ -34,6 +34,9 @@ from torch import Tensor, nn
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.inspection import record_routing
+from peft_softmoa.inspection.callback import utilization
+from peft_softmoa.inspection.report import Statistics
 from peft_softmoa.mixture import add_mixture, build_mixture
 from peft_softmoa.routing import soft_routing
 from peft_softmoa.training import AudioStream, ExtractFeatures, Survey, load_rows, make_loader
@@ -41,7 +44,7 @@ from peft_softmoa.training import AudioStream, ExtractFeatures, Survey, load_row
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.
 WIDTH, BATCH, TOKENS = 768, 8, 590
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PARTS = ["layer", "models", "deployment", "mixed batches", "input", "import"]
+PARTS = ["layer", "models", "deployment", "mixed batches", "input", "recording", "import"]
 # Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
 EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
@@ -253,6 +256,35 @@ def measure_input(rounds: int, arguments: argparse.Namespace) -> list[dict[str, 
     return [{"what": what, "samples": samples[what], "seconds": each} for what, each in seconds.items()]
 
 
+def measure_recording(rounds: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train as ever, and with what `ExpertUtilizationCallback` does in the steps that it logs.
+
+    Args:
+        rounds (int): how often each is timed.
+        arguments (Namespace): of the command line.
+
+    Returns:
+        list[dict[str, Any]]: one row for each: seconds of a training step.
+    """
+    name, device = next(iter(MODELS)), arguments.device
+    model = METHODS["Soft-MoA"](MODELS[name][0](arguments.layers)).to(device).train()
+    batch = make_batch(name, arguments.batch_size, device)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+
+    def recorded() -> None:
+        with record_routing(model) as records:
+            step()
+        statistics = [Statistics() for _ in records]
+        for each, record in zip(statistics, records):
+            each.update(record)
+        utilization([each.result(*record[:2]) for each, record in zip(statistics, records)])
+
+    seconds = in_turn({"training step": step, "recorded training step": recorded}, rounds, device, note)
+    return [{"what": what, "seconds": each} for what, each in seconds.items()]
+
+
 def in_onnx_runtime(model: nn.Module, values: Tensor) -> Callable[[Tensor], Any]:
     """A model in ONNX Runtime, with as many threads as torch has.
 
@@ -454,6 +486,9 @@ def main(argv: list[str] | None = None) -> None:
         save()
     if "input" in parts:
         results["input"] = measure_input(arguments.rounds, arguments)
+        save()
+    if "recording" in parts:
+        results["recording"] = measure_recording(arguments.rounds, arguments)
         save()
     if "import" in parts:
         results["import_seconds"] = import_seconds(arguments.layer_rounds)

@@ -16,14 +16,15 @@ from .records import Record
 
 
 class ReadingMap(NamedTuple):
-    """Where the slots of one block read one clip."""
+    """Where the slots of one block read one clip. Everything is in float64."""
 
     block: str  # name of the block in the base model
     adapter: str
-    # Shares of what each slot reads, in float64: (N, P, bins, frames) of the spectrogram, or (N, P, 1, T) where tokens
-    # follow each other in time.
+    # Shares of what each slot reads: (N, P, bins, frames) of the spectrogram, as far as patches reach, or (N, P, 1, T)
+    # where tokens follow each other in time.
     shares: Tensor
     elsewhere: Tensor  # (N, P): the share of tokens that lie nowhere, such as class tokens
+    uniform: Tensor  # (bins, frames) or (1, T): the shares of a slot that reads all real tokens alike
 
 
 def reading_map(record: Record, grid: Optional[PatchGrid] = None) -> ReadingMap:
@@ -49,15 +50,20 @@ def reading_map(record: Record, grid: Optional[PatchGrid] = None) -> ReadingMap:
             f"The block '{record.block}' takes the clip in {len(record.dispatch)} parts, such as windows, whose place "
             "in the clip is not known."
         )
-    real = record.mask[0]
-    weights = record.dispatch[0].cpu().to(torch.float64).masked_fill(~real.cpu()[:, None, None], 0.0).movedim(0, -1)
-    patches = None if grid is None else grid.height * grid.width
-    if grid is None or patches is None or weights.shape[-1] != grid.class_tokens + patches:
-        shares = weights[..., real.cpu()]
-        return ReadingMap(record.block, record.adapter, shares.unsqueeze(-2), shares.new_zeros(shares.shape[:-1]))
-    elsewhere, on_grid = weights.split([grid.class_tokens, patches], dim=-1)
-    kernel = on_grid.new_full((1, 1, grid.patch_size, grid.patch_size), grid.patch_size**-2)
-    stride = (grid.frequency_stride, grid.time_stride)
-    spread = F.conv_transpose2d(on_grid.reshape(-1, 1, grid.height, grid.width), kernel, stride=stride)
-    shares = spread.squeeze(1).unflatten(0, on_grid.shape[:2])
-    return ReadingMap(record.block, record.adapter, shares, elsewhere.sum(-1))
+    real = record.mask[0].cpu().to(torch.float64)
+    weights = record.dispatch[0].cpu().to(torch.float64).movedim(0, -1) * real
+    experts, slots, num_tokens = weights.shape
+    # One more map, of what reads all alike.
+    maps = torch.cat([weights.flatten(0, 1), (real / real.sum().clamp_min(1)).unsqueeze(0)])
+    elsewhere = maps.new_zeros(len(maps))
+    if grid is not None and num_tokens == grid.class_tokens + grid.height * grid.width:
+        elsewhere = maps[:, : grid.class_tokens].sum(-1)
+        on_grid = maps[:, grid.class_tokens :].reshape(-1, 1, grid.height, grid.width)
+        kernel = maps.new_full((1, 1, grid.patch_size, grid.patch_size), grid.patch_size**-2)
+        maps = F.conv_transpose2d(on_grid, kernel, stride=(grid.frequency_stride, grid.time_stride)).squeeze(1)
+    else:
+        maps = maps.unsqueeze(1)
+    by_slot = (experts, slots)
+    return ReadingMap(
+        record.block, record.adapter, maps[:-1].unflatten(0, by_slot), elsewhere[:-1].unflatten(0, by_slot), maps[-1]
+    )

@@ -139,8 +139,8 @@ class ExpertReport:
 
     @property
     def findings(self) -> list[Finding]:
-        """What stands out, block by block."""
-        return [finding for block in self.blocks for finding in self._findings_of(block)]
+        """What stands out: in all blocks what is of little use, then the classes that experts prefer, most first."""
+        return [finding for block in self.blocks for finding in self._faults_of(block)] + self._preferences()
 
     @property
     def summary(self) -> str:
@@ -149,13 +149,13 @@ class ExpertReport:
         if all(block.num_experts == 1 for block in self.blocks):
             return "Each block has one expert, which reads all tokens."
         numbers = [block.scalars["effective_number"] / block.num_experts for block in self.blocks]
-        problems = {(each.block, each.kind) for each in self.findings if each.kind != "class"}
+        problems = {(each.block, each.kind) for block in self.blocks for each in self._faults_of(block)}
         text = (
             f"Over {self.num_clips} clips, the load is spread as it would be over {sum(numbers) / count:.0%} of the "
             f"experts, all equal (mean of {count} blocks)."
         )
         if not problems:
-            return f"{text} No expert is idle, and no two read the same tokens: all are of use, and more may be."
+            return f"{text} No expert is idle, and no two read the same tokens: all are used, and more may help."
         parts = {
             "idle": "with idle experts",
             "twins": "with experts that read the same tokens",
@@ -192,14 +192,14 @@ class ExpertReport:
             ],
         }
 
-    def _findings_of(self, block: BlockReport) -> list[Finding]:
+    def _faults_of(self, block: BlockReport) -> list[Finding]:
         name, number = self.names[block.block, block.adapter], block.num_experts
         spare = len(block.idle) + sum(len(group) - 1 for group in block.twins)
         would_do = f" {number - spare} of {number} would do." if spare else ""
         found = []
         if block.idle:
             shares = ", ".join(f"{block.load[expert].item():.1%}" for expert in block.idle)
-            text = f"{name}: {_say(block.idle, 'is', 'are')} idle ({shares} of the load; {1 / number:.1%} is an equal one)."
+            text = f"{name}: {_say(block.idle, 'is', 'are')} idle ({shares} of the load; equal were {1 / number:.1%})."
             found.append(Finding("idle", block.block, tuple(block.idle), text))
         for group in block.twins:
             similarity = block.expert_similarity[list(group)][:, list(group)].min().item()
@@ -209,26 +209,28 @@ class ExpertReport:
             found[-1] = found[-1]._replace(text=found[-1].text + would_do)
         if block.broad:
             share = block.effective_tokens[block.broad].mean().item() / max(block.num_tokens, 1.0)
-            text = f"{name}: {_say(block.broad, 'reads', 'read')} all tokens nearly alike (as many as {share:.0%} of them)."
+            text = f"{name}: {_say(block.broad, 'reads', 'read')} all tokens nearly alike (as if {share:.0%} of them)."
             found.append(Finding("broad", block.block, tuple(block.broad), text))
-        return found + self._preferences(block, name)
-
-    def _preferences(self, block: BlockReport, name: str) -> list[Finding]:
-        if block.class_loads is None or self.label_names is None:
-            return []
-        present = block.class_loads.sum(1) > 0
-        means = block.class_loads[present].mean(0)
-        found = []
-        for expert in range(block.num_experts):
-            label = int(block.class_loads[:, expert].argmax())
-            load, mean = block.class_loads[label, expert].item(), means[expert].item()
-            if expert not in block.idle and present.sum() > 1 and load >= PREFERENCE * mean:
-                text = (
-                    f"{name}: expert {expert} prefers the class '{self.label_names[label]}', with {load:.0%} of the "
-                    f"load there and {mean:.0%} in the mean of all classes."
-                )
-                found.append(Finding("class", block.block, (expert,), text))
         return found
+
+    def _preferences(self) -> list[Finding]:
+        found = []
+        for block in self.blocks:
+            if block.class_loads is None or self.label_names is None:
+                continue
+            present = block.class_loads.sum(1) > 0
+            means = block.class_loads[present].mean(0)
+            for expert in set(range(block.num_experts)) - set(block.idle):
+                label = int(block.class_loads[:, expert].argmax())
+                load, mean = block.class_loads[label, expert].item(), means[expert].item()
+                if present.sum() > 1 and load >= PREFERENCE * mean:
+                    text = (
+                        f"{self.names[block.block, block.adapter]}: expert {expert} prefers the class "
+                        f"'{self.label_names[label]}', with {load:.0%} of the load there and {mean:.0%} in the mean of "
+                        "all classes."
+                    )
+                    found.append((mean / load, Finding("class", block.block, (expert,), text)))
+        return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
 
 
 class Statistics:
@@ -337,7 +339,7 @@ def expert_report(
         label_names = [id2label[index] for index in sorted(id2label)]
     device = next(model.parameters()).device
     statistics: dict[tuple[str, str], Statistics] = {}
-    without_classes = None if label_names else "the model's config does not name its classes"
+    without_classes = None
     num_clips = 0
     was_training = model.training
     model.eval()
@@ -386,11 +388,13 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
         dict[str, str]: the short names.
     """
     parts = [name.split(".") for name in names]
+    # A name keeps its first number, and what is numbered.
+    numbers = [next((index for index, part in enumerate(each) if part.isdigit()), len(each)) for each in parts]
     common = 0
-    while parts and all(len(part) > common + 1 and part[common] == parts[0][common] for part in parts):
+    while all(len(each) > common + 1 and each[common] == parts[0][common] for each in parts) and (
+        common < min(numbers, default=0) - 1
+    ):
         common += 1
-    if common and all(part[common].isdigit() for part in parts):
-        common -= 1  # a number alone says little
     return {name: ".".join(part[common:]) for name, part in zip(names, parts)}
 
 
@@ -399,6 +403,8 @@ def _why_no_classes(labels: Any, num_classes: int) -> Optional[str]:
         return "the dataset has no labels"
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         return "the labels are not one class for each clip"
+    if not num_classes:
+        return "the names of the classes are not known"
     wrong = [label for label in labels.tolist() if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(

@@ -1,0 +1,186 @@
+"""A saved adapter and one clip: where in the clip its slots read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoFeatureExtractor
+from transformers.audio_utils import hertz_to_mel, mel_to_hertz
+
+from ..experts import PatchGrid
+from ..placement import known_patch_grid
+from ..registration import SOFTMOA
+from ..training.data import AudioError, decode_audio
+from .maps import ReadingMap, reading_map
+from .plots import Clip
+from .records import Record, record_routing
+
+# Of the spectrograms that models of patches read: Kaldi's, from 20 Hz on, ten milliseconds from frame to frame.
+LOWEST_FREQUENCY, FRAME_SECONDS = 20.0, 0.01
+
+
+class ClipReading(NamedTuple):
+    """One clip, and what each block did with it."""
+
+    clip: Clip
+    duration: float  # of the whole file, in seconds
+    inputs: dict[str, Tensor]  # the model's, in a batch of one
+    grid: Optional[PatchGrid]  # how the model's tokens lie in time and frequency
+    records: tuple[Record, ...]
+    maps: tuple[Optional[ReadingMap], ...]  # one for each record, or none
+    without_map: tuple[str, ...]  # why there is none
+    answer: Optional[str]  # the most likely class, if the model finds classes
+
+
+def load_adapter(adapter: str, revision: Optional[str] = None) -> tuple[PeftModel, Any]:
+    """Load an adapter onto its base model, and the feature extractor that goes with them.
+
+    Args:
+        adapter (str): folder of the adapter, or its id on the Hub.
+        revision (str, optional): branch, tag or commit of the adapter.
+
+    Returns:
+        tuple[PeftModel, SequenceFeatureExtractor]: the model, for evaluation, on the device that Accelerate chooses.
+
+    Raises:
+        ValueError: if it is an adapter of another method, or does not say what its base model is.
+        OSError: if the adapter or its base model cannot be read.
+    """
+    method = PeftConfig._get_peft_type(adapter, revision=revision)
+    if method != SOFTMOA:
+        raise ValueError(f"'{adapter}' is a {method} adapter, but only those of Soft-MoA have experts to look at.")
+    config = PeftConfig.from_pretrained(adapter, revision=revision)
+    base, base_revision = config.base_model_name_or_path, config.revision
+    if not base:
+        raise ValueError(f"The config of '{adapter}' does not name its base model (`base_model_name_or_path`).")
+    names = (
+        (config.auto_mapping or {}).get("base_model_class"),
+        *(AutoConfig.from_pretrained(base, revision=base_revision).architectures or ()),
+    )
+    model_class = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
+    if model_class is None:
+        raise ValueError(f"The base model '{base}' of '{adapter}' does not say which class of transformers it is.")
+    model = PeftModel.from_pretrained(
+        model_class.from_pretrained(base, revision=base_revision), adapter, revision=revision
+    )
+    try:
+        feature_extractor = AutoFeatureExtractor.from_pretrained(adapter, revision=revision)
+    except (OSError, ValueError):  # an adapter that was saved without one
+        feature_extractor = AutoFeatureExtractor.from_pretrained(base, revision=base_revision)
+    return model.eval().to(PartialState().default_device), feature_extractor
+
+
+def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds: float) -> ClipReading:
+    """Run a model on one clip, and find where in it the slots read.
+
+    Args:
+        model (PeftModel): the model with its adapter.
+        feature_extractor (SequenceFeatureExtractor): its feature extractor.
+        audio (str): path or URL of the file.
+        max_seconds (float): how much of it is read, from its start.
+
+    Returns:
+        ClipReading: what each block did.
+
+    Raises:
+        AudioError: if the file is no audio that can be used, or the model does not take it.
+    """
+    rate = feature_extractor.sampling_rate
+    samples = decode_audio(audio, rate, max_seconds)
+    seconds = len(samples) / rate
+    try:
+        inputs = dict(feature_extractor(samples, sampling_rate=rate, return_tensors="pt"))
+        with record_routing(model) as records, torch.no_grad():
+            output = model(**next(complete(model, [inputs])))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise AudioError(
+            audio,
+            f"the model does not take its {seconds:.3f} s ({error}). A clip must be at least as long as what one token "
+            "reads. For a model that takes more than audio, call `expert_report` with inputs of your own",
+        ) from error
+    config: Any = model.config
+    grid = known_patch_grid(config.to_dict())
+    maps: list[Optional[ReadingMap]] = []
+    without_map = []
+    for record in records:
+        try:
+            maps.append(reading_map(record, grid))
+        except ValueError as error:
+            maps.append(None)
+            without_map.append(str(error))
+    values = inputs[feature_extractor.model_input_names[0]][0]
+    # Some feature extractors fill every clip up to one length.
+    filled = getattr(feature_extractor, "n_samples", None) or getattr(feature_extractor, "nb_max_samples", None)
+    clip = Clip(
+        Path(audio).name,
+        samples,
+        rate,
+        values.T.numpy() if grid else None,
+        len(values) * FRAME_SECONDS if grid else filled / rate if filled else seconds,
+        _mel_frequencies(values.shape[1], rate) if grid else None,
+    )
+    return ClipReading(
+        clip,
+        max(_declared_seconds(audio), seconds),
+        inputs,
+        grid,
+        tuple(records),
+        tuple(maps),
+        tuple(without_map),
+        _answer(model, output),
+    )
+
+
+def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Give batches of audio, on the model's device, the first token of an answer, where a model writes text.
+
+    Args:
+        model (nn.Module): the model with its adapter.
+        batches (iterable of mappings): inputs of its encoder.
+
+    Yields:
+        dict[str, Any]: inputs of the model.
+    """
+    config: Any = model.config
+    weight = next(model.parameters())
+    start = getattr(config, "decoder_start_token_id", None)
+    writes = getattr(config, "is_encoder_decoder", False) and hasattr(model, "prepare_inputs_for_generation")
+    for batch in batches:
+        moved = {name: value.to(weight.device) for name, value in batch.items()}
+        if writes and start is not None:
+            first = next(iter(moved.values()))
+            moved["decoder_input_ids"] = torch.full((len(first), 1), start, device=weight.device)
+        yield moved
+
+
+def _mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
+    """The centre of each bin in Hz."""
+    low, high = (hertz_to_mel(frequency, mel_scale="kaldi") for frequency in (LOWEST_FREQUENCY, sampling_rate / 2))
+    return np.asarray(mel_to_hertz(np.linspace(low, high, bins + 2)[1:-1], mel_scale="kaldi"))
+
+
+def _declared_seconds(audio: str) -> float:
+    """How long a file says that it is."""
+    import soundfile
+
+    if "://" in audio:
+        return 0.0
+    with soundfile.SoundFile(audio) as file:
+        return file.frames / file.samplerate
+
+
+def _answer(model: PeftModel, output: Any) -> Optional[str]:
+    logits = getattr(output, "logits", None)
+    names = getattr(model.config, "id2label", None) or {}
+    if not isinstance(logits, Tensor) or logits.shape != (1, len(names)):
+        return None
+    best = int(logits.argmax())
+    return f"{names[best]} ({logits.softmax(-1)[0, best].item():.0%})"

@@ -1,0 +1,301 @@
+"""Look at an adapter: what its experts do with a clip or over a dataset, as numbers, pictures and a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Any, Optional
+
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding
+
+from ..training.data import load_rows
+from ..training.streams import load_stream
+from .clips import FRAME_SECONDS, ClipReading, complete, load_adapter, read_clip
+from .maps import ReadingMap
+from .page import Picture, Section, Table, write_page
+from .plots import plot_classes, plot_load, plot_reading, png
+from .report import ExpertReport, expert_report
+
+# Of how many blocks the page shows classes: of those that tell most of them. All are in the JSON file.
+CLASS_PICTURES = 3
+
+
+def inspect_adapter(
+    adapter: str,
+    output_dir: str | os.PathLike,
+    *,
+    audio: Optional[str] = None,
+    dataset: Optional[str] = None,
+    split: str = "train",
+    rows: Optional[str] = None,
+    audio_column: str = "audio",
+    label_column: Optional[str] = "label",
+    config_name: Optional[str] = None,
+    revision: Optional[str] = None,
+    max_seconds: float = 30.0,
+    max_clips: Optional[int] = None,
+    batch_size: int = 8,
+) -> Path:
+    """See what the experts of an adapter do with a clip, over a dataset, or both.
+
+    Writes `report.json` with all numbers, pictures as PNG files, and `report.html`, one file that needs no other.
+
+    Args:
+        adapter (str): folder of the adapter, or its id on the Hub.
+        output_dir (str or PathLike): where to write; it is made.
+        audio (str, optional): a file with a clip; the report shows where in it each slot reads.
+        dataset (str, optional): id on the Hub or local folder, as for `load_stream`. The report's metrics are those
+            over its clips, or else those of the one clip.
+        split (str): of the dataset. Default: `"train"`.
+        rows (str, optional): which rows of it, such as `"fold=5"`. Default: all.
+        audio_column (str): its column with the audio. Default: `"audio"`.
+        label_column (str, optional): its column with the labels; None if there is none. Default: `"label"`.
+        config_name (str, optional): its configuration.
+        revision (str, optional): branch, tag or commit of the adapter.
+        max_seconds (float): how much of a clip is read, from its start. Default: 30.0.
+        max_clips (int, optional): how many clips of the dataset are read. Default: all.
+        batch_size (int): clips in a batch. Default: 8.
+
+    Returns:
+        Path: the page.
+
+    Raises:
+        ValueError: if there is neither clip nor dataset, the adapter is of another method, or a clip cannot be used.
+        OSError: if the adapter or its base model cannot be read.
+    """
+    if audio is None and dataset is None:
+        raise ValueError("There is nothing to look at: give a clip with --audio, a dataset with --dataset, or both.")
+    if not max_seconds > 0 or batch_size < 1 or (max_clips is not None and max_clips < 1):
+        raise ValueError(
+            "--max_length_seconds, --batch_size and --max_clips must be positive, got "
+            f"{max_seconds}, {batch_size} and {max_clips}."
+        )
+    model, feature_extractor = load_adapter(adapter, revision)
+    config = model.active_peft_config
+    reading = None if audio is None else read_clip(model, feature_extractor, audio, max_seconds)
+    facts = {
+        "Adapter": adapter,
+        "Base model": str(config.base_model_name_or_path),
+        "Mixture": f"{config.num_experts} experts of r={config.r}, {config.routing} routing, type {config.expert_type}",
+    }
+    notes = []
+    if dataset is not None:
+        given = load_rows(dataset, split, audio_column=audio_column, config_name=config_name)
+        present = given.column_names or list(next(iter(given), {}))
+        has_labels = label_column is not None and set(label_column.split(",")) <= set(present)
+        stream = load_stream(
+            dataset,
+            split,
+            feature_extractor,
+            rows=rows,
+            audio_column=audio_column,
+            label_column=label_column if has_labels else None,
+            config_name=config_name,
+            training=False,
+            needs_length=False,
+            max_length_seconds=max_seconds,
+        )
+        total = max_clips or (len(stream) if stream.survey else None)
+        clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total)
+        collate = DataCollatorWithPadding(feature_extractor)
+        batches = map(collate, iter(lambda: list(islice(clips, batch_size)), []))
+        label_names = list(stream.extract.label_ids)
+        report = expert_report(model, complete(model, batches), label_names=label_names, show_progress=False)
+        facts["Dataset"] = f"{dataset}, {split}{f', {rows}' if rows else ''}: {report.num_clips} clips"
+        if stream.extract.skipped:
+            notes.append(f"Clips that cannot be used: {'; '.join(stream.extract.skipped)}.")
+    elif reading is not None:
+        report = expert_report(model, complete(model, [reading.inputs]), show_progress=False)
+    if report.without_classes:
+        notes.append(f"There is nothing about classes: {report.without_classes} (--dataset, --label_column_name).")
+    sections = [_load(report), *_classes(report)]
+    sound = None
+    if reading is not None:
+        facts["Clip"] = f"{reading.clip.name}, {reading.duration:.2f} s"
+        if reading.answer:
+            facts["The model says"] = reading.answer
+        notes += _left_out(reading)
+        sections.append(_reading(report, reading))
+        sound = _wav(reading)
+    sections.append(_numbers(report))
+
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        for picture in section.pictures:
+            (folder / f"{_file_name(picture.title)}.png").write_bytes(picture.png)
+    found = {"facts": facts, "left_out": notes, **report.to_dict()}
+    if reading is not None:
+        found["clip"] = _clip_to_dict(reading)
+    (folder / "report.json").write_text(json.dumps(found, indent=1, allow_nan=False))
+    page = folder / "report.html"
+    write_page(
+        page,
+        title="What the experts do",
+        summary=report.summary,
+        findings=[finding.text for finding in report.findings],
+        facts=facts,
+        sections=sections,
+        notes=notes,
+        audio=sound,
+        audio_label="The clip, as far as the model reads it",
+    )
+    return page
+
+
+def _load(report: ExpertReport) -> Section:
+    loads = "; ".join(
+        f"{report.names[block.block, block.adapter]}: {', '.join(f'{share:.0%}' for share in block.load.tolist())}"
+        for block in report.blocks
+    )
+    picture = Picture(
+        "Load of the experts",
+        png(plot_load(report)),
+        f"A matrix of blocks and experts. {loads}.",
+        "Each row is an adapted block and adds up to 100%: how much of what the tokens get comes from each expert.",
+    )
+    text = (
+        "An expert that hardly any token reads is idle. If all have the same share, all are used; how alike they are "
+        "is another question, which the similarity of what they read answers."
+    )
+    return Section("Who is used", text, [picture])
+
+
+def _classes(report: ExpertReport) -> list[Section]:
+    blocks = [block for block in report.blocks if block.class_loads is not None and block.num_experts > 1]
+    blocks = sorted(blocks, key=lambda block: -block.scalars["class_information"])[:CLASS_PICTURES]
+    if not blocks:
+        return []
+    pictures = [
+        Picture(
+            f"Classes in {report.names[block.block, block.adapter]}",
+            png(plot_classes(report, block)),
+            f"A matrix of classes and experts for the block {block.block}. The expert that a token reads tells "
+            f"{block.scalars['class_information']:.3f} bits of the class.",
+            "Each row is a class and adds up to 100%: from which experts the tokens of its clips get their answers.",
+        )
+        for block in blocks
+    ]
+    text = (
+        "If rows differ, experts have specialised on classes. Shown are the blocks whose experts tell most of the "
+        "class, by their mutual information."
+    )
+    return [Section("Which expert for which class", text, pictures)]
+
+
+def _reading(report: ExpertReport, reading: ClipReading) -> Section:
+    pictures = []
+    caption = "Bright is where a slot reads more than one that reads all tokens alike."
+    if reading.grid:
+        caption += " Elsewhere are tokens without a place, such as class tokens."
+    for record, found in zip(reading.records, reading.maps):
+        if found is not None:
+            name = report.names[record.block, record.adapter]
+            peaks = "; ".join(_say_peak(peak) for peak in _peaks(found, reading))
+            pictures.append(
+                Picture(
+                    f"Reading of {name}",
+                    png(plot_reading(found, reading.clip, name)),
+                    f"Maps of the clip for each slot of {name}. {peaks}.",
+                    caption,
+                )
+            )
+    text = (
+        "A slot is a weighted average of tokens, and this is where in the clip its weights lie."
+        if reading.grid
+        else "A slot is a weighted average of tokens. Tokens are laid evenly over the time of the clip; what one of "
+        "them has seen of its neighbours is not shown."
+    )
+    folded = f"{len(pictures)} blocks" if len(pictures) > 1 else None
+    return Section("Where in the clip they read", text, pictures, folded=folded)
+
+
+def _numbers(report: ExpertReport) -> Section:
+    names = list(report.blocks[0].scalars)
+    rows = [
+        (report.names[block.block, block.adapter], *(f"{block.scalars[name]:.3g}" for name in names))
+        for block in report.blocks
+    ]
+    table = Table("Metrics of each block", ["block", *(name.replace("_", " ") for name in names)], rows)
+    text = (
+        "The normalized entropy of the load is 1 and its coefficient of variation 0 if all experts have the same "
+        "share; the effective number says how many equal ones would be as diverse. Effective tokens are from how many "
+        "tokens a slot reads, similarities are cosines, and the class information is in bits."
+    )
+    return Section("In numbers", text, table=table, folded=f"{len(rows)} blocks")
+
+
+def _peaks(found: ReadingMap, reading: ClipReading) -> list[dict[str, Any]]:
+    """Where each slot reads most: the middle of the bin and frame, or of the token."""
+    peaks = []
+    clip, (experts, slots, bins, length) = reading.clip, found.shares.shape
+    step = FRAME_SECONDS if reading.grid and bins > 1 else clip.seconds / length
+    for expert in range(experts):
+        for slot in range(slots):
+            shares = found.shares[expert, slot]
+            place, time = divmod(int(shares.argmax()), length)
+            hertz = float(clip.frequencies[place]) if clip.frequencies is not None and bins > 1 else None
+            peaks.append(
+                {
+                    "expert": expert,
+                    "slot": slot,
+                    "seconds": (time + 0.5) * step,
+                    "hertz": hertz,
+                    "elsewhere": found.elsewhere[expert, slot].item(),
+                }
+            )
+    return peaks
+
+
+def _say_peak(peak: dict[str, Any]) -> str:
+    where = f"{peak['seconds']:.2f} s" + (f", {peak['hertz']:.0f} Hz" if peak["hertz"] is not None else "")
+    return f"expert {peak['expert']}, slot {peak['slot']} most at {where}"
+
+
+def _clip_to_dict(reading: ClipReading) -> dict[str, Any]:
+    return {
+        "name": reading.clip.name,
+        "duration": reading.duration,
+        "seconds": reading.clip.seconds,
+        "answer": reading.answer,
+        "blocks": [
+            {
+                "block": record.block,
+                "adapter": record.adapter,
+                "peaks": None if found is None else _peaks(found, reading),
+                "mask": record.mask.tolist(),
+                "dispatch": record.dispatch.tolist(),
+                "combine": record.combine.tolist(),
+                "norms": record.norms.tolist(),
+            }
+            for record, found in zip(reading.records, reading.maps)
+        ],
+    }
+
+
+def _left_out(reading: ClipReading) -> list[str]:
+    notes = list(reading.without_map)
+    seconds = len(reading.clip.samples) / reading.clip.sampling_rate
+    if reading.duration > seconds + FRAME_SECONDS:
+        notes.append(
+            f"Of the clip's {reading.duration:.0f} s only the first {seconds:.0f} s are read (--max_length_seconds)."
+        )
+    if seconds > reading.clip.seconds + FRAME_SECONDS:
+        notes.append(f"The model takes the first {reading.clip.seconds:.2f} s of a clip, and no more.")
+    return notes
+
+
+def _wav(reading: ClipReading) -> bytes:
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, reading.clip.samples, reading.clip.sampling_rate, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def _file_name(title: str) -> str:
+    return title.lower().replace(" ", "-").replace("(", "").replace(")", "")

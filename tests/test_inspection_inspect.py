@@ -1,0 +1,232 @@
+import csv
+import json
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import transformers
+from conftest import FRAMES, MEL_BINS, SAMPLING_RATE, write_tone
+from families import FAMILIES
+from peft import LoraConfig, get_peft_model
+from transformers import ASTFeatureExtractor, ASTForAudioClassification
+
+from peft_softmoa import SoftMoAConfig
+from peft_softmoa.cli import main
+from peft_softmoa.inspection import expert_report
+from peft_softmoa.inspection.inspect_adapter import inspect_adapter
+from peft_softmoa.training import decode_audio
+
+
+@pytest.fixture(scope="module")
+def adapter(base_folder, tmp_path_factory):
+    """An adapter on the tiny AST, with its feature extractor."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    config = SoftMoAConfig(num_experts=3, r=2, init_weights=False)
+    get_peft_model(ASTForAudioClassification.from_pretrained(base_folder), config).save_pretrained(folder)
+    ASTFeatureExtractor(max_length=FRAMES, num_mel_bins=MEL_BINS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clip(tmp_path):
+    write_tone(tmp_path / "clip.wav", seconds=0.5)
+    return tmp_path / "clip.wav"
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_clip_and_a_dataset(adapter, tones_folder, clip, tmp_path, capsys):
+    folder = tmp_path / "out"
+    options = ["--audio", str(clip), "--dataset", str(tones_folder), "--rows", "fold=1", "--output_dir", str(folder)]
+    main(["inspect", str(adapter), *options])
+    assert capsys.readouterr().out == f"The report is in {folder / 'report.html'}\n"
+    found = report_of(folder)
+    assert found["num_clips"] == 8 and found["label_names"] == ["high", "low"] and found["left_out"] == []
+    assert sorted(path.name for path in folder.glob("*.png")) == [
+        "classes-in-layers.0.attention.png", "classes-in-layers.1.attention.png", "load-of-the-experts.png",
+        "reading-of-layers.0.attention.png", "reading-of-layers.1.attention.png",
+    ]  # fmt: skip
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") == 5 and page.count("<audio") == 1 and found["summary"] in page
+
+    # The numbers are those of the loaded adapter.
+    model = transformers.AutoModelForAudioClassification.from_pretrained(adapter)
+    extract = ASTFeatureExtractor.from_pretrained(adapter)
+    with open(tones_folder / "metadata.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["fold"] == "1"]
+    clips = [decode_audio(tones_folder / row["file_name"], SAMPLING_RATE) for row in rows]
+    inputs = extract(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt")
+    labels = torch.tensor([["high", "low"].index(row["label"]) for row in rows])
+    report = expert_report(model, [{**inputs, "labels": labels}], label_names=["high", "low"], show_progress=False)
+    for block, wanted in zip(found["blocks"], report.to_dict()["blocks"], strict=True):
+        for name in ("load", "output_share", "effective_number", "class_information", "num_tokens"):
+            assert block[name] == pytest.approx(wanted[name], rel=1e-4)
+
+    # And of the clip, by block.
+    [first, second] = found["clip"]["blocks"]
+    assert found["clip"]["duration"] == 0.5 and found["clip"]["seconds"] == FRAMES / 100
+    weights = np.array(first["dispatch"])[0, :, :, 0]
+    grid = weights[2:].reshape(MEL_BINS // 16, FRAMES // 16, 3)
+    for expert, peak in enumerate(first["peaks"]):
+        row, column = np.unravel_index(grid[:, :, expert].argmax(), grid.shape[:2])
+        assert 0.16 * column <= peak["seconds"] <= 0.16 * (column + 1)
+        assert peak["elsewhere"] == pytest.approx(weights[:2, expert].sum(), rel=1e-5)
+    assert second["block"] == "audio_spectrogram_transformer.layers.1.attention"
+
+
+def test_a_browser_shows_the_report(adapter, tones_folder, clip, tmp_path, visit):
+    page = visit(
+        inspect_adapter(str(adapter), tmp_path / "out", audio=str(clip), dataset=str(tones_folder)),
+        viewport={"width": 360, "height": 640},
+    )
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true })")
+    page.wait_for_function("[...document.images].every((image) => image.complete)")
+    widths = page.evaluate("[...document.images].map((image) => image.naturalWidth)")
+    assert len(widths) == 5 and min(widths) > 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.wait_for_function("document.querySelector('audio').readyState >= 1")
+    assert page.evaluate("document.querySelector('audio').duration") == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_clip_alone(adapter, clip, tmp_path):
+    page = inspect_adapter(str(adapter), tmp_path / "out", audio=str(clip))
+    found = report_of(tmp_path / "out")
+    assert found["num_clips"] == 1 and found["label_names"] is None
+    assert found["left_out"] == [
+        "There is nothing about classes: the dataset has no labels (--dataset, --label_column_name)."
+    ]
+    assert "LABEL_" in found["facts"]["The model says"] and page == tmp_path / "out" / "report.html"
+
+
+def test_a_dataset_without_labels(adapter, tones_folder, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(tones_folder, folder)
+    lines = (folder / "metadata.csv").read_text().splitlines()
+    (folder / "metadata.csv").write_text("\n".join(line.split(",")[0] for line in lines))
+    inspect_adapter(str(adapter), tmp_path / "out", dataset=str(folder), max_clips=5, batch_size=2)
+    found = report_of(tmp_path / "out")
+    assert found["num_clips"] == 5 and found["blocks"][0]["class_loads"] is None
+    assert any(
+        note.startswith("There is nothing about classes: the dataset has no labels") for note in found["left_out"]
+    )
+    assert not list((tmp_path / "out").glob("classes-*.png"))
+
+
+def test_names_with_html_are_text(adapter, tmp_path):
+    evil = "<script>alert('x')</script>"
+    data = tmp_path / "data"
+    data.mkdir()
+    with open(data / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "label"])
+        for index, label in enumerate((evil, '"><img src=x onerror=alert(1)>', "$a_b$")):
+            write_tone(data / f"{index}.wav", 300 * (index + 1))
+            table.writerow([f"{index}.wav", label])
+    clip = tmp_path / "<b onclick=alert(1)> & $.wav"
+    write_tone(clip)
+    page = inspect_adapter(str(adapter), tmp_path / "out", dataset=str(data), audio=str(clip)).read_text()
+    assert "<script" not in page and "<b onclick" not in page and "<img src=x" not in page
+    assert "&lt;b onclick=alert(1)&gt; &amp; $.wav" in page
+    assert evil in report_of(tmp_path / "out")["label_names"]
+
+
+def save(make, config, folder, extractor, **choices):
+    """A tiny model with its adapter."""
+    torch.manual_seed(0)
+    make(config).save_pretrained(folder / "base")
+    extractor.save_pretrained(folder / "base")
+    model = make.from_pretrained(folder / "base")
+    get_peft_model(model, SoftMoAConfig(num_experts=3, r=2, **choices)).save_pretrained(folder / "adapter")
+    return str(folder / "adapter")
+
+
+def test_a_model_of_sequences(clip, tmp_path):
+    """Wave to tokens, also without a feature extractor in the adapter's folder."""
+    adapter = save(
+        *FAMILIES["Wav2Vec2"].config(), tmp_path, transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    )
+    inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
+    found = report_of(tmp_path / "out")["clip"]
+    assert found["seconds"] == 0.5 and len(found["blocks"][0]["peaks"]) == 3
+    assert all(0 < peak["seconds"] < 0.5 and peak["hertz"] is None for peak in found["blocks"][0]["peaks"])
+
+
+def test_a_model_that_writes_text_and_fills_clips_up(clip, tmp_path):
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1, hop_length=400)
+    adapter = save(*FAMILIES["Whisper, speech to text"].config(), tmp_path, extractor)
+    inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
+    found = report_of(tmp_path / "out")["clip"]
+    assert found["seconds"] == 1.0 and found["duration"] == 0.5 and found["answer"] is None
+
+
+def test_a_model_of_windows_has_no_map(clip, tmp_path):
+    extractor = transformers.ClapFeatureExtractor(feature_size=16, max_length_s=1, truncation="rand_trunc")
+    adapter = save(transformers.ClapAudioModel, FAMILIES["CLAP"].config()[1].audio_config, tmp_path, extractor)
+    inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
+    found = report_of(tmp_path / "out")
+    assert any(
+        "takes the clip in" in note and "whose place in the clip is not known" in note for note in found["left_out"]
+    )
+    assert any(block["peaks"] is None for block in found["clip"]["blocks"])
+
+
+def test_only_the_start_of_an_hour_is_read(adapter, tmp_path):
+    """In memory that does not grow with the file: ten channels of an hour would be 4.6 GB."""
+    path = tmp_path / "hour.flac"
+    second = (np.random.default_rng(0).integers(-9, 9, (32_000, 2))).astype("int16")
+    with soundfile.SoundFile(path, "w", 32_000, 2, "PCM_16") as file:
+        for _ in range(3700):
+            file.write(second)
+    whole = 3700 * second.size * 4
+    tracemalloc.start()
+    samples = decode_audio(path, SAMPLING_RATE, max_seconds=2.5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(samples) == 2.5 * SAMPLING_RATE and peak < whole / 100
+    inspect_adapter(str(adapter), tmp_path / "out", audio=str(path), max_seconds=2.5)
+    found = report_of(tmp_path / "out")
+    assert found["clip"]["duration"] == 3700
+    assert "Of the clip's 3700 s only the first 2 s are read (--max_length_seconds)." in found["left_out"]
+    assert "The model takes the first 0.64 s of a clip, and no more." in found["left_out"]
+
+
+def refused(*words):
+    with pytest.raises(SystemExit) as error:
+        main(["inspect", *map(str, words)])
+    return str(error.value)
+
+
+def test_what_cannot_be_inspected(adapter, base_folder, clip, tmp_path):
+    lora = get_peft_model(ASTForAudioClassification.from_pretrained(base_folder), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    out = ("--output_dir", tmp_path / "out")
+    says = refused(tmp_path / "lora", "--audio", clip, *out)
+    assert says == (
+        f"peft-softmoa: '{tmp_path / 'lora'}' is a LORA adapter, but only those of Soft-MoA have experts to look at."
+    )
+    assert "Can't find 'adapter_config.json'" in refused(base_folder, "--audio", clip, *out)
+    assert "There is nothing to look at: give a clip with --audio" in refused(adapter, *out)
+    (tmp_path / "text.wav").write_text("no audio at all")
+    assert f"{tmp_path / 'text.wav'}: unreadable" in refused(adapter, "--audio", tmp_path / "text.wav", *out)
+    assert "missing.wav: unreadable" in refused(adapter, "--audio", tmp_path / "missing.wav", *out)
+    for samples in (1, 150):
+        soundfile.write(tmp_path / "short.wav", np.full(samples, 0.1), SAMPLING_RATE)
+        says = refused(adapter, "--audio", tmp_path / "short.wav", *out)
+        assert (
+            "short.wav: the model does not take its 0.0" in says and "at least as long as what one token reads" in says
+        )
+    assert "must be positive" in refused(adapter, "--audio", clip, "--max_length_seconds", "0", *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wave_that_is_shorter_than_a_token(tmp_path):
+    adapter = save(*FAMILIES["Wav2Vec2"].config(), tmp_path, transformers.Wav2Vec2FeatureExtractor())
+    soundfile.write(tmp_path / "short.wav", np.full(3, 0.1), SAMPLING_RATE)
+    says = refused(adapter, "--audio", tmp_path / "short.wav", "--output_dir", tmp_path / "out")
+    assert "short.wav: the model does not take its 0.000 s" in says
