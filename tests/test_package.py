@@ -16,27 +16,40 @@ import sys, peft
 before = set(sys.modules)
 import peft_softmoa
 new = {name.split(".")[0] for name in set(sys.modules) - before}
-assert "peft_softmoa.training" not in sys.modules
+assert "peft_softmoa.training" not in sys.modules and "peft_softmoa.inspection" not in sys.modules
 assert not new & {"datasets", "evaluate", "matplotlib", "soundfile", "soxr"}, new
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_imports_point_one_way():
-    """routing, experts -> mixture -> layer -> model; the core never imports training."""
+    """routing, experts -> mixture -> layer -> model -> training -> inspection; the core imports neither of the last."""
     rank = {name: index for index, name in enumerate(
         [
             "registration", "loading", "routing", "kernels", "experts", "card", "checkpointing", "structure", "shapes",
             "masking", "head", "mixed_batch", "mixture", "placement", "describe", "budget", "config", "layer",
-            "averaging", "load_balancing", "model", "arguments", "cli",
+            "averaging", "load_balancing", "model", "arguments", "training", "inspection", "cli",
         ]
     )}  # fmt: skip
     for name, position in rank.items():
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        for node in ast.walk(tree):
+        module = PACKAGE / f"{name}.py"
+        for path in [module] if module.exists() else (PACKAGE / name).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == len(path.relative_to(PACKAGE).parts):
+                    assert rank[node.module.split(".")[0]] < position, f"{path} imports {node.module}"
+    assert set(rank) == {path.stem for path in PACKAGE.iterdir()} - {"__init__", "py", "__pycache__"}
+
+
+def test_imports_within_inspection_point_one_way():
+    rank = {name: index for index, name in enumerate(
+        ["metrics", "records", "maps", "report", "callback", "plots", "page", "clips", "inspect_adapter"]
+    )}  # fmt: skip
+    for name, position in rank.items():
+        for node in ast.walk(ast.parse((PACKAGE / "inspection" / f"{name}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 1:
-                assert rank[node.module] < position, f"{name} imports {node.module}"
-    assert set(rank) == {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+                for module in [node.module] if node.module else [alias.name for alias in node.names]:
+                    assert rank[module] < position, f"{name} imports {module}"
+    assert set(rank) == {path.stem for path in (PACKAGE / "inspection").glob("*.py")} - {"__init__"}
 
 
 def test_version_is_the_one_of_the_project():
@@ -49,8 +62,9 @@ def test_is_typed():
 
 
 def test_public_names_have_docstrings():
+    import peft_softmoa.inspection
     import peft_softmoa.training
 
-    for module in (peft_softmoa, peft_softmoa.training):
+    for module in (peft_softmoa, peft_softmoa.training, peft_softmoa.inspection):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name
