@@ -44,8 +44,8 @@ class InspectArguments:
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     rows: Optional[str] = field(default=None, metadata={"help": "Which rows of it, such as fold=5. Default: all."})
     audio_column_name: str = field(default="audio", metadata={"help": "Its column with the audio."})
-    label_column_name: str = field(
-        default="label", metadata={"help": "Its column with the labels; an empty string if there is none."}
+    label_column_name: Optional[str] = field(
+        default=None, metadata={"help": "Its column with the labels. Default: label, if there is one."}
     )
     max_length_seconds: float = field(default=30.0, metadata={"help": "How much of a clip is read, from its start."})
     max_clips: Optional[int] = field(default=None, metadata={"help": "How many clips of the dataset. Default: all."})
@@ -111,7 +111,7 @@ def inspect(arguments: list[str]) -> None:
         split=options.split,
         rows=options.rows,
         audio_column=options.audio_column_name,
-        label_column=options.label_column_name or None,
+        label_column=options.label_column_name,
         config_name=options.dataset_config_name,
         revision=options.revision,
         max_seconds=options.max_length_seconds,

@@ -108,12 +108,31 @@ class BottleneckExperts(nn.Module):
         outputs = torch.baddbmm(self.up_bias.to(dtype).unsqueeze(1), hidden, self.up_weight.to(dtype))
         return outputs.unflatten(1, (batch, num_slots)).transpose(0, 1).flatten(1, 2)
 
-    def _by_token(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor], added_to: Tensor) -> Tensor:
+    def norms(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """The norms over D' of what each expert gives each token: `‖weights[t, n] · expert_n(tokens)[t]‖`.
+
+        Args:
+            tokens, weights, mask: as for `forward`.
+
+        Returns:
+            Tensor: `(B, T, N)`.
+        """
+        given = torch.cat([self._weighted(tokens, weights, mask), weights.unsqueeze(-1)], dim=-1)
+        up = torch.cat([self.up_weight, self.up_bias.unsqueeze(1)], dim=1).to(given.dtype)
+        # By the products of its rows, as everywhere here: nothing of size T·N·D'.
+        squares = torch.einsum("btnr,nrs,btns->btn", given, up @ up.mT, given)
+        return squares.clamp_min(0).sqrt()
+
+    def _weighted(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """What all experts have for all tokens before `up`, `(B, T, N, R)`, times their weights."""
         num_experts, _, r = self.down_weight.shape
-        # The experts side by side, D -> N·R -> D', with the weights in between: nothing of size T·N·D'.
         down_weight = self.down_weight.to(tokens.dtype).mT.flatten(0, 1)
         projected = F.linear(tokens, down_weight, self.down_bias.to(tokens.dtype).flatten())
-        answers = self._hidden(projected.unflatten(-1, (num_experts, r)), mask) * weights.unsqueeze(-1)
+        return self._hidden(projected.unflatten(-1, (num_experts, r)), mask) * weights.unsqueeze(-1)
+
+    def _by_token(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor], added_to: Tensor) -> Tensor:
+        # The experts side by side, D -> N·R -> D', with the weights in between: nothing of size T·N·D'.
+        answers = self._weighted(tokens, weights, mask)
         # The biases of `up` are one more input for each expert.
         left = torch.cat([answers.flatten(2), weights], dim=-1).flatten(0, 1).to(added_to.dtype)
         right = torch.cat([self.up_weight.flatten(0, 1), self.up_bias]).to(added_to.dtype)

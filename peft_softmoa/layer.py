@@ -73,8 +73,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.softmoa_hooks: dict[str, list[Any]] = {}
         # The losses of its routers, while a forward pass of the model collects them.
         self.router_losses: Optional[list[Tensor]] = None
-        # Is told what each mixture reads, while routing is recorded.
-        self.recorder: Optional[Callable[[str, Tensor, Optional[Tensor]], None]] = None
+        # They are told what each mixture reads, while routing is recorded.
+        self.recorders: list[Callable[[str, Tensor, Optional[Tensor]], None]] = []
         # The adapters of the samples, while a forward pass of the model mixes them.
         self.mixed_batch: Optional[MixedBatch] = None
         self._disable_adapters = False
@@ -135,11 +135,11 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         with contextlib.ExitStack() as stack:
             for adapter_name, call in self.softmoa_calls.items():
                 stack.enter_context(call.keeping_mask(*self._around(self.softmoa_targets[adapter_name], model)))
-            self.recorder = recorder
+            self.recorders.append(recorder)
             try:
                 yield
             finally:
-                self.recorder = None
+                self.recorders.remove(recorder)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and add the active mixtures.
@@ -194,14 +194,14 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     def _mix(
         self, adapter_name: str, hidden: Tensor, tokens: Tensor, mask: Optional[Tensor]
     ) -> tuple[Tensor, Optional[Tensor]]:
-        if self._records():
-            cast(Callable, self.recorder)(adapter_name, tokens, mask)
+        for recorder in self.recorders if self._records() else ():
+            recorder(adapter_name, tokens, mask)
         router = cast(Router, self.softmoa_router[adapter_name])
         experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
         return add_mixture(hidden, tokens, router, experts, mask, self.softmoa_scaling[adapter_name])
 
     def _records(self) -> bool:
-        return self.recorder is not None and not in_backward()
+        return bool(self.recorders) and not in_backward()
 
     def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Optional[Mask]:
         call = self._kept(adapter_name)

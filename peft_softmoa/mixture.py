@@ -178,9 +178,8 @@ class DenseRouter(nn.Module):
         weights, _ = self._weigh(tokens, mask)
         real = weights if mask is None else weights.masked_fill(~mask.unsqueeze(-1), 0.0)
         dispatch = real / real.sum(dim=1, keepdim=True).clamp_min(torch.finfo(real.dtype).tiny)
-        alone = torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
-        norms = [experts(tokens, scaling * weights * expert, mask).norm(dim=-1) for expert in alone]
-        return dispatch.unsqueeze(-1), weights.unsqueeze(-1), torch.stack(norms, dim=-1)
+        norms = experts.norms(tokens, scaling * weights, mask)
+        return dispatch.unsqueeze(-1), weights.unsqueeze(-1), norms
 
     def _weigh(self, tokens: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """The weights of the experts, `(B, T, N)`, and the loss."""

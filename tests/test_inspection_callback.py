@@ -10,6 +10,7 @@ from transformers import ASTForAudioClassification, Trainer, TrainingArguments
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import ExpertUtilizationCallback, expert_report, find_layers
+from peft_softmoa.inspection import callback as callback_module
 from peft_softmoa.inspection.callback import METRICS
 
 
@@ -67,10 +68,10 @@ def test_between_its_steps_nothing_is_recorded(tmp_path):
     trainer = make_trainer(tmp_path)
     layer = next(iter(find_layers(trainer.model)))
     recorded = []
-    layer.register_forward_hook(lambda *args: recorded.append(layer.recorder is not None))
+    layer.register_forward_hook(lambda *args: recorded.append(bool(layer.recorders)))
     trainer.add_callback(ExpertUtilizationCallback(trainer, every=3))
     trainer.train()
-    assert recorded == [True, False, False, True, False] and layer.recorder is None
+    assert recorded == [True, False, False, True, False] and not layer.recorders
 
 
 def test_the_losses_are_the_same_without_it(tmp_path):
@@ -102,10 +103,38 @@ def test_layers_that_are_dropped(tmp_path):
     model = get_peft_model(make(config), SoftMoAConfig())
     trainer = make_trainer(tmp_path)
     callback = ExpertUtilizationCallback(trainer)
-    callback.on_step_begin(trainer.args, trainer.state, trainer.control, model=model)
+    trainer.model_wrapped = model
+    callback.on_step_begin(trainer.args, trainer.state, trainer.control)
     model.train()(**FAMILIES["Wav2Vec2"].inputs([204, 400]))
     callback.on_step_end(trainer.args, trainer.state, trainer.control)
     assert trainer.state.log_history == []
+
+
+def test_what_other_processes_have_counts_too(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    others = []
+
+    def gather(own):
+        """As from a process with the first block only, whose experts have other loads."""
+        key, sums = own[0]
+        others.append((key, {**sums, "load": sums["load"] + torch.tensor([9.0, 0.0, 0.0]) * sums["load.weight"],
+                             "load.weight": 10 * sums["load.weight"]}))  # fmt: skip
+        return own + others
+
+    monkeypatch.setattr(callback_module, "gather_object", gather)
+    trainer.add_callback(ExpertUtilizationCallback(trainer))
+    trainer.train()
+    [entry] = entries(trainer).values()
+    assert entry["experts/layers.0.attention/effective_number"] < 2
+    assert entry["experts/layers.1.attention/effective_number"] > 2
+
+
+def test_a_compiled_model_is_recorded_with_a_warning(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, torch_compile=True, torch_compile_backend="eager")
+    trainer.add_callback(ExpertUtilizationCallback(trainer))
+    with pytest.warns(UserWarning, match="compiled model runs eagerly"):
+        trainer.train()
+    assert list(entries(trainer)) == [1]
 
 
 def test_it_needs_a_positive_number_of_steps(tmp_path):

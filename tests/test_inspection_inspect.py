@@ -8,16 +8,19 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import FRAMES, MEL_BINS, SAMPLING_RATE, write_tone
+from conftest import FRAMES, MEL_BINS, SAMPLING_RATE, tiny_ast_config, write_tone
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from transformers import ASTFeatureExtractor, ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.cli import main
-from peft_softmoa.inspection import expert_report
-from peft_softmoa.inspection.inspect_adapter import inspect_adapter
-from peft_softmoa.training import decode_audio
+from peft_softmoa.inspection import Record, expert_report, reading_map
+from peft_softmoa.inspection.clips import ClipReading, mel_frequencies
+from peft_softmoa.inspection.inspect_adapter import find_peaks, inspect_adapter
+from peft_softmoa.inspection.plots import Clip
+from peft_softmoa.placement import find_patch_grid
+from peft_softmoa.training import ExtractFeatures, decode_audio
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,9 @@ def test_a_clip_and_a_dataset(adapter, tones_folder, clip, tmp_path, capsys):
     main(["inspect", str(adapter), *options])
     assert capsys.readouterr().out == f"The report is in {folder / 'report.html'}\n"
     found = report_of(folder)
-    assert found["num_clips"] == 8 and found["label_names"] == ["high", "low"] and found["left_out"] == []
+    assert found["num_clips"] == 8 and found["label_names"] == ["high", "low"]
+    [note] = found["left_out"]
+    assert note.startswith("The clip is filled up with silence to the 0.64 s that the model takes, and has no mask: ")
     assert sorted(path.name for path in folder.glob("*.png")) == [
         "classes-in-layers.0.attention.png", "classes-in-layers.1.attention.png", "load-of-the-experts.png",
         "reading-of-layers.0.attention.png", "reading-of-layers.1.attention.png",
@@ -98,8 +103,9 @@ def test_a_clip_alone(adapter, clip, tmp_path):
     page = inspect_adapter(str(adapter), tmp_path / "out", audio=str(clip))
     found = report_of(tmp_path / "out")
     assert found["num_clips"] == 1 and found["label_names"] is None
-    assert found["left_out"] == [
-        "There is nothing about classes: the dataset has no labels (--dataset, --label_column_name)."
+    assert found["left_out"][:2] == [
+        "These are numbers of one clip. What holds of the adapter, a dataset shows (--dataset).",
+        "There is nothing about classes: the dataset has no labels (--dataset, --label_column_name).",
     ]
     assert "LABEL_" in found["facts"]["The model says"] and page == tmp_path / "out" / "report.html"
 
@@ -112,9 +118,10 @@ def test_a_dataset_without_labels(adapter, tones_folder, tmp_path):
     inspect_adapter(str(adapter), tmp_path / "out", dataset=str(folder), max_clips=5, batch_size=2)
     found = report_of(tmp_path / "out")
     assert found["num_clips"] == 5 and found["blocks"][0]["class_loads"] is None
-    assert any(
-        note.startswith("There is nothing about classes: the dataset has no labels") for note in found["left_out"]
-    )
+    [note] = found["left_out"]
+    assert note.startswith("There is nothing about classes: the dataset has no labels")
+    with pytest.raises(ValueError, match="has no column 'label'; its columns are: "):
+        inspect_adapter(str(adapter), tmp_path / "out", dataset=str(folder), label_column="label")
     assert not list((tmp_path / "out").glob("classes-*.png"))
 
 
@@ -157,6 +164,75 @@ def test_a_model_of_sequences(clip, tmp_path):
     assert all(0 < peak["seconds"] < 0.5 and peak["hertz"] is None for peak in found["blocks"][0]["peaks"])
 
 
+@pytest.mark.parametrize("pitch", [100, 440, 3000])
+def test_the_frequencies_are_those_of_the_feature_extractor(tmp_path, pitch):
+    samples = write_tone(tmp_path / "tone.wav", pitch)
+    bins = ASTFeatureExtractor()(samples, sampling_rate=SAMPLING_RATE)["input_values"][0][:40].mean(0)
+    frequencies = mel_frequencies(128, SAMPLING_RATE)
+    found = int(bins.argmax())
+    assert frequencies[max(found - 1, 0)] <= pitch <= frequencies[found + 1]
+
+
+def test_peaks_are_in_the_middle_of_patches_that_overlap():
+    config = tiny_ast_config(frequency_stride=10, time_stride=10)
+    grid = find_patch_grid(config.to_dict())
+    clip = Clip("a", np.zeros(1), SAMPLING_RATE, np.zeros((128, FRAMES)), FRAMES / 100, mel_frequencies(128, 16_000))
+    for row, column in ((0, 0), (4, 2), (11, 4)):
+        weights = torch.full((1, 2 + 60, 1, 1), 0.5 / 62)
+        weights[0, 2 + row * 5 + column] += 0.5
+        reading = reading_map(Record("a", "b", weights, None, None, torch.ones(1, 62) > 0), grid)
+        [peak] = find_peaks(reading, ClipReading(clip, 1.0, {}, grid, (), (), (), None))
+        # Nearer to what no other patch covers: one at the border lies more beyond the middle.
+        assert abs(peak["seconds"] - 0.01 * (10 * column + 8)) <= 0.04
+        frequencies = clip.frequencies[[10 * row + 4, 10 * row + 12]]
+        assert frequencies[0] - 1e-6 <= peak["hertz"] <= frequencies[1] + 1e-6 or row in (0, 11)
+        assert clip.frequencies[10 * row] <= peak["hertz"] <= clip.frequencies[10 * row + 15]
+
+
+def test_blocks_outside_of_the_audio_encoder_have_no_map(clip, tmp_path):
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1, hop_length=400)
+    options = {"target_modules": ["fc2"], "routing": "dense", "init_weights": False}
+    adapter = save(*FAMILIES["Whisper, speech to text"].config(), tmp_path, extractor, **options)
+    inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
+    found = report_of(tmp_path / "out")
+    assert [(".decoder." in each["block"], each["peaks"] is None) for each in found["clip"]["blocks"]] == [
+        (False, False), (False, False), (True, True), (True, True),
+    ]  # fmt: skip
+    assert any("decoder.layers.0.fc2' has no map: it is not in the audio encoder" in note for note in found["left_out"])
+
+
+def test_clips_without_a_mask_are_not_padded(clip, tmp_path):
+    """A model that gets no mask takes padding for clip."""
+    write_tone(tmp_path / "longer.wav", seconds=0.8)
+    (tmp_path / "metadata.csv").write_text("file_name\nclip.wav\nlonger.wav\nclip.wav\n")
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=False)
+    adapter = save(*FAMILIES["Wav2Vec2"].config(), tmp_path, extractor)
+    for size in (1, 3):
+        inspect_adapter(adapter, tmp_path / str(size), dataset=str(tmp_path), batch_size=size)
+    one, together = (report_of(tmp_path / str(size))["blocks"] for size in (1, 3))
+    assert [each["load"] for each in one] == [pytest.approx(each["load"], rel=1e-6) for each in together]
+    assert one[0]["num_tokens"] == together[0]["num_tokens"]
+
+
+def test_a_base_model_in_half_precision(clip, tmp_path):
+    make, config = FAMILIES["Wav2Vec2"].config()
+    config.dtype = torch.bfloat16
+    adapter = save(make, config, tmp_path, transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True))
+    inspect_adapter(adapter, tmp_path / "out", audio=str(clip), dataset=None)
+    assert report_of(tmp_path / "out")["num_clips"] == 1
+
+
+def test_an_adapter_that_has_diverged(base_folder, clip, tmp_path):
+    model = get_peft_model(ASTForAudioClassification.from_pretrained(base_folder), SoftMoAConfig())
+    model.base_model.model.audio_spectrogram_transformer.layers[1].attention.softmoa_router["default"].slots.data.fill_(
+        torch.nan
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    says = refused(tmp_path / "adapter", "--audio", clip, "--output_dir", tmp_path / "out")
+    assert "layers.1.attention' the adapter 'default' gives numbers that are not finite: it has diverged" in says
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_writes_text_and_fills_clips_up(clip, tmp_path):
     extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1, hop_length=400)
     adapter = save(*FAMILIES["Whisper, speech to text"].config(), tmp_path, extractor)
@@ -170,10 +246,8 @@ def test_a_model_of_windows_has_no_map(clip, tmp_path):
     adapter = save(transformers.ClapAudioModel, FAMILIES["CLAP"].config()[1].audio_config, tmp_path, extractor)
     inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
     found = report_of(tmp_path / "out")
-    assert any(
-        "takes the clip in" in note and "whose place in the clip is not known" in note for note in found["left_out"]
-    )
-    assert any(block["peaks"] is None for block in found["clip"]["blocks"])
+    assert any("takes clips in parts, such as windows" in note for note in found["left_out"])
+    assert all(block["peaks"] is None for block in found["clip"]["blocks"])
 
 
 def test_only_the_start_of_an_hour_is_read(adapter, tmp_path):
@@ -189,10 +263,16 @@ def test_only_the_start_of_an_hour_is_read(adapter, tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(samples) == 2.5 * SAMPLING_RATE and peak < whole / 100
+    extract = ExtractFeatures(ASTFeatureExtractor(max_length=FRAMES), [], label_column=None, max_length_seconds=2.5)
+    tracemalloc.start()
+    assert len(extract({"audio": [str(path)]})["input_values"]) == 1
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < whole / 100
     inspect_adapter(str(adapter), tmp_path / "out", audio=str(path), max_seconds=2.5)
     found = report_of(tmp_path / "out")
     assert found["clip"]["duration"] == 3700
-    assert "Of the clip's 3700 s only the first 2 s are read (--max_length_seconds)." in found["left_out"]
+    assert "Of the clip's 3700 s only the first 2.5 s are read (--max_length_seconds)." in found["left_out"]
     assert "The model takes the first 0.64 s of a clip, and no more." in found["left_out"]
 
 
@@ -218,9 +298,7 @@ def test_what_cannot_be_inspected(adapter, base_folder, clip, tmp_path):
     for samples in (1, 150):
         soundfile.write(tmp_path / "short.wav", np.full(samples, 0.1), SAMPLING_RATE)
         says = refused(adapter, "--audio", tmp_path / "short.wav", *out)
-        assert (
-            "short.wav: the model does not take its 0.0" in says and "at least as long as what one token reads" in says
-        )
+        assert "short.wav: the model does not take its 0.0" in says and "shorter than what one token reads" in says
     assert "must be positive" in refused(adapter, "--audio", clip, "--max_length_seconds", "0", *out)
     assert not (tmp_path / "out").exists()
 

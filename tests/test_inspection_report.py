@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import ASTForAudioClassification
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.experts import PatchGrid
 from peft_softmoa.inspection import Record, expert_report, find_layers, reading_map, record_routing
-from peft_softmoa.inspection.report import Statistics, short_names
+from peft_softmoa.inspection.report import ExpertReport, Statistics, short_names
 from peft_softmoa.placement import find_patch_grid
 
 EXPERTS = 4
@@ -97,16 +98,72 @@ def test_a_preferred_class_is_named():
     dispatch = torch.full((4, 10, 2, 1), 0.1)
     combine = torch.tensor([0.9, 0.1]).expand(4, 10, 2).clone()
     combine[3] = torch.tensor([0.1, 0.9])
-    statistics = Statistics(4)
     record = Record("block", "default", dispatch, combine.unsqueeze(-1), combine, torch.ones(4, 10, dtype=torch.bool))
-    statistics.update(record, torch.arange(4))
-    block = statistics.result("block", "default")
-    report = type(REPORT)((block,), 4, CLASSES)
-    [finding] = [finding for finding in report.findings if finding.kind == "class"]
-    assert finding.experts == (1,)
-    assert finding.text == (
-        "block: expert 1 prefers the class 'class 3', with 90% of the load there and 30% in the mean of all classes."
+    for clips in (4, 5):  # too few of each class, and enough
+        statistics = Statistics(4)
+        for _ in range(clips):
+            statistics.update(record, torch.arange(4))
+        block = statistics.result("block", "default")
+        findings = ExpertReport((block,), 4 * clips, CLASSES).findings
+        assert block.class_clips.tolist() == [clips] * 4
+        found = [finding for finding in findings if finding.kind == "class"]
+        assert len(found) == (clips == 5)
+    assert found[0].experts == (1,) and found[0].text == (
+        "block: expert 1 prefers the class 'class 3', with 90% of the load in its 5 clips and 10% in those of other "
+        "classes."
     )
+
+
+def test_a_preference_for_one_of_two_classes():
+    loads, clips = torch.tensor([[0.96, 0.04], [0.04, 0.96]]).double(), torch.tensor([9, 9])
+    block = replace(REPORT.blocks[0], load=loads[0] / 2 + loads[1] / 2, output_share=torch.ones(2) / 2,
+                    expert_similarity=torch.eye(2), class_loads=loads, class_clips=clips)  # fmt: skip
+    found = [each.experts for each in ExpertReport((block,), 18, ("a", "b")).findings if each.kind == "class"]
+    assert found == [(0,), (1,)]
+
+
+def test_experts_that_add_nothing_are_silent():
+    block = replace(REPORT.blocks[0], output_share=torch.tensor([0.5, 0.0, 0.25, 0.25]).double())
+    [finding] = ExpertReport((block,), 4).findings
+    assert (finding.kind, finding.experts) == ("silent", (1,))
+    assert finding.text == "layers.0.attention: expert 1 adds next to nothing (0.0% of the output)."
+    fresh = get_peft_model(ASTForAudioClassification(tiny_ast_config()), SoftMoAConfig())
+    report = expert_report(fresh, spread([0]), show_progress=False)
+    assert [finding.text.partition(": ")[2] for finding in report.findings] == ["no expert adds anything."] * 2
+    assert report.summary.endswith("Blocks with experts that add nothing: 2.")
+
+
+def test_numbers_that_are_not_finite():
+    model = planted()
+    with torch.no_grad():
+        next(iter(find_layers(model))).softmoa_experts["default"].up_weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="layers.0.attention' the adapter 'default' gives numbers that are not finite"):
+        expert_report(model, spread([0]), show_progress=False)
+
+
+def test_weights_of_tokens_are_no_choice_of_slots():
+    """Where experts read tokens themselves, to weigh all alike is no fault; and of few tokens nothing is said."""
+    model = get_peft_model(
+        ASTForAudioClassification(tiny_ast_config()), SoftMoAConfig(routing="dense", init_weights=False)
+    )
+    for layer in find_layers(model):
+        layer.softmoa_router["default"].weight.data.zero_()
+    report = expert_report(model, spread(range(EXPERTS)), show_progress=False)
+    assert {finding.kind for finding in report.findings} == {"twins"}
+    assert "have the same weights for all tokens (similarity 1.00). 1 of 7 would do." in report.findings[0].text
+    few = replace(report.blocks[0], num_tokens=7.0)
+    assert not few.twins and not few.broad and report.blocks[0].twins
+
+
+def test_twins_that_read_in_some_samples_only():
+    dispatch = torch.zeros(2, 10, 2, 1)
+    dispatch[0, :5] = 0.2
+    record = Record("a", "b", dispatch, torch.full((2, 10, 2, 1), 0.5), torch.ones(2, 10, 2), torch.ones(2, 10) > 0)
+    for _ in range(2):
+        statistics = Statistics()
+        statistics.update(record)
+    block = statistics.result("a", "b")
+    assert block.twins == [(0, 1)] and block.effective_tokens.flatten().tolist() == pytest.approx([5, 5])
 
 
 def spread(*contents):
@@ -118,7 +175,7 @@ REPORT = expert_report(planted(), spread(range(EXPERTS)), show_progress=False)
 
 def test_a_balanced_mixture_gives_no_finding():
     [block] = REPORT.blocks
-    assert not REPORT.findings and "No expert is idle, and no two read the same tokens" in REPORT.summary
+    assert not REPORT.findings and "No expert is idle or silent, and no two read the same tokens." in REPORT.summary
     assert block.scalars["effective_number"] == pytest.approx(EXPERTS, rel=1e-3)
     assert block.scalars["normalized_entropy"] == pytest.approx(1, rel=1e-3)
 
@@ -176,9 +233,13 @@ def test_padding_contributes_nothing(choices, placement):
         {name: value[index : index + 1, : int(batch["attention_mask"][index].sum())] for name, value in batch.items()}
         for index in range(3)
     ]
+    for index, each in enumerate(alone):
+        each["labels"] = torch.tensor([index % 2])
+    batch["labels"] = torch.tensor([0, 1, 0])
     noisy = {**batch, "input_values": torch.where(batch["attention_mask"] == 1, batch["input_values"], 3.0)}
     wanted, together, other = (
-        expert_report(model, batches, label_names=["a"], show_progress=False) for batches in (alone, [batch], [noisy])
+        expert_report(model, batches, label_names=["a", "b"], show_progress=False)
+        for batches in (alone, [batch], [noisy])
     )
     assert wanted.blocks[0].num_tokens < reading_length(model, batch)
     for report in (together, other):
@@ -186,11 +247,12 @@ def test_padding_contributes_nothing(choices, placement):
             assert block.scalars == pytest.approx(reference.scalars, rel=1e-6)
             for name in ("load", "output_share", "effective_tokens", "expert_similarity", "slot_similarity"):
                 torch.testing.assert_close(getattr(block, name), getattr(reference, name), rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(block.class_loads, reference.class_loads, rtol=1e-6, atol=1e-9)
 
 
 def reading_length(model, batch):
     with record_routing(model) as records, torch.no_grad():
-        model(**batch)
+        model(**{name: value for name, value in batch.items() if name != "labels"})
     return records[0].mask.shape[1]
 
 

@@ -42,6 +42,7 @@ class ExpertUtilizationCallback(TrainerCallback):
         self.every = every
         self.recording = contextlib.ExitStack()
         self.records: Optional[list[Record]] = None
+        self.statistics: dict[tuple[str, str], Statistics] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,15 +55,21 @@ class ExpertUtilizationCallback(TrainerCallback):
     ) -> None:
         """Start to record, if it is this step's turn."""
         if state.global_step % self.every == 0:
-            self.records = self.recording.enter_context(record_routing(kwargs["model"]))
+            # With what may be around the model, such as its compiled form.
+            self.records = self.recording.enter_context(record_routing(self.trainer.model_wrapped))
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add up what a batch did after which no optimizer step comes."""
+        self._add_up()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log what was recorded."""
         if self.records is None:
             return
-        own: dict[tuple[str, str], Statistics] = {}
-        for record in self.records:
-            own.setdefault((record.block, record.adapter), Statistics()).update(record)
+        self._add_up()
+        own = self.statistics
         self._stop()
         # As objects: where layers are dropped, not all processes have the same blocks.
         total: dict[tuple[str, str], Statistics] = {}
@@ -74,9 +81,15 @@ class ExpertUtilizationCallback(TrainerCallback):
         self.trainer.log(utilization([each.result(*key) for key, each in total.items()]))
         control.should_log = should_log  # which `log` has taken back
 
+    def _add_up(self) -> None:
+        for record in self.records or ():
+            self.statistics.setdefault((record.block, record.adapter), Statistics()).update(record)
+        if self.records:
+            self.records.clear()
+
     def _stop(self) -> None:
         self.recording.close()
-        self.records = None
+        self.records, self.statistics = None, {}
 
 
 def utilization(blocks: list[BlockReport]) -> dict[str, float]:

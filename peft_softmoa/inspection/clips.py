@@ -14,9 +14,10 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
+from transformers.utils import FEATURE_EXTRACTOR_NAME, cached_file
 
 from ..experts import PatchGrid
-from ..placement import known_patch_grid
+from ..placement import find_encoder, known_patch_grid
 from ..registration import SOFTMOA
 from ..training.data import AudioError, decode_audio
 from .maps import ReadingMap, reading_map
@@ -71,10 +72,9 @@ def load_adapter(adapter: str, revision: Optional[str] = None) -> tuple[PeftMode
     model = PeftModel.from_pretrained(
         model_class.from_pretrained(base, revision=base_revision), adapter, revision=revision
     )
-    try:
-        feature_extractor = AutoFeatureExtractor.from_pretrained(adapter, revision=revision)
-    except (OSError, ValueError):  # an adapter that was saved without one
-        feature_extractor = AutoFeatureExtractor.from_pretrained(base, revision=base_revision)
+    own = cached_file(adapter, FEATURE_EXTRACTOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    where = (adapter, revision) if own else (base, base_revision)
+    feature_extractor = AutoFeatureExtractor.from_pretrained(where[0], revision=where[1])
     return model.eval().to(PartialState().default_device), feature_extractor
 
 
@@ -94,7 +94,9 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
         AudioError: if the file is no audio that can be used, or the model does not take it.
     """
     rate = feature_extractor.sampling_rate
-    samples = decode_audio(audio, rate, max_seconds)
+    # Some feature extractors fill every clip up to one length, and cut longer ones, at times anywhere.
+    filled = getattr(feature_extractor, "n_samples", None) or getattr(feature_extractor, "nb_max_samples", None)
+    samples = decode_audio(audio, rate, min(max_seconds, filled / rate) if filled else max_seconds)
     seconds = len(samples) / rate
     try:
         inputs = dict(feature_extractor(samples, sampling_rate=rate, return_tensors="pt"))
@@ -103,29 +105,21 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise AudioError(
             audio,
-            f"the model does not take its {seconds:.3f} s ({error}). A clip must be at least as long as what one token "
-            "reads. For a model that takes more than audio, call `expert_report` with inputs of your own",
+            f"the model does not take its {seconds:.3f} s: {error} If that is shorter than what one token reads, give "
+            "a longer clip. For a model that takes more than audio, call `expert_report` with inputs of your own",
         ) from error
     config: Any = model.config
     grid = known_patch_grid(config.to_dict())
-    maps: list[Optional[ReadingMap]] = []
-    without_map = []
-    for record in records:
-        try:
-            maps.append(reading_map(record, grid))
-        except ValueError as error:
-            maps.append(None)
-            without_map.append(str(error))
+    elsewhere = _blocks_without_place(model, records)
+    maps = [None if record.block in elsewhere else reading_map(record, grid) for record in records]
     values = inputs[feature_extractor.model_input_names[0]][0]
-    # Some feature extractors fill every clip up to one length.
-    filled = getattr(feature_extractor, "n_samples", None) or getattr(feature_extractor, "nb_max_samples", None)
     clip = Clip(
         Path(audio).name,
         samples,
         rate,
         values.T.numpy() if grid else None,
         len(values) * FRAME_SECONDS if grid else filled / rate if filled else seconds,
-        _mel_frequencies(values.shape[1], rate) if grid else None,
+        mel_frequencies(values.shape[1], rate) if grid else None,
     )
     return ClipReading(
         clip,
@@ -134,13 +128,13 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
         grid,
         tuple(records),
         tuple(maps),
-        tuple(without_map),
+        tuple(elsewhere.values()),
         _answer(model, output),
     )
 
 
 def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Give batches of audio, on the model's device, the first token of an answer, where a model writes text.
+    """Give batches of audio the model's device and dtype and, where a model writes text, the first token of an answer.
 
     Args:
         model (nn.Module): the model with its adapter.
@@ -150,19 +144,50 @@ def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator
         dict[str, Any]: inputs of the model.
     """
     config: Any = model.config
-    weight = next(model.parameters())
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     start = getattr(config, "decoder_start_token_id", None)
     writes = getattr(config, "is_encoder_decoder", False) and hasattr(model, "prepare_inputs_for_generation")
     for batch in batches:
-        moved = {name: value.to(weight.device) for name, value in batch.items()}
+        moved = {
+            name: value.to(weight.device, model.dtype if value.is_floating_point() else value.dtype)
+            for name, value in batch.items()
+        }
         if writes and start is not None:
             first = next(iter(moved.values()))
             moved["decoder_input_ids"] = torch.full((len(first), 1), start, device=weight.device)
         yield moved
 
 
-def _mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
-    """The centre of each bin in Hz."""
+def _blocks_without_place(model: PeftModel, records: list[Record]) -> dict[str, str]:
+    """The blocks whose tokens do not follow each other in the time of a clip, and why."""
+    if any(len(record.dispatch) > 1 for record in records):
+        why = "takes clips in parts, such as windows, whose place in the clip is not known"
+        return {record.block: f"The block '{record.block}' has no map: the model {why}." for record in records}
+    try:
+        encoder = [f"{layer.name}." for layer in find_encoder(model.get_base_model())]
+    except ValueError:
+        return {}  # a model that is not in layers
+    return {
+        record.block: f"The block '{record.block}' has no map: it is not in the audio encoder."
+        for record in records
+        if not record.block.startswith(tuple(encoder)) and record.block.count(".") and _in_layers(record.block)
+    }
+
+
+def _in_layers(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
+    """The centres of the bins of a spectrogram.
+
+    Args:
+        bins (int): how many there are.
+        sampling_rate (int): of the clip, in Hz.
+
+    Returns:
+        np.ndarray: `(bins,)`, in Hz.
+    """
     low, high = (hertz_to_mel(frequency, mel_scale="kaldi") for frequency in (LOWEST_FREQUENCY, sampling_rate / 2))
     return np.asarray(mel_to_hertz(np.linspace(low, high, bins + 2)[1:-1], mel_scale="kaldi"))
 
@@ -180,7 +205,8 @@ def _declared_seconds(audio: str) -> float:
 def _answer(model: PeftModel, output: Any) -> Optional[str]:
     logits = getattr(output, "logits", None)
     names = getattr(model.config, "id2label", None) or {}
-    if not isinstance(logits, Tensor) or logits.shape != (1, len(names)):
+    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
+    if several or not isinstance(logits, Tensor) or logits.shape != (1, len(names)):
         return None
     best = int(logits.argmax())
     return f"{names[best]} ({logits.softmax(-1)[0, best].item():.0%})"

@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
@@ -22,6 +26,8 @@ from .report import ExpertReport, expert_report
 
 # Of how many blocks the page shows classes: of those that tell most of them. All are in the JSON file.
 CLASS_PICTURES = 3
+# The column with the labels, if it is not given.
+LABELS = "label"
 
 
 def inspect_adapter(
@@ -33,7 +39,7 @@ def inspect_adapter(
     split: str = "train",
     rows: Optional[str] = None,
     audio_column: str = "audio",
-    label_column: Optional[str] = "label",
+    label_column: Optional[str] = None,
     config_name: Optional[str] = None,
     revision: Optional[str] = None,
     max_seconds: float = 30.0,
@@ -53,7 +59,7 @@ def inspect_adapter(
         split (str): of the dataset. Default: `"train"`.
         rows (str, optional): which rows of it, such as `"fold=5"`. Default: all.
         audio_column (str): its column with the audio. Default: `"audio"`.
-        label_column (str, optional): its column with the labels; None if there is none. Default: `"label"`.
+        label_column (str, optional): its column with the labels. Default: `"label"`, if there is one.
         config_name (str, optional): its configuration.
         revision (str, optional): branch, tag or commit of the adapter.
         max_seconds (float): how much of a clip is read, from its start. Default: 30.0.
@@ -84,16 +90,16 @@ def inspect_adapter(
     }
     notes = []
     if dataset is not None:
-        given = load_rows(dataset, split, audio_column=audio_column, config_name=config_name)
-        present = given.column_names or list(next(iter(given), {}))
-        has_labels = label_column is not None and set(label_column.split(",")) <= set(present)
+        if label_column is None:
+            given = load_rows(dataset, split, audio_column=audio_column, config_name=config_name)
+            label_column = LABELS if LABELS in (given.column_names or next(iter(given), {})) else None
         stream = load_stream(
             dataset,
             split,
             feature_extractor,
             rows=rows,
             audio_column=audio_column,
-            label_column=label_column if has_labels else None,
+            label_column=label_column,
             config_name=config_name,
             training=False,
             needs_length=False,
@@ -101,8 +107,7 @@ def inspect_adapter(
         )
         total = max_clips or (len(stream) if stream.survey else None)
         clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total)
-        collate = DataCollatorWithPadding(feature_extractor)
-        batches = map(collate, iter(lambda: list(islice(clips, batch_size)), []))
+        batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))
         label_names = list(stream.extract.label_ids)
         report = expert_report(model, complete(model, batches), label_names=label_names, show_progress=False)
         facts["Dataset"] = f"{dataset}, {split}{f', {rows}' if rows else ''}: {report.num_clips} clips"
@@ -110,6 +115,7 @@ def inspect_adapter(
             notes.append(f"Clips that cannot be used: {'; '.join(stream.extract.skipped)}.")
     elif reading is not None:
         report = expert_report(model, complete(model, [reading.inputs]), show_progress=False)
+        notes.append("These are numbers of one clip. What holds of the adapter, a dataset shows (--dataset).")
     if report.without_classes:
         notes.append(f"There is nothing about classes: {report.without_classes} (--dataset, --label_column_name).")
     sections = [_load(report), *_classes(report)]
@@ -142,9 +148,19 @@ def inspect_adapter(
         sections=sections,
         notes=notes,
         audio=sound,
-        audio_label="The clip, as far as the model reads it",
+        audio_label="The clip, as far as it is read",
     )
     return page
+
+
+def _batches(clips: Iterator[dict[str, Any]], size: int, collate: Any) -> Iterator[Any]:
+    """Batches of clips; of one, where clips have other lengths and the model would not know which tokens are real."""
+    while chunk := list(islice(clips, size)):
+        lengths = {np.shape(next(iter(clip.values()))) for clip in chunk}
+        if len(lengths) > 1 and not any("mask" in name for name in chunk[0]):
+            yield from (collate([clip]) for clip in chunk)
+        else:
+            yield collate(chunk)
 
 
 def _load(report: ExpertReport) -> Section:
@@ -159,8 +175,8 @@ def _load(report: ExpertReport) -> Section:
         "Each row is an adapted block and adds up to 100%: how much of what the tokens get comes from each expert.",
     )
     text = (
-        "An expert that hardly any token reads is idle. If all have the same share, all are used; how alike they are "
-        "is another question, which the similarity of what they read answers."
+        "An expert that hardly any token reads is idle. If all have the same share, all are used; how alike is what "
+        "they read is another question, which their similarity answers, and how alike their answers are, none of this."
     )
     return Section("Who is used", text, [picture])
 
@@ -182,7 +198,7 @@ def _classes(report: ExpertReport) -> list[Section]:
     ]
     text = (
         "If rows differ, experts have specialised on classes. Shown are the blocks whose experts tell most of the "
-        "class, by their mutual information."
+        "class, by their mutual information; over few clips of a class, chance makes some of it."
     )
     return [Section("Which expert for which class", text, pictures)]
 
@@ -195,7 +211,7 @@ def _reading(report: ExpertReport, reading: ClipReading) -> Section:
     for record, found in zip(reading.records, reading.maps):
         if found is not None:
             name = report.names[record.block, record.adapter]
-            peaks = "; ".join(_say_peak(peak) for peak in _peaks(found, reading))
+            peaks = "; ".join(_say_peak(peak) for peak in find_peaks(found, reading))
             pictures.append(
                 Picture(
                     f"Reading of {name}",
@@ -229,16 +245,30 @@ def _numbers(report: ExpertReport) -> Section:
     return Section("In numbers", text, table=table, folded=f"{len(rows)} blocks")
 
 
-def _peaks(found: ReadingMap, reading: ClipReading) -> list[dict[str, Any]]:
-    """Where each slot reads most: the middle of the bin and frame, or of the token."""
+def find_peaks(found: ReadingMap, reading: ClipReading) -> list[dict[str, Any]]:
+    """Where each slot reads most, as a multiple of a uniform reading.
+
+    Args:
+        found (ReadingMap): where the slots of a block read.
+        reading (ClipReading): the clip.
+
+    Returns:
+        list[dict]: for each slot its `expert` and `slot`, the `seconds` and, for patches, the `hertz` in the middle of
+        what it reads most, and the share that it reads `elsewhere`.
+    """
     peaks = []
     clip, (experts, slots, bins, length) = reading.clip, found.shares.shape
     step = FRAME_SECONDS if reading.grid and bins > 1 else clip.seconds / length
+    # As in the pictures: places that more patches cover are not read more for that.
+    multiples = (found.shares / found.uniform).nan_to_num(0.0, 0.0, 0.0)
     for expert in range(experts):
         for slot in range(slots):
-            shares = found.shares[expert, slot]
-            place, time = divmod(int(shares.argmax()), length)
-            hertz = float(clip.frequencies[place]) if clip.frequencies is not None and bins > 1 else None
+            # The middle of the patch, or of what only the best one covers.
+            best = torch.nonzero(multiples[expert, slot] >= multiples[expert, slot].max() * (1 - 1e-9)).double()
+            place, time = best.median(0).values.tolist() if bins == 1 else best.mean(0).tolist()
+            hertz = None
+            if clip.frequencies is not None and bins > 1:
+                hertz = float(np.interp(place, np.arange(len(clip.frequencies)), clip.frequencies))
             peaks.append(
                 {
                     "expert": expert,
@@ -266,34 +296,43 @@ def _clip_to_dict(reading: ClipReading) -> dict[str, Any]:
             {
                 "block": record.block,
                 "adapter": record.adapter,
-                "peaks": None if found is None else _peaks(found, reading),
+                "peaks": None if found is None else find_peaks(found, reading),
                 "mask": record.mask.tolist(),
-                "dispatch": record.dispatch.tolist(),
-                "combine": record.combine.tolist(),
-                "norms": record.norms.tolist(),
+                **{name: _rounded(getattr(record, name)) for name in ("dispatch", "combine", "norms")},
             }
             for record, found in zip(reading.records, reading.maps)
         ],
     }
 
 
+def _rounded(values: Tensor) -> list[Any]:
+    """Numbers of a few digits: a clip has many."""
+    return np.round(values.cpu().double().numpy(), 7).tolist()
+
+
 def _left_out(reading: ClipReading) -> list[str]:
-    notes = list(reading.without_map)
+    notes = list(dict.fromkeys(reading.without_map))
     seconds = len(reading.clip.samples) / reading.clip.sampling_rate
     if reading.duration > seconds + FRAME_SECONDS:
         notes.append(
-            f"Of the clip's {reading.duration:.0f} s only the first {seconds:.0f} s are read (--max_length_seconds)."
+            f"Of the clip's {reading.duration:.4g} s only the first {seconds:.4g} s are read (--max_length_seconds)."
         )
     if seconds > reading.clip.seconds + FRAME_SECONDS:
-        notes.append(f"The model takes the first {reading.clip.seconds:.2f} s of a clip, and no more.")
+        notes.append(f"The model takes the first {reading.clip.seconds:.4g} s of a clip, and no more.")
+    if reading.clip.seconds > seconds + FRAME_SECONDS:
+        notes.append(
+            f"The clip is filled up with silence to the {reading.clip.seconds:.4g} s that the model takes, and has no "
+            "mask: the silence after its end is read like everything else."
+        )
     return notes
 
 
 def _wav(reading: ClipReading) -> bytes:
     import soundfile
 
-    file = io.BytesIO()
-    soundfile.write(file, reading.clip.samples, reading.clip.sampling_rate, format="WAV", subtype="PCM_16")
+    file, clip = io.BytesIO(), reading.clip
+    samples = clip.samples[: round(clip.seconds * clip.sampling_rate)]
+    soundfile.write(file, samples, clip.sampling_rate, format="WAV", subtype="PCM_16")
     return file.getvalue()
 
 

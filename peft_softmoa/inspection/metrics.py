@@ -68,9 +68,9 @@ def effective_number(load: Tensor) -> Tensor:
         load (Tensor): `(..., N)`, shares with sum one.
 
     Returns:
-        Tensor: `(...)`.
+        Tensor: `(...)`; 0 if there is no load.
     """
-    return _entropy(load).exp()
+    return _entropy(load).exp() * (load.sum(-1) > 0)
 
 
 def coefficient_of_variation(load: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ def coefficient_of_variation(load: Tensor) -> Tensor:
         load (Tensor): `(..., N)`, shares with sum one.
 
     Returns:
-        Tensor: `(...)`; the standard deviation is the population's.
+        Tensor: `(...)`; the standard deviation is the population's; 0 if there is no load.
     """
-    return load.std(-1, correction=0) / load.mean(-1)
+    return load.std(-1, correction=0) / load.mean(-1).clamp_min(torch.finfo(load.dtype).tiny)
 
 
 def idle_experts(load: Tensor, threshold: float = IDLE) -> list[int]:
@@ -108,15 +108,27 @@ def effective_tokens(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
     Returns:
-        Tensor: `(N, P)`, in float64, from 1 to the number of real tokens; zero for slots that read none. Samples
-        without a real token do not count.
+        Tensor: `(N, P)`, in float64, from 1 to the number of real tokens; over the samples in which a slot reads any,
+        and zero if there is none.
     """
     weights = masked(dispatch, mask)
-    totals = weights.sum(1, keepdim=True)
-    shares = weights / totals.clamp_min(torch.finfo(weights.dtype).tiny)
-    numbers = _entropy(shares.movedim(1, -1)).exp() * (totals.squeeze(1) > 0)
-    counted = (totals > 0).flatten(1).any(1)
-    return numbers.sum(0) / counted.sum().clamp_min(1)
+    shares = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    reads = reading_slots(dispatch, mask)
+    return (_entropy(shares.movedim(1, -1)).exp() * reads).sum(0) / reads.sum(0).clamp_min(1)
+
+
+def reading_slots(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """In which samples each slot reads any token at all.
+
+    Args:
+        dispatch (Tensor): `(B, T, N, P)`, dispatch weights.
+        mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+
+    Returns:
+        Tensor: `(B, N, P)`, in float64, one where it does.
+    """
+    weights = masked(dispatch, mask)
+    return weights.any(1).to(weights.dtype)
 
 
 def slot_similarity(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
@@ -127,12 +139,12 @@ def slot_similarity(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
     Returns:
-        Tensor: `(S, S)`, in float64, from 0 for slots that share no token to 1 for twins. Samples without a real token
-        do not count.
+        Tensor: `(S, S)`, in float64, from 0 for slots that share no token to 1 for twins; over the samples in which
+        both read any, and zero if there is none.
     """
     slots = F.normalize(masked(dispatch, mask).flatten(2), dim=1)
-    counted = slots.flatten(1).any(1).sum()
-    return (slots.mT @ slots).sum(0) / counted.clamp_min(1)
+    reads = reading_slots(dispatch, mask).flatten(1)
+    return (slots.mT @ slots).sum(0) / (reads.mT @ reads).clamp_min(1)
 
 
 def combine_similarity(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor:
@@ -190,7 +202,7 @@ def masked(values: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     values = values.to(torch.float64)
     if mask is None:
         return values
-    return values.masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 2)), 0.0)
+    return values.masked_fill(~mask.bool().view(*mask.shape, *[1] * (values.ndim - 2)), 0.0)
 
 
 def _shares(values: Tensor) -> Tensor:

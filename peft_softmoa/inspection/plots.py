@@ -316,6 +316,10 @@ def _plot_patches(reading: ReadingMap, clip: Clip, spectrogram: np.ndarray, titl
     top.set_title(f"{_shorten(clip.name, 60)}: spectrogram", fontsize=LARGE, loc="left", pad=4, **LITERAL)
     top.set_xlabel("time (s)", fontsize=MEDIUM, labelpad=1)
     _frequency_axis(top, clip.frequencies, bins)
+    end = len(clip.samples) / clip.sampling_rate
+    if end < 0.995 * clip.seconds:
+        top.axvline(end, color="white", linewidth=1.2, linestyle="--")
+        top.text(end, bins - 1, " end of the clip", fontsize=SMALL, color="black", va="top")
     bar = figure.colorbar(picture, cax=place(right + 0.12, 0.58, 0.13, 1.4))
     _label_bar(bar, "level (no unit)")
     norm = _scale(float(maps.max()), 1)
@@ -324,6 +328,8 @@ def _plot_patches(reading: ReadingMap, clip: Clip, spectrogram: np.ndarray, titl
         axes = place(left + column * (width + gap), 2.35 + heading + row * (height + heading), width, height)
         axes.patch.set(**BLANK)
         image = axes.imshow(values, norm=norm, cmap="viridis", aspect="auto", origin="lower", extent=reached)
+        if end < 0.995 * clip.seconds:
+            axes.axvline(end, color="white", linewidth=1, linestyle="--")
         axes.set(xlim=extent[:2], ylim=extent[2:])  # beyond the patches, too
         note = "reads nothing"
         if shares[index].any() or elsewhere[index]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..experts import BottleneckExperts
 from ..kernels import without_autocast
 from ..layer import SoftMoALayer
-from ..mixture import Router
+from ..mixture import Router, SoftRouter
 
 
 class Record(NamedTuple):
@@ -32,6 +32,7 @@ class Record(NamedTuple):
     combine: Tensor  # (B, T, N, P): the weight of each slot in what each token gets
     norms: Tensor  # (B, T, N): the norm of what each expert adds to each token
     mask: Tensor  # (B, T) boolean, true for real tokens; of the others nothing in here has a meaning
+    has_slots: bool = True  # whether experts read averages of tokens, as in soft routing, or tokens themselves
 
 
 @contextlib.contextmanager
@@ -55,12 +56,10 @@ def record_routing(model: nn.Module) -> Iterator[list[Record]]:
         between passes.
 
     Raises:
-        ValueError: if the model has no Soft-MoA adapter, is recorded already, or, while it runs, has a mask of tokens
-            in a form that is not understood.
+        ValueError: if the model has no Soft-MoA adapter or, while it runs, a mask of tokens in a form that is not
+            understood.
     """
     layers = find_layers(model)
-    if any(layer.recorder is not None for layer in layers):
-        raise ValueError("The model is being recorded already. Read the records of the outer `record_routing`.")
     if any(isinstance(each, torch._dynamo.OptimizedModule) or each._compiled_call_impl for each in model.modules()):
         warnings.warn("The compiled model runs eagerly while its routing is recorded.", stacklevel=3)
     records: list[Record] = []
@@ -109,4 +108,4 @@ def _record(records: list[Record], layer: SoftMoALayer, adapter: str, tokens: Te
         experts.train(was_training)
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    records.append(Record(layer.name, adapter, *weights, mask))
+    records.append(Record(layer.name, adapter, *weights, mask, isinstance(router, SoftRouter)))

@@ -22,15 +22,19 @@ from .records import Record, record_routing
 TWINS = 0.95
 # Share of the tokens from which a slot is said to read them all alike, by its effective number.
 BROAD = 0.9
-# How many times its mean load an expert has to have in a class to be said to prefer it.
-PREFERENCE = 2.0
+# How many times its mean load in the others an expert has to have in a class to be said to prefer it, and in how many
+# clips at least.
+PREFERENCE, PREFERENCE_CLIPS = 2.0, 5
+# As many tokens a sample has at least for anything to be said of how slots choose among them.
+FEW_TOKENS = 8
 
 
 class Finding(NamedTuple):
     """Something that stands out."""
 
-    kind: Literal["idle", "twins", "broad", "class"]
+    kind: Literal["silent", "idle", "twins", "broad", "class"]
     block: str  # name of the block in the base model
+    adapter: str
     experts: tuple[int, ...]  # from 0
     text: str
 
@@ -49,7 +53,9 @@ class BlockReport:
         expert_similarity (Tensor): `(N, N)`, `slot_similarity` of the sums of each expert's slots.
         slot_similarity (Tensor): `(S, S)`, `slot_similarity`.
         combine_similarity (float): `combine_similarity`.
+        has_slots (bool): whether experts read averages of tokens, as in soft routing, or tokens themselves.
         class_loads (Tensor, optional): `(C, N)`, `expert_load` in each class; zero for classes without a clip.
+        class_clips (Tensor, optional): `(C,)`, how many clips each class has.
     """
 
     block: str
@@ -61,7 +67,9 @@ class BlockReport:
     expert_similarity: Tensor
     slot_similarity: Tensor
     combine_similarity: float
+    has_slots: bool = True
     class_loads: Optional[Tensor] = None
+    class_clips: Optional[Tensor] = None
 
     @property
     def num_experts(self) -> int:
@@ -74,15 +82,24 @@ class BlockReport:
         return metrics.idle_experts(self.load)
 
     @property
+    def silent(self) -> list[int]:
+        """Experts that are not idle, but add next to nothing to any token."""
+        return [n for n in metrics.idle_experts(self.output_share) if n not in self.idle]
+
+    @property
     def broad(self) -> list[int]:
         """Experts that are not idle and all of whose slots read nearly all tokens alike."""
-        shares = self.effective_tokens / max(self.num_tokens, 1.0)
-        chosen = [n for n in range(self.num_experts) if n not in self.idle and bool((shares[n] >= BROAD).all())]
-        return chosen if self.num_experts > 1 else []  # one expert alone reads all by design
+        # Without slots, to weigh all tokens alike is as good a choice as any.
+        if not self.has_slots or self.num_tokens < FEW_TOKENS:
+            return []
+        shares = self.effective_tokens / self.num_tokens
+        return [n for n in range(self.num_experts) if n not in self.idle and bool((shares[n] >= BROAD).all())]
 
     @property
     def twins(self) -> list[tuple[int, ...]]:
         """Groups of experts that are neither idle nor broad, and read the same tokens."""
+        if self.num_tokens < FEW_TOKENS:
+            return []
         others = [n for n in range(self.num_experts) if n not in self.idle and n not in self.broad]
         groups: list[list[int]] = []
         for expert in others:
@@ -101,6 +118,7 @@ class BlockReport:
             "normalized_entropy": metrics.normalized_entropy(self.load).item(),
             "effective_number": metrics.effective_number(self.load).item(),
             "coefficient_of_variation": metrics.coefficient_of_variation(self.load).item(),
+            "effective_number_by_output": metrics.effective_number(self.output_share).item(),
             "idle_experts": float(len(self.idle)),
             "effective_tokens": self.effective_tokens.mean().item(),
             "slot_similarity": _mean_of_pairs(self.slot_similarity),
@@ -150,13 +168,15 @@ class ExpertReport:
             return "Each block has one expert, which reads all tokens."
         numbers = [block.scalars["effective_number"] / block.num_experts for block in self.blocks]
         problems = {(each.block, each.kind) for block in self.blocks for each in self._faults_of(block)}
+        over = "one clip" if self.num_clips == 1 else f"{self.num_clips} clips"
         text = (
-            f"Over {self.num_clips} clips, the load is spread as it would be over {sum(numbers) / count:.0%} of the "
-            f"experts, all equal (mean of {count} blocks)."
+            f"Over {over}, the load is spread as it would be over {sum(numbers) / count:.0%} of the experts, all equal "
+            f"(mean of {count} block{'s' if count > 1 else ''})."
         )
         if not problems:
-            return f"{text} No expert is idle, and no two read the same tokens: all are used, and more may help."
+            return f"{text} No expert is idle or silent, and no two read the same tokens."
         parts = {
+            "silent": "with experts that add nothing",
             "idle": "with idle experts",
             "twins": "with experts that read the same tokens",
             "broad": "with experts that read all tokens alike",
@@ -177,16 +197,18 @@ class ExpertReport:
                     "block": block.block,
                     "adapter": block.adapter,
                     "num_tokens": block.num_tokens,
-                    **{name: _finite(value) for name, value in block.scalars.items()},
+                    **{name: value if math.isfinite(value) else None for name, value in block.scalars.items()},
                     "load": block.load.tolist(),
                     "output_share": block.output_share.tolist(),
                     "idle": block.idle,
+                    "silent": block.silent,
                     "twins": block.twins,
                     "broad": block.broad,
                     "effective_tokens_by_slot": block.effective_tokens.tolist(),
                     "expert_similarity": block.expert_similarity.tolist(),
                     "slot_similarity_by_pair": block.slot_similarity.tolist(),
                     "class_loads": None if block.class_loads is None else block.class_loads.tolist(),
+                    "class_clips": None if block.class_clips is None else block.class_clips.tolist(),
                 }
                 for block in self.blocks
             ],
@@ -194,42 +216,61 @@ class ExpertReport:
 
     def _faults_of(self, block: BlockReport) -> list[Finding]:
         name, number = self.names[block.block, block.adapter], block.num_experts
-        spare = len(block.idle) + sum(len(group) - 1 for group in block.twins)
-        would_do = f" {number - spare} of {number} would do." if spare else ""
-        found = []
+        if number == 1:
+            return []
+        found: list[Finding] = []
+
+        def say(kind: Any, experts: Sequence[int], text: str) -> None:
+            found.append(Finding(kind, block.block, block.adapter, tuple(experts), f"{name}: {text}"))
+
+        if len(block.silent) == number:
+            say("silent", block.silent, "no expert adds anything.")
+            return found
+        if block.silent:
+            shares = ", ".join(f"{block.output_share[expert].item():.1%}" for expert in block.silent)
+            say(
+                "silent", block.silent, f"{_say(block.silent, 'adds', 'add')} next to nothing ({shares} of the output)."
+            )
         if block.idle:
             shares = ", ".join(f"{block.load[expert].item():.1%}" for expert in block.idle)
-            text = f"{name}: {_say(block.idle, 'is', 'are')} idle ({shares} of the load; equal were {1 / number:.1%})."
-            found.append(Finding("idle", block.block, tuple(block.idle), text))
+            equal = f"equal were {1 / number:.1%}"
+            say("idle", block.idle, f"{_say(block.idle, 'is', 'are')} idle ({shares} of the load; {equal}).")
         for group in block.twins:
             similarity = block.expert_similarity[list(group)][:, list(group)].min().item()
-            text = f"{name}: {_say(group, 'reads', 'read')} the same tokens (similarity {similarity:.2f})."
-            found.append(Finding("twins", block.block, group, text))
+            same = "read the same tokens" if block.has_slots else "have the same weights for all tokens"
+            say("twins", group, f"{_say(group, same, same)} (similarity {similarity:.2f}).")
+        spare = len(block.idle) + sum(len(group) - 1 for group in block.twins)
         if spare:
-            found[-1] = found[-1]._replace(text=found[-1].text + would_do)
+            found[-1] = found[-1]._replace(text=f"{found[-1].text} {number - spare} of {number} would do.")
         if block.broad:
-            share = block.effective_tokens[block.broad].mean().item() / max(block.num_tokens, 1.0)
-            text = f"{name}: {_say(block.broad, 'reads', 'read')} all tokens nearly alike (as if {share:.0%} of them)."
-            found.append(Finding("broad", block.block, tuple(block.broad), text))
+            share = block.effective_tokens[block.broad].mean().item() / block.num_tokens
+            say(
+                "broad",
+                block.broad,
+                f"{_say(block.broad, 'reads', 'read')} all tokens nearly alike (as if {share:.0%} of them).",
+            )
         return found
 
     def _preferences(self) -> list[Finding]:
         found = []
         for block in self.blocks:
-            if block.class_loads is None or self.label_names is None:
+            if block.class_loads is None or block.class_clips is None or self.label_names is None:
                 continue
-            present = block.class_loads.sum(1) > 0
-            means = block.class_loads[present].mean(0)
+            present = torch.nonzero(block.class_clips).flatten().tolist()
             for expert in set(range(block.num_experts)) - set(block.idle):
-                label = int(block.class_loads[:, expert].argmax())
-                load, mean = block.class_loads[label, expert].item(), means[expert].item()
-                if present.sum() > 1 and load >= PREFERENCE * mean:
+                loads = block.class_loads[present, expert]
+                if len(present) < 2:
+                    continue
+                label = present[int(loads.argmax())]
+                load = loads.max().item()
+                others = (loads.sum().item() - load) / (len(present) - 1)
+                if block.class_clips[label] >= PREFERENCE_CLIPS and load >= PREFERENCE * others:
                     text = (
                         f"{self.names[block.block, block.adapter]}: expert {expert} prefers the class "
-                        f"'{self.label_names[label]}', with {load:.0%} of the load there and {mean:.0%} in the mean of "
-                        "all classes."
+                        f"'{self.label_names[label]}', with {load:.0%} of the load in its {block.class_clips[label]} "
+                        f"clips and {others:.0%} in those of other classes."
                     )
-                    found.append((mean / load, Finding("class", block.block, (expert,), text)))
+                    found.append((others / load, Finding("class", block.block, block.adapter, (expert,), text)))
         return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -242,6 +283,7 @@ class Statistics:
 
     def __init__(self, num_classes: Optional[int] = None) -> None:
         self.num_classes = num_classes
+        self.has_slots = True
         self.sums: dict[str, Tensor] = {}
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
@@ -261,23 +303,29 @@ class Statistics:
             labels (Tensor, optional): `(B,)` integer, from 0, the class of each clip; a clip may be several of the
                 record's samples, as in windows.
         """
-        dispatch, combine, norms, mask = record[2:]
+        dispatch, combine, norms, mask = record[2:6]
+        self.has_slots = record.has_slots
         samples = mask.any(1).sum()
         self._add_mean("num_tokens", mask.sum() / samples.clamp_min(1), samples)
         self._add_mean("load", metrics.expert_load(combine, mask), metrics.masked(combine, mask).sum())
         self._add_mean("output_share", metrics.output_share(norms, mask), metrics.masked(norms, mask).sum())
-        self._add_mean("effective_tokens", metrics.effective_tokens(dispatch, mask), samples)
-        by_expert = dispatch.sum(3, keepdim=True)
-        self._add_mean("expert_similarity", metrics.slot_similarity(by_expert, mask), samples)
-        self._add_mean("slot_similarity", metrics.slot_similarity(dispatch, mask), samples)
+        reads = metrics.reading_slots(dispatch, mask)
+        self._add_mean("effective_tokens", metrics.effective_tokens(dispatch, mask), reads.sum(0))
+        for name, slots in (("expert_similarity", dispatch.sum(3, keepdim=True)), ("slot_similarity", dispatch)):
+            reads = metrics.reading_slots(slots, mask).flatten(1)
+            self._add_mean(name, metrics.slot_similarity(slots, mask), reads.mT @ reads)
         similarity, pairs = metrics.combine_similarity(combine, mask), metrics.reading_pairs(combine, mask)
         self._add_mean("combine_similarity", similarity.nan_to_num(), pairs)
         if labels is not None and self.num_classes:
             by_sample = metrics.masked(combine, mask).sum((1, 3))
-            by_sample = by_sample.unflatten(0, (len(labels), -1)).sum(1)
-            by_class = by_sample.new_zeros(self.num_classes, by_sample.shape[1])
-            by_class.index_add_(0, labels.to(by_class.device), by_sample)
-            self.add({"class_loads": by_class.cpu()})
+            if len(by_sample) % len(labels):
+                raise ValueError(
+                    f"The block '{record.block}' takes {len(labels)} clips in {len(by_sample)} parts, so that it is "
+                    "not known which class they are of. Leave out the labels, or give all clips one adapter."
+                )
+            by_sample = by_sample.unflatten(0, (len(labels), -1)).sum(1).cpu()
+            by_class = by_sample.new_zeros(self.num_classes, by_sample.shape[1]).index_add_(0, labels.cpu(), by_sample)
+            self.add({"class_loads": by_class, "class_clips": labels.cpu().bincount(minlength=self.num_classes)})
 
     def _add_mean(self, name: str, value: Tensor, weight: Tensor) -> None:
         self.add({name: (value * weight).cpu(), f"{name}.weight": weight.cpu().to(torch.float64)})
@@ -293,7 +341,7 @@ class Statistics:
             BlockReport: the metrics.
         """
         sums = dict(self.sums)
-        loads = sums.pop("class_loads", None)
+        loads, clips = sums.pop("class_loads", None), sums.pop("class_clips", None)
         means = {
             name: value / sums[f"{name}.weight"].clamp_min(torch.finfo(torch.float64).tiny)
             for name, value in sums.items()
@@ -307,7 +355,9 @@ class Statistics:
             adapter,
             num_tokens=means.pop("num_tokens").item(),
             combine_similarity=similarity,
+            has_slots=self.has_slots,
             class_loads=loads,
+            class_clips=clips,
             **{name: value for name, value in means.items() if name != "combine_similarity"},
         )
 
@@ -332,7 +382,8 @@ def expert_report(
         ExpertReport: the metrics, and what stands out in words.
 
     Raises:
-        ValueError: if the model has no Soft-MoA adapter, there is no batch, or a batch is no mapping.
+        ValueError: if the model has no Soft-MoA adapter, or gives numbers that are not finite, there is no batch, a
+            batch is no mapping, or a label is none of the classes.
     """
     if label_names is None:
         id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
@@ -369,9 +420,16 @@ def expert_report(
         raise ValueError("There is nothing to report: the dataset has no batch, or no adapter of the model is active.")
     if without_classes:
         for each in statistics.values():
-            each.sums.pop("class_loads", None)
+            each.sums.pop("class_loads", None), each.sums.pop("class_clips", None)
+    blocks = tuple(each.result(*key) for key, each in statistics.items())
+    for block in blocks:
+        if not (block.load.isfinite().all() and block.output_share.isfinite().all()):
+            raise ValueError(
+                f"In the block '{block.block}' the adapter '{block.adapter}' gives numbers that are not finite: it has "
+                "diverged, or its base model has. Train it again with a smaller learning rate."
+            )
     return ExpertReport(
-        tuple(each.result(*key) for key, each in statistics.items()),
+        blocks,
         num_clips,
         None if without_classes else tuple(label_names),
         without_classes,
@@ -425,8 +483,3 @@ def _mean_of_pairs(similarity: Tensor) -> float:
     """Mean of a symmetric matrix beside its diagonal; not a number if there is nothing."""
     count = len(similarity) * (len(similarity) - 1)
     return (similarity.sum() - similarity.diagonal().sum()).item() / count if count else math.nan
-
-
-def _finite(value: float) -> Optional[float]:
-    """JSON has no other numbers."""
-    return value if math.isfinite(value) else None

@@ -424,7 +424,7 @@ class ExtractFeatures:
 
     def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Any:
         rate = self.feature_extractor.sampling_rate
-        waveform = decode_audio(audio, rate)
+        waveform = decode_audio(audio, rate, None if self.random_crop else self.max_length_seconds)
         if self.max_length_seconds is not None:
             excess = len(waveform) - round(self.max_length_seconds * rate)
             if excess > 0:
