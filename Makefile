@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
+# A process for each core, with one thread: the models are too small for more.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # 2,000 made-up configs and 500 damaged files, instead of the few that `make test` takes.
 fuzz: .venv/installed
