@@ -1,0 +1,59 @@
+"""What is varied of Soft-MoA, one thing at a time, at the same budget."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Axis(NamedTuple):
+    """One thing that is varied.
+
+    Args:
+        title (str): what it is.
+        values (dict): the options of each value, by its label; without options it is Soft-MoA as in the main table.
+        reference (str): label of the value with which the others are compared.
+    """
+
+    title: str
+    values: dict[str, dict[str, Any]]
+    reference: str
+
+
+AXES = (
+    Axis(
+        "experts N",
+        {str(number): {} if number == 7 else {"num_experts": number} for number in (1, 2, 4, 7, 16, 32)},
+        "7",
+    ),
+    Axis(
+        "slots per expert P", {str(number): {} if number == 1 else {"num_slots": number} for number in range(1, 5)}, "1"
+    ),
+    Axis("placement", {"attention": {}, "ffn": {"placement": "ffn"}, "both": {"placement": "both"}}, "attention"),
+    Axis(
+        "expert, at P = 4",
+        {"bottleneck": {"num_slots": 4}, "convolution": {"num_slots": 4, "expert_type": "convolution"}},
+        "bottleneck",
+    ),
+    Axis("normalised logits", {"no": {}, "yes": {"normalize": True}}, "no"),
+    Axis(
+        "initial weights",
+        {
+            "up at zero": {},
+            "down and up at zero": {"init": "down and up at zero"},
+            "nothing at zero": {"init": "nothing at zero"},
+        },
+        "up at zero",
+    ),
+)
+# Of both, a line is fitted: on the logarithm of N to base 2, and on P.
+EXPERTS, SLOTS = AXES[:2]
+
+
+def variants() -> list[dict[str, Any]]:
+    """The options of all variants, each once, without Soft-MoA as it is."""
+    found: list[dict[str, Any]] = []
+    for axis in AXES:
+        for options in axis.values.values():
+            if options and options not in found:
+                found.append(options)
+    return found
