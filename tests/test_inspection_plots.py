@@ -36,7 +36,9 @@ def block(load, number=0, adapter="default", class_loads=None):
     load = torch.tensor(load, dtype=torch.float64)
     tokens, twins = torch.ones(len(load), 1, dtype=torch.float64), torch.eye(len(load), dtype=torch.float64)
     classes = None if class_loads is None else torch.tensor(class_loads, dtype=torch.float64)
-    return BlockReport(f"model.layer.{number}.mlp", adapter, 10.0, load, load, tokens, twins, twins, 0.5, class_loads=classes)
+    return BlockReport(
+        f"model.layer.{number}.mlp", adapter, 10.0, load, load, tokens, twins, twins, 0.5, class_loads=classes
+    )
 
 
 def record(dispatch):
