@@ -222,10 +222,10 @@ def test_recording(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, next(iter(MODELS)), (make_small_ast, (128, 128)))
     main(["--parts", "recording", "--layers", "1", "--rounds", "1", "--output_dir", str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
-    assert [row["what"] for row in json.loads(path.read_text())["recording"]] == [
-        "training step", "recorded training step",
-    ]  # fmt: skip
-    assert "| recorded training step | " in path.with_suffix(".md").read_text()
+    rows = json.loads(path.read_text())["recording"]
+    assert [row["method"] for row in rows] == ["Soft-MoA", "Dense-MoA"]
+    assert all(len(row["plain"]) == len(row["recorded"]) == 1 for row in rows)
+    assert "| Dense-MoA | " in path.with_suffix(".md").read_text()
 
 
 def test_the_model_in_onnx_runtime_says_the_same():

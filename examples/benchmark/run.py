@@ -264,25 +264,31 @@ def measure_recording(rounds: int, arguments: argparse.Namespace) -> list[dict[s
         arguments (Namespace): of the command line.
 
     Returns:
-        list[dict[str, Any]]: one row for each: seconds of a training step.
+        list[dict[str, Any]]: one row for each method: seconds of a training step, plain and recorded.
     """
     name, device = next(iter(MODELS)), arguments.device
-    model = METHODS["Soft-MoA"](MODELS[name][0](arguments.layers)).to(device).train()
     batch = make_batch(name, arguments.batch_size, device)
+    functions: dict[str, Callable[[], None]] = {}
+    methods = ("Soft-MoA", "Dense-MoA")
+    for method in methods:
+        model = METHODS[method](MODELS[name][0](arguments.layers)).to(device).train()
 
-    def step() -> None:
-        model(**batch).loss.backward()
+        def step(model: nn.Module = model) -> None:
+            model(**batch).loss.backward()
 
-    def recorded() -> None:
-        with record_routing(model) as records:
-            step()
-        statistics = [Statistics() for _ in records]
-        for each, record in zip(statistics, records):
-            each.update(record)
-        utilization([each.result(*record[:2]) for each, record in zip(statistics, records)])
+        def recorded(model: nn.Module = model, step: Callable[[], None] = step) -> None:
+            with record_routing(model) as records:
+                step()
+            statistics = [Statistics() for _ in records]
+            for each, record in zip(statistics, records):
+                each.update(record)
+            utilization([each.result(record.block, record.adapter) for each, record in zip(statistics, records)])
 
-    seconds = in_turn({"training step": step, "recorded training step": recorded}, rounds, device, note)
-    return [{"what": what, "seconds": each} for what, each in seconds.items()]
+        functions |= {f"{method}, plain": step, f"{method}, recorded": recorded}
+    seconds = in_turn(functions, rounds, device, note)
+    return [
+        {"method": method, **{way: seconds[f"{method}, {way}"] for way in ("plain", "recorded")}} for method in methods
+    ]
 
 
 def in_onnx_runtime(model: nn.Module, values: Tensor) -> Callable[[Tensor], Any]:
