@@ -58,6 +58,7 @@ def test_a_clip_and_a_dataset(adapter, tones_folder, clip, tmp_path, capsys):
         "reading-of-layers.0.attention.png", "reading-of-layers.1.attention.png",
     ]  # fmt: skip
     page = (folder / "report.html").read_text()
+    assert str(tmp_path) not in page and found["facts"]["Adapter"] == adapter.name
     assert page.count("<img") == 5 and page.count("<audio") == 1 and found["summary"] in page
 
     # The numbers are those of the loaded adapter.

@@ -83,9 +83,14 @@ def inspect_adapter(
     model, feature_extractor = load_adapter(adapter, revision)
     config = model.active_peft_config
     reading = None if audio is None else read_clip(model, feature_extractor, audio, max_seconds)
+    # The page may be sent to others, whom folders of this computer do not concern.
+    adapter_name, base_name, dataset_name = (
+        Path(name).resolve().name if name and os.path.isdir(name) else name
+        for name in (adapter, config.base_model_name_or_path, dataset)
+    )
     facts = {
-        "Adapter": adapter,
-        "Base model": str(config.base_model_name_or_path),
+        "Adapter": str(adapter_name),
+        "Base model": str(base_name),
         "Mixture": f"{config.num_experts} experts of r={config.r}, {config.routing} routing, type {config.expert_type}",
     }
     notes = []
@@ -110,7 +115,7 @@ def inspect_adapter(
         batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))
         label_names = list(stream.extract.label_ids)
         report = expert_report(model, complete(model, batches), label_names=label_names, show_progress=False)
-        facts["Dataset"] = f"{dataset}, {split}{f', {rows}' if rows else ''}: {report.num_clips} clips"
+        facts["Dataset"] = f"{dataset_name}, {split}{f', {rows}' if rows else ''}: {report.num_clips} clips"
         if stream.extract.skipped:
             notes.append(f"Clips that cannot be used: {'; '.join(stream.extract.skipped)}.")
     elif reading is not None:
