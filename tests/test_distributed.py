@@ -16,6 +16,7 @@ from peft_softmoa import SoftMoAConfig
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate"
 WAYS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}
+STEPS_LOGGED = train_distributed.STEPS // 2
 TRAINED = ("ast", "wav2vec2", "balanced", "resumed")
 
 
@@ -62,6 +63,10 @@ def test_two_processes_train_as_one_does_with_the_same_samples(runs, way, case):
     for each in (first, second):
         assert each["losses"] == pytest.approx(alone["losses"], rel=1e-6)  # the Trainer gathers them in float32
         torch.testing.assert_close(each["logits"], alone["logits"], rtol=1e-9, atol=1e-12)
+    # The experts' use is that of the samples of both.
+    assert len(first["experts"]) == STEPS_LOGGED and len(alone["experts"]) == STEPS_LOGGED
+    for entry, wanted in zip(first["experts"], alone["experts"]):
+        assert entry == pytest.approx(wanted, rel=1e-6)
     if way == "fsdp2":
         assert first["held"] + second["held"] == alone["held"] > first["held"] > 0
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.inspection import ExpertUtilizationCallback
 from peft_softmoa.training import AudioTrainer
 
 STEPS, BATCH, ROWS, CLASSES = 6, 4, 12, 5
@@ -157,10 +158,12 @@ def train(case: Case, folder: Path, checkpoint: Optional[Path]) -> None:
         arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
     rows = [{**row, "input_values": row["input_values"].to(case.dtype)} for row in case.make_rows()]
     trainer = AudioTrainer(build(case), arguments, train_dataset=rows, data_collator=collate)
+    trainer.add_callback(ExpertUtilizationCallback(trainer, every=2))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model()
     result = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "experts": [entry for entry in trainer.state.log_history if "experts/effective_number" in entry],
         "way": str(trainer.accelerator.distributed_type),
         # Before the forward pass, after which FSDP keeps some parameters whole.
         "held": sum(_held(parameter) for parameter in trainer.model_wrapped.parameters()),
