@@ -24,6 +24,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from transformers.utils import logging
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "benchmark")]
 
@@ -47,8 +50,6 @@ from comparison.training import (  # noqa: E402
     train,
 )
 from measure import environment, keep_memory  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from transformers.utils import logging  # noqa: E402
 
 RUNS, CACHE = "runs", "cache"
 # Wide enough for full fine-tuning, at its lower end, and for methods of few parameters, at its upper one.

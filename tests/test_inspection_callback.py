@@ -1,3 +1,4 @@
+import copy
 import os
 
 import pytest
@@ -112,14 +113,14 @@ def test_layers_that_are_dropped(tmp_path):
 
 def test_what_other_processes_have_counts_too(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=1)
-    others = []
 
     def gather(own):
         """As from a process with the first block only, whose experts have other loads."""
-        key, sums = own[0]
-        others.append((key, {**sums, "load": sums["load"] + torch.tensor([9.0, 0.0, 0.0]) * sums["load.weight"],
-                             "load.weight": 10 * sums["load.weight"]}))  # fmt: skip
-        return own + others
+        key, statistics = own[0]
+        other = copy.deepcopy(statistics)
+        other.sums["load"] += torch.tensor([9.0, 0.0, 0.0]) * other.sums["load.weight"]
+        other.sums["load.weight"] *= 10
+        return [*own, (key, other)]
 
     monkeypatch.setattr(callback_module, "gather_object", gather)
     trainer.add_callback(ExpertUtilizationCallback(trainer))

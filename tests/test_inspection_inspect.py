@@ -202,6 +202,14 @@ def test_blocks_outside_of_the_audio_encoder_have_no_map(clip, tmp_path):
     assert any("decoder.layers.0.fc2' has no map: it is not in the audio encoder" in note for note in found["left_out"])
 
 
+def test_a_layer_as_a_block_has_a_map(clip, tmp_path):
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    adapter = save(*FAMILIES["Wav2Vec2"].config(), tmp_path, extractor, target_modules=["layers.1"], routing="dense")
+    inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
+    [block] = report_of(tmp_path / "out")["clip"]["blocks"]
+    assert block["block"].endswith("layers.1") and len(block["peaks"]) == 3
+
+
 def test_clips_without_a_mask_are_not_padded(clip, tmp_path):
     """A model that gets no mask takes padding for clip."""
     write_tone(tmp_path / "longer.wav", seconds=0.8)

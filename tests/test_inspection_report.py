@@ -40,6 +40,7 @@ def clips(*contents, stride=PATCH):
 def planted(slots=range(EXPERTS), stride=PATCH, **choices):
     """An AST whose first mixture has slots that read one pattern each: slot n that of number `slots[n]`."""
     config = tiny_ast_config(frequency_stride=stride, time_stride=stride, num_hidden_layers=1)
+    torch.manual_seed(0)
     model = ASTForAudioClassification(config)
     embeddings = model.audio_spectrogram_transformer.embeddings
     with torch.no_grad():
@@ -127,6 +128,11 @@ def test_experts_that_add_nothing_are_silent():
     [finding] = ExpertReport((block,), 4).findings
     assert (finding.kind, finding.experts) == ("silent", (1,))
     assert finding.text == "layers.0.attention: expert 1 adds next to nothing (0.0% of the output)."
+    # Also of experts that are idle besides.
+    block = replace(block, load=torch.tensor([0.5, 0.0, 0.25, 0.25]).double(), output_share=torch.zeros(4).double())
+    [finding] = ExpertReport((block,), 4).findings
+    assert finding.experts == (0, 1, 2, 3) and finding.text == "layers.0.attention: no expert adds anything."
+    torch.manual_seed(0)
     fresh = get_peft_model(ASTForAudioClassification(tiny_ast_config()), SoftMoAConfig())
     report = expert_report(fresh, spread([0]), show_progress=False)
     assert [finding.text.partition(": ")[2] for finding in report.findings] == ["no expert adds anything."] * 2
@@ -143,6 +149,7 @@ def test_numbers_that_are_not_finite():
 
 def test_weights_of_tokens_are_no_choice_of_slots():
     """Where experts read tokens themselves, to weigh all alike is no fault; and of few tokens nothing is said."""
+    torch.manual_seed(0)
     model = get_peft_model(
         ASTForAudioClassification(tiny_ast_config()), SoftMoAConfig(routing="dense", init_weights=False)
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import shlex
@@ -35,6 +34,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, get_cosine_schedule_with_warmup
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmark"))
+from measure import processor
 
 PATCH = 16
 FRAMES = 512
@@ -397,16 +399,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     (folder / PRETRAINING).write_text(json.dumps(run, indent=2) + "\n")
     write_card(folder)
     return run
-
-
-def processor() -> str:
-    """Name of the processor, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ class ExpertUtilizationCallback(TrainerCallback):
         self._stop()
         # As objects: where layers are dropped, not all processes have the same blocks.
         total: dict[tuple[str, str], Statistics] = {}
-        for key, sums in gather_object([(key, each.sums) for key, each in own.items()]):
-            total.setdefault(key, Statistics()).add(sums)
+        for key, each in gather_object(list(own.items())):
+            total.setdefault(key, Statistics()).merge(each)
         if not total:
             return  # no adapter is active, or all layers are dropped
         should_log = control.should_log

@@ -170,12 +170,9 @@ def _blocks_without_place(model: PeftModel, records: list[Record]) -> dict[str, 
     return {
         record.block: f"The block '{record.block}' has no map: it is not in the audio encoder."
         for record in records
-        if not record.block.startswith(tuple(encoder)) and record.block.count(".") and _in_layers(record.block)
+        # A layer may be a block itself, and what is in no layer, such as a projection in front of them, is no decoder.
+        if not f"{record.block}.".startswith(tuple(encoder)) and any(map(str.isdigit, record.block.split(".")))
     }
-
-
-def _in_layers(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
 
 
 def mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:

@@ -223,8 +223,8 @@ class ExpertReport:
         def say(kind: Any, experts: Sequence[int], text: str) -> None:
             found.append(Finding(kind, block.block, block.adapter, tuple(experts), f"{name}: {text}"))
 
-        if len(block.silent) == number:
-            say("silent", block.silent, "no expert adds anything.")
+        if not block.output_share.any():
+            say("silent", range(number), "no expert adds anything.")
             return found
         if block.silent:
             shares = ", ".join(f"{block.output_share[expert].item():.1%}" for expert in block.silent)
@@ -286,12 +286,16 @@ class Statistics:
         self.has_slots = True
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        """Add the sums of others.
+    def merge(self, other: Statistics) -> None:
+        """Add what another has added up.
 
         Args:
-            sums (mapping of Tensor): their `sums`.
+            other (Statistics): of the same adapter and block, as in another process.
         """
+        self.has_slots = other.has_slots
+        self._add(other.sums)
+
+    def _add(self, sums: Mapping[str, Tensor]) -> None:
         for name, value in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
@@ -325,10 +329,10 @@ class Statistics:
                 )
             by_sample = by_sample.unflatten(0, (len(labels), -1)).sum(1).cpu()
             by_class = by_sample.new_zeros(self.num_classes, by_sample.shape[1]).index_add_(0, labels.cpu(), by_sample)
-            self.add({"class_loads": by_class, "class_clips": labels.cpu().bincount(minlength=self.num_classes)})
+            self._add({"class_loads": by_class, "class_clips": labels.cpu().bincount(minlength=self.num_classes)})
 
     def _add_mean(self, name: str, value: Tensor, weight: Tensor) -> None:
-        self.add({name: (value * weight).cpu(), f"{name}.weight": weight.cpu().to(torch.float64)})
+        self._add({name: (value * weight).cpu(), f"{name}.weight": weight.cpu().to(torch.float64)})
 
     def result(self, block: str, adapter: str) -> BlockReport:
         """The metrics.
