@@ -68,19 +68,19 @@ def draw_accuracy(here: Comparison) -> Any:
 
 
 def draw_epochs(here: Comparison) -> Any:
-    """Accuracy on the tested folds after each epoch."""
+    """Accuracy on the validation folds after each epoch."""
     figure, axes = _figure(7.5, 4.6)
     epochs = range(1, here.protocol["epochs"] + 1)
     for method, runs in here.methods.items():
         accuracies = [
-            estimate(runs, lambda record, epoch=epoch: 100 * record["epochs"]["test_accuracy"][epoch - 1]).mean
+            estimate(runs, lambda record, epoch=epoch: 100 * record["epochs"]["validation_accuracy"][epoch - 1]).mean
             for epoch in epochs
         ]
         width = 2.4 if method in HIGHLIGHT else 1.2
         axes.plot(epochs, accuracies, label=method, linewidth=width, markersize=5, **STYLES[method])
     axes.set_xticks(list(epochs))
     axes.set_xlabel("epoch")
-    axes.set_ylabel("accuracy on the tested fold, % (mean)")
+    axes.set_ylabel("accuracy on the validation fold, % (mean)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     return figure
 

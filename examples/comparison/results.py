@@ -66,7 +66,7 @@ class Comparison:
 
 def final_accuracy(record: Record) -> float:
     """Accuracy on the tested fold after the last epoch, in percent."""
-    return 100 * record["epochs"]["test_accuracy"][-1]
+    return 100 * record["test_accuracy"]
 
 
 def by_fold(values: dict[tuple[str, int], float]) -> list[float]:
@@ -129,8 +129,8 @@ def slope(variants: Sequence[tuple[float, Runs]]) -> Optional[Estimate]:
 
 
 def epochs_to(record: Record, share: float = 0.95) -> int:
-    """The first epoch, from 1, after which the accuracy on the tested fold has reached a share of its last value."""
-    accuracies = record["epochs"]["test_accuracy"]
+    """The first epoch, from 1, after which the accuracy on the validation fold has reached a share of its last one."""
+    accuracies = record["epochs"]["validation_accuracy"]
     return next(index + 1 for index, each in enumerate(accuracies) if each >= share * accuracies[-1])
 
 
@@ -358,8 +358,8 @@ def convergence_section(here: Comparison) -> list[str]:
             ]
         )
     words = (
-        "A method that ends low is soon at 95% of it, so this does not show which one is the fastest to a given "
-        "accuracy; the picture does."
+        "Accuracy on the validation fold, which is read after every epoch. A method that ends low is soon at 95% of "
+        "it, so this does not show which one is the fastest to a given accuracy; the picture does."
     )
     if {SOFT, SINGLE} <= here.methods.keys():
         sooner = paired(here.methods[SOFT], here.methods[SINGLE], epochs_to)

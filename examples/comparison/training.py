@@ -272,7 +272,7 @@ def validation_fold(fold: str, folds: list[str]) -> str:
 
 
 def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) -> dict[str, Any]:
-    """Train, and test after every epoch; the last epoch counts.
+    """Train, validate after every epoch, and test after the last one.
 
     All of it, but for times, follows from the arguments: the same runs give the same records. The order of the clips is
     that of the seed and fold, whatever the method.
@@ -285,8 +285,9 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
 
     Returns:
         dict[str, Any]: the record, which JSON takes: `settings`, `parameters` and `head_parameters`, lists with one
-        value for each epoch, `test_clips` and `test_predictions` (indices), times in seconds of processor time,
-        `memory_bytes`, `run_seconds` by the clock and, of mixtures, `experts`, with one entry for each block.
+        value for each epoch, `test_accuracy`, `test_loss`, `test_clips` and `test_predictions` (indices), times in
+        seconds of processor time, `memory_bytes`, `run_seconds` by the clock and, of mixtures, `experts`, with one
+        entry for each block.
     """
     started = time.perf_counter()
     held_out = validation_fold(run.fold, data.fold_names)
@@ -340,14 +341,18 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
                 began = time.process_time()
                 losses.append(step(clips) * len(clips))
                 step_seconds.append(time.process_time() - began)
-            epoch = {"seconds": sum(step_seconds[-len(losses) :]), "loss": _finite(sum(losses) / len(training))}
-            for part, clips in (("validation", validation), ("test", test)):
-                predicted, loss = predict(model, data, clips)
-                epoch[f"{part}_loss"] = _finite(loss)
-                epoch[f"{part}_accuracy"] = (predicted == data.labels[clips]).double().mean().item()
+            predicted, loss = predict(model, data, validation)
+            epoch = {
+                "seconds": sum(step_seconds[-len(losses) :]),
+                "loss": _finite(sum(losses) / len(training)),
+                "validation_loss": _finite(loss),
+                "validation_accuracy": accuracy(predicted, data.labels[validation]),
+            }
             for name, value in epoch.items():
                 progress.setdefault(name, []).append(value)
         record["epochs"] = progress
+        predicted, loss = predict(model, data, test)
+        record["test_accuracy"], record["test_loss"] = accuracy(predicted, data.labels[test]), _finite(loss)
         record["test_clips"], record["test_predictions"] = test.tolist(), predicted.tolist()
         # The last batch of an epoch may be smaller, and the first step warms up.
         record["step_seconds"] = statistics.median(step_seconds)
@@ -376,6 +381,11 @@ def predict(model: nn.Module, data: Data, clips: Tensor) -> tuple[Tensor, float]
     model.eval()
     logits = torch.cat([model(data.inputs[batch]).logits for batch in clips.split(EVALUATION_BATCH)])
     return logits.argmax(1), cross_entropy(logits, data.labels[clips]).item()
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """The share of classes that are right."""
+    return (predicted == labels).double().mean().item()
 
 
 @torch.inference_mode()
