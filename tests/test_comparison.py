@@ -15,9 +15,21 @@ from comparison.intervals import T_QUANTILES, Estimate, interval
 from comparison.pictures import draw
 from comparison.records import choose_rate
 from comparison.results import Comparison, by_fold, difference_in_words, duration, paired, results, slope
-from comparison.training import METHODS, PROBE, SINGLE, SOFT, UNBUDGETED, Data, Run, load_model, validation_fold
+from comparison.training import (
+    METHODS,
+    PROBE,
+    SINGLE,
+    SOFT,
+    UNBUDGETED,
+    Data,
+    Run,
+    is_slots,
+    load_model,
+    validation_fold,
+)
 from conftest import write_tone
 
+from peft_softmoa.inspection import expert_report
 from peft_softmoa.training.data import AudioError
 
 RATES = ["0.001", "0.01"]
@@ -401,6 +413,32 @@ def test_initial_weights(base_folder, init):
         assert not any(each.grad.any() for name, each in model.named_parameters() if name in down | up)
 
 
+def test_initial_slots(base_folder):
+    plain, wide = (
+        [each for name, each in prepared(base_folder, SOFT, slot_std=std)[0].named_parameters() if is_slots(name)]
+        for std in (1.0, 4.0)
+    )
+    assert len(plain) == 2
+    for one, other in zip(plain, wide):
+        assert torch.equal(4 * one, other) and one.std().item() == pytest.approx(32**-0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("decays", [True, False])
+def test_slots_without_weight_decay(base_folder, monkeypatch, decays):
+    """With a decay that takes everything away at once, unless it is spared."""
+    monkeypatch.setitem(training.OPTIMIZER, "weight_decay", 1000.0)
+    seen = []
+    monkeypatch.setattr(training, "expert_report", lambda model, *args, **kwargs: seen.append(model) or expert_report(
+        model, *args, **kwargs))  # fmt: skip
+    options = () if decays else (("decays_slots", False),)
+    protocol = {"epochs": 1, "batch_size": 6, "budget": 4000}
+    training.train(Run(SOFT, "1", 0.001, 0, options), protocol, base_folder, clips())
+    parameters = {name: each.abs().max() for name, each in seen[0].named_parameters() if each.requires_grad}
+    slots = {name for name in parameters if is_slots(name)}
+    assert slots and all((parameters[name] < 0.01) == decays for name in slots)
+    assert all(parameters[name] < 0.01 for name in parameters if name.endswith("down_weight"))
+
+
 # --- choices and numbers ------------------------------------------------------------------------------------------
 
 
@@ -616,7 +654,7 @@ def test_ablations(options, tmp_path):
 def test_variants_are_those_of_the_axes():
     experts, slots = (list(axis.values) for axis in AXES[:2])
     assert experts == ["1", "2", "4", "7", "16", "32"] and slots == ["1", "2", "3", "4"]
-    assert len(variants()) == 5 + 3 + 2 + 1 + 1 + 2 and {} not in variants()
+    assert len(variants()) == 5 + 3 + 2 + 1 + 1 + 2 + 2 + 2 + 1 and {} not in variants()
     assert all(axis.reference in axis.values for axis in AXES)
     assert len({Run(SOFT, "1", 0.1, 0, tuple(each.items())).name for each in variants()}) == len(variants())
 

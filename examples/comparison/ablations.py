@@ -35,6 +35,13 @@ AXES = (
         "bottleneck",
     ),
     Axis("normalised logits", {"no": {}, "yes": {"normalize": True}}, "no"),
+    Axis("scaling", {"0.25": {"scaling": 0.25}, "1": {}, "4": {"scaling": 4.0}}, "1"),
+    Axis(
+        "initial slot parameters, times",
+        {"0.25": {"slot_std": 0.25}, "1": {}, "4": {"slot_std": 4.0}},
+        "1",
+    ),
+    Axis("weight decay of slot parameters", {"yes": {}, "no": {"decays_slots": False}}, "yes"),
     Axis(
         "initial weights",
         {

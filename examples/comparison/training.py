@@ -189,7 +189,9 @@ def train_ia3(model: nn.Module, budget: int) -> nn.Module:
     return train_adapter(lambda model: IA3Config(target_modules=targets, feedforward_modules=["fc2"]), model)
 
 
-def train_mixture(model: nn.Module, budget: int, init: str = "up at zero", **options: Any) -> nn.Module:
+def train_mixture(
+    model: nn.Module, budget: int, init: str = "up at zero", slot_std: float = 1.0, **options: Any
+) -> nn.Module:
     """A mixture with the largest bottleneck within the budget.
 
     Args:
@@ -197,6 +199,8 @@ def train_mixture(model: nn.Module, budget: int, init: str = "up at zero", **opt
         budget (int): the most parameters that may be trained apart from the head.
         init (str): `"up at zero"`, the package's own; `"down and up at zero"`, that of the paper's public code; or
             `"nothing at zero"`. Default: `"up at zero"`.
+        slot_std (float): initial standard deviation of the slot parameters, in multiples of the package's own. Default:
+            1.
         options: fields of SoftMoAConfig.
 
     Returns:
@@ -204,11 +208,18 @@ def train_mixture(model: nn.Module, budget: int, init: str = "up at zero", **opt
     """
     options["init_weights"] = init != "nothing at zero"
     model = train_adapter(lambda model: SoftMoAConfig.for_budget(model, budget, **options), model)
-    if init == "down and up at zero":
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("down_weight"):
-                nn.init.zeros_(parameter)
+            if init == "down and up at zero" and name.endswith("down_weight"):
+                parameter.zero_()
+            elif is_slots(name):
+                parameter *= slot_std
     return model
+
+
+def is_slots(name: str) -> bool:
+    """Whether a parameter is the slot parameters of a Soft-MoA."""
+    return name.endswith(".slots")
 
 
 def _without_budget(prepare: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module, int], nn.Module]:
@@ -302,9 +313,16 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = load_model(model_folder, len(data.label_names))
-        model = METHODS[run.method](model, protocol["budget"], **dict(run.options))
+        options = dict(run.options)
+        decays_slots = options.pop("decays_slots", True)
+        model = METHODS[run.method](model, protocol["budget"], **options)
         trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        optimizer = torch.optim.AdamW(trained.values(), lr=run.rate, **OPTIMIZER)
+        spared = set() if decays_slots else set(filter(is_slots, trained))
+        groups = [
+            {"params": [each for name, each in trained.items() if name not in spared]},
+            {"params": [trained[name] for name in sorted(spared)], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=run.rate, **OPTIMIZER)
         size = protocol["batch_size"]
         steps = protocol["epochs"] * math.ceil(len(training) / size)
         schedule = cosine(optimizer, num_warmup_steps=0, num_training_steps=steps)
