@@ -306,14 +306,14 @@ def average_precision(scores: Tensor, target: Tensor) -> float:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--warmup_steps", type=int, default=100)
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--bands", type=int, default=4, help="patches of each time that training keeps, of 8")
     parser.add_argument("--echo", type=int, default=2, help="steps for each batch that is synthesised")
-    parser.add_argument("--whole_steps", type=int, default=60, help="at the end, with all patches")
+    parser.add_argument("--whole_steps", type=int, default=200, help="at the end, with all patches")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
@@ -332,6 +332,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     extractor = ASTFeatureExtractor(max_length=FRAMES)
     model, heads = make_model(arguments.width, arguments.layers, arguments.heads), Heads(arguments.width)
+    if arguments.bf16:
+        # The backward pass of torch's own attention is many times slower in bfloat16 than in float32 on a CPU.
+        model.set_attn_implementation("eager")
     parameters = [*model.parameters(), *heads.parameters()]
     groups = [
         {"params": [each for each in parameters if each.ndim == 2 or each.ndim == 4]},

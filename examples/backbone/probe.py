@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"the same network untrained, mean of {len(seeds)} seeds": random.tolist(),
         "this network minus untrained": (np.array(pretrained) - random).tolist(),
         "no network: mean and standard deviation over time of each mel bin": spectrogram,
+        "this network minus no network": (np.array(pretrained) - spectrogram).tolist(),
     }
     result = {
         "data": Path(arguments.folder).resolve().name,
