@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train an adapter on synthesised sounds and use it. Needs no network and no files; takes a minute or two.
+"""Train an adapter on synthesised sounds and use it. Needs no network; takes a minute or two.
 
     python examples/demo.py --output_dir demo
 
-keeps the base model, the sounds and the adapter, to look at them.
+keeps the sounds and the adapter, to look at them. The base model is the one in backbone/ast-small, a small Audio
+Spectrogram Transformer that was pretrained on other synthesised sounds.
 """
 
 from __future__ import annotations
@@ -16,35 +17,14 @@ from typing import Optional
 
 import numpy as np
 import soundfile
-import torch
 from sounds import SAMPLING_RATE, SOUNDS, synthesise, write_dataset
 from train_audio_classification import main as train
-from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, pipeline
+from transformers import pipeline
 
 import peft_softmoa  # noqa: F401 - registers the method, so that pipeline() can load the adapter
 from peft_softmoa.training import decode_audio
 
-
-def write_base_model(folder: Path, frames: int = 128) -> None:
-    """A tiny Audio Spectrogram Transformer with random weights, in place of a pretrained one.
-
-    Args:
-        folder (Path): where to.
-        frames (int): length of its input in frames of 10 ms. Default: 128.
-    """
-    torch.manual_seed(0)
-    config = ASTConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_length=frames,
-        frequency_stride=16,
-        time_stride=16,
-        initializer_range=0.05,
-    )
-    ASTForAudioClassification(config).save_pretrained(folder)
-    ASTFeatureExtractor(max_length=frames).save_pretrained(folder)
+BASE_MODEL = Path(__file__).parent.resolve() / "backbone" / "ast-small"
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
@@ -53,16 +33,15 @@ def main(arguments: Optional[list[str]] = None) -> None:
     kept = parser.parse_args(arguments).output_dir
     with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_base_model(folder / "base")
         write_dataset(folder / "sounds", {"train": 30, "test": 10}, seed=0)
         print(f"Training on {30 * len(SOUNDS)} synthesised clips of {len(SOUNDS)} classes: {', '.join(SOUNDS)}")
         options = {
-            "model_name_or_path": folder / "base",
+            "model_name_or_path": BASE_MODEL,
             "dataset_name": folder / "sounds",
             "train_rows": "part=train",
             "eval_split_name": "train",
             "eval_rows": "part=test",
-            "num_train_epochs": 12,
+            "num_train_epochs": 4,
             "per_device_train_batch_size": 16,
             "eval_on_start": True,
             "save_strategy": "no",

@@ -52,9 +52,9 @@ def synthesise(label: str, rng: np.random.Generator) -> np.ndarray:
 
     Args:
         label (str): the class.
-        rng (np.random.Generator): draws pitch (200 to 700 Hz), length (0.7 to 1.5 s), level and noise.
+        rng (np.random.Generator): draws pitch (200 to 700 Hz), length (2 to 5 s), level and noise.
     """
-    time = np.arange(int(rng.uniform(0.7, 1.5) * SAMPLING_RATE)) / SAMPLING_RATE
+    time = np.arange(int(rng.uniform(2, 5) * SAMPLING_RATE)) / SAMPLING_RATE
     sound = SOUNDS[label](time, rng.uniform(200, 700), rng)
     sound = sound / np.abs(sound).max() + rng.uniform(0.005, 0.03) * rng.standard_normal(len(time))
     return (rng.uniform(0.1, 0.5) * sound).astype(np.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SAMPLING_RATE, training_options, write_parquet
-from demo import write_base_model
+from demo import BASE_MODEL
 from huggingface_hub import ModelCard
 from sounds import SOUNDS, synthesise
 from train_audio_classification import main, parse
@@ -193,7 +193,7 @@ def test_demo(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     before, after = re.search(r"(\d+)% before, (\d+)% after", result.stdout).groups()
-    assert int(before) < 50 and int(after) > 75
+    assert int(before) < 50 and int(after) > 80
     assert re.search(r"Trainable parameters: [\d,]+\n", result.stdout)
     assert re.search(r"Size of the adapter on disk: \d+ KiB", result.stdout)
     assert re.search(r"A fresh WAV file with a siren: the reloaded adapter says siren", result.stdout)
@@ -210,15 +210,14 @@ def test_demo(tmp_path):
 def test_learns_real_sounds(esc10_folder, tmp_path):
     """Folds 1 to 4 for training, fold 5 for evaluation; ten classes, so that chance is 10 %."""
     dataset = write_parquet(tmp_path / "parquet", esc10_folder)
-    write_base_model(tmp_path / "base", frames=498)
     result = train(
-        tmp_path / "base",
+        BASE_MODEL,
         dataset,
         tmp_path / "out",
         train_rows="fold=1,2,3,4",
         eval_rows="fold=5",
-        num_train_epochs=3,
-        per_device_train_batch_size=32,
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
         eval_strategy="no",
         test_split_name="train",
         test_rows="fold=5",
@@ -228,12 +227,12 @@ def test_learns_real_sounds(esc10_folder, tmp_path):
     assert "Skipped" not in result.stdout
     metrics = json.loads((tmp_path / "out" / "test_results.json").read_text())
     print(f"{metrics['test_accuracy']:.1%}")
-    assert metrics["test_accuracy"] > 0.4
+    assert metrics["test_accuracy"] > 0.6
 
 
 def test_sounds_are_what_they_say():
     for label in SOUNDS:
         first, second = (synthesise(label, np.random.default_rng(seed)) for seed in (0, 1))
         assert first.dtype == np.float32 and np.isfinite(first).all() and 0.05 < np.abs(first).max() < 1
-        assert len(first) != len(second) and 0.7 * SAMPLING_RATE <= len(first) <= 1.5 * SAMPLING_RATE
+        assert len(first) != len(second) and 2 * SAMPLING_RATE <= len(first) <= 5 * SAMPLING_RATE
         assert np.array_equal(first, synthesise(label, np.random.default_rng(0)))
