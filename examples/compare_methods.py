@@ -53,7 +53,7 @@ from measure import environment, keep_memory  # noqa: E402
 
 RUNS, CACHE = "runs", "cache"
 # Wide enough for full fine-tuning, at its lower end, and for methods of few parameters, at its upper one.
-RATES = [1e-3, 5e-3, 2.5e-2]
+RATES = [2e-4, 1e-3, 5e-3, 2.5e-2]
 NAMES = {slug(method): method for method in METHODS}
 QUICK = {"methods": [PROBE, SINGLE, DENSE, SOFT], "seeds": [CHOICE_SEED], "epochs": 3}
 
@@ -74,7 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=NAMES, metavar="METHOD", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--folds", nargs="+", help="the folds that are tested; all")
     parser.add_argument("--seeds", nargs="+", type=int, help="the first is 0 and chooses the rate; 0 1 2")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid; 0.001 0.005 0.025")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="the grid; 0.0002 0.001 0.005 0.025")
     parser.add_argument("--epochs", type=int, help="6")
     parser.add_argument("--batch_size", type=int, default=8, help="8")
     parser.add_argument(

@@ -217,9 +217,9 @@ def heading(here: Comparison) -> list[str]:
     betas = ", ".join(f"{each:g}" for each in given["betas"])
     lines.append(
         f"**Training.** Epochs: {given['epochs']}, in batches of {given['batch_size']}, in the same order for all "
-        f"methods; {given['optimizer']} (betas {betas}, eps {given['eps']:g}, weight decay {given['weight_decay']:g}), "
-        f"{given['schedule']}, {given['precision']}, augmentation: {given['augmentation']}. Methods with a budget "
-        f"train the most parameters within {given['budget']:,}, "
+        f"methods; {given['optimizer']} (betas {betas}, eps {given['eps']:g}), weight decay {given['weight_decay']:g}, "
+        f"but none of biases, norms and the factors of IA³; {given['schedule']}; {given['precision']}; augmentation: "
+        f"{given['augmentation']}. Methods with a budget train the most parameters within {given['budget']:,}, "
         f"{given['budget'] / given['model_parameters']:.1%} of the model's, besides the head. "
         f"The others have the number that they have: {listed(UNBUDGETED)}."
     )

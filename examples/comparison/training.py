@@ -217,6 +217,13 @@ def train_mixture(
     return model
 
 
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter has weight decay: not biases and norms, as in the Trainer, nor IA³'s factors, which start at
+    one.
+    """
+    return parameter.ndim > 1 and not name.endswith("bias") and "ia3" not in name
+
+
 def is_slots(name: str) -> bool:
     """Whether a parameter is the slot parameters of a Soft-MoA."""
     return name.endswith(".slots")
@@ -317,7 +324,7 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
         decays_slots = options.pop("decays_slots", True)
         model = METHODS[run.method](model, protocol["budget"], **options)
         trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        spared = set() if decays_slots else set(filter(is_slots, trained))
+        spared = {name for name in trained if not decays(name, trained[name]) or is_slots(name) and not decays_slots}
         groups = [
             {"params": [each for name, each in trained.items() if name not in spared]},
             {"params": [trained[name] for name in sorted(spared)], "weight_decay": 0.0},
@@ -329,12 +336,13 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
         order = torch.Generator().manual_seed(run.seed)
 
         def step(clips: Tensor) -> float:
-            loss = model(data.inputs[clips], labels=data.labels[clips]).loss
-            loss.backward()
+            output = model(data.inputs[clips], labels=data.labels[clips])
+            output.loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            return loss.item()
+            # Without the load-balancing loss of top-k, so that all methods give the same.
+            return cross_entropy(output.logits.detach(), data.labels[clips]).item()
 
         record: dict[str, Any] = {
             "settings": {
@@ -420,12 +428,18 @@ def latency(model: nn.Module, clip: Tensor, times: int = 15) -> float:
 
 @contextmanager
 def one_thread():
-    """Let torch compute on one thread, on which sums have one order and processor time is the time that it takes."""
+    """Let torch compute on one thread, on which sums have one order and processor time is the time that it takes.
+
+    Numbers too small for a normal float are zero here: in attention that is all but saturated, as with too high a
+    learning rate, they would more than double the time of a step.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     try:
         yield
     finally:
+        torch.set_flush_denormal(False)
         torch.set_num_threads(before)
 
 
