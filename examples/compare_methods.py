@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from safetensors import safe_open
@@ -45,6 +47,7 @@ from comparison.training import (  # noqa: E402
     Data,
     Run,
     load_data,
+    load_features,
     one_thread,
     slug,
     train,
@@ -193,10 +196,17 @@ def prepare(protocol: dict[str, Any], model: Path, data: Data, folder: Path, pro
     _shared.update(protocol=protocol, model=model, data=data, folder=folder, environment=where)
 
 
-def prepare_process(*shared: Any) -> None:
-    """The same, in a process of its own."""
+def prepare_process(cache: Path, protocol: dict[str, Any], model: Path, data: Data, *shared: Any) -> None:
+    """The same, in a process of its own, which reads the features from their file."""
+    Thread(target=end_with_parent, daemon=True).start()
     be_quiet()
-    prepare(*shared)
+    prepare(protocol, model, data._replace(inputs=load_features(cache, data.digest)), *shared)
+
+
+def end_with_parent() -> None:
+    """Do not wait for ever for runs from a process that was killed."""
+    parent_process().join()
+    os._exit(1)
 
 
 def be_quiet() -> None:
@@ -230,18 +240,24 @@ class Workers:
 
     Args:
         number (int): how many; one is this process itself.
-        shared (tuple): the arguments of `prepare`.
+        protocol (dict): the settings that all runs share.
+        model (Path): the pretrained transformer.
+        data (Data): all clips.
+        output (Path): the folder with records and cache.
     """
 
-    def __init__(self, number: int, *shared: Any) -> None:
-        self.number, self.shared = number, (*shared, number)
+    def __init__(self, number: int, protocol: dict[str, Any], model: Path, data: Data, output: Path) -> None:
+        self.number, self.cache = number, output / CACHE
+        self.shared = (protocol, model, data, output / RUNS, number)
         self.executor = self._start()
 
     def _start(self) -> Executor:
         if self.number == 1:
             prepare(*self.shared)
             return Here()
-        return ProcessPoolExecutor(self.number, get_context("spawn"), prepare_process, self.shared)
+        protocol, model, data, *others = self.shared
+        shared = (self.cache, protocol, model, data._replace(inputs=None), *others)
+        return ProcessPoolExecutor(self.number, get_context("spawn"), prepare_process, shared)
 
     def submit(self, run: Run) -> Future:
         """Begin a run."""
@@ -311,6 +327,7 @@ def run_all(plan: list[Run], workers: Workers, found: list[records.Record], prot
         progress.add(settings["method"], record["run_seconds"])
     pending, running, failures = list(plan), {}, []
     lost: set[tuple[str, str]] = set()  # the methods and folds whose rate cannot be chosen
+    again: set[Run] = set()
 
     def ready() -> list[tuple[Run, Run]]:
         """The runs that can begin, as planned and with their rate; those that never will or are there are dropped."""
@@ -341,8 +358,13 @@ def run_all(plan: list[Run], workers: Workers, found: list[records.Record], prot
             continue
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run = running.pop(future)
-            progress.finished += 1
             error = future.exception()
+            if isinstance(error, BrokenProcessPool) and run not in again:
+                # One process has died, and the others with it, whatever they did.
+                again.add(run)
+                pending.insert(0, run)
+                continue
+            progress.finished += 1
             if error is None:
                 record = future.result()
                 found.append(record)
@@ -378,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
             protocol = protocol_of(arguments, data)
             if found:
                 records.check_settings(records.common_settings(found[0]), protocol, str(output / RUNS))
-            workers = Workers(arguments.processes, protocol, arguments.model, data, output / RUNS)
+            workers = Workers(arguments.processes, protocol, arguments.model, data, output)
             failures = run_all(plan(arguments, data), workers, found, protocol)
             found = records.load(output / RUNS)
         if not found:

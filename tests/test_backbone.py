@@ -278,12 +278,6 @@ def test_the_probe_minimises_its_objective():
         torch.testing.assert_close(both[index], alone[0])
 
 
-def test_intervals_are_those_of_student():
-    result = probe.interval([0.6, 0.7, 0.8, 0.7, 0.7])
-    half = 2.776 * np.sqrt(0.02 / 4 / 5)
-    assert result == pytest.approx({"mean": 0.7, "low": 0.7 - half, "high": 0.7 + half})
-
-
 # --- the committed weights ----------------------------------------------------------------------------------------
 
 

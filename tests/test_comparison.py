@@ -14,7 +14,7 @@ from comparison.ablations import AXES, variants
 from comparison.intervals import T_QUANTILES, Estimate, interval
 from comparison.pictures import draw
 from comparison.records import choose_rate
-from comparison.results import Comparison, by_fold, difference_in_words, duration, paired, results, slope
+from comparison.results import Comparison, by_fold, contrast, difference_in_words, duration, paired, results
 from comparison.training import (
     METHODS,
     PROBE,
@@ -260,7 +260,7 @@ def test_the_time_that_is_left():
     assert [duration(seconds) for seconds in (59, 61, 3599, 9900)] == ["59 s", "1 min", "1 h 00 min", "2 h 45 min"]
 
 
-def test_workers_are_replaced_when_they_die(monkeypatch):
+def test_workers_are_replaced_when_they_die(monkeypatch, tmp_path):
     class Broken:
         def submit(self, *args):
             raise compare_methods.BrokenProcessPool("died")
@@ -272,7 +272,27 @@ def test_workers_are_replaced_when_they_die(monkeypatch):
     monkeypatch.setattr(Workers, "_start", lambda self: executors.pop(0))
     monkeypatch.setattr(compare_methods, "carry_out", lambda run: run)
     run = Run(SOFT, "1", 1.0, 0)
-    assert Workers(2).submit(run).result() is run and executors == []
+    workers = Workers(2, {}, tmp_path, clips(), tmp_path)
+    assert workers.submit(run).result() is run and executors == []
+
+
+def test_a_process_that_dies_costs_no_run(monkeypatch, tmp_path, capsys):
+    """Each run's process dies once, and that of the second one twice."""
+    died = []
+
+    def carry_out(run):
+        if died.count(run) < (2 if run.rate == 0.2 else 1):
+            died.append(run)
+            raise compare_methods.BrokenProcessPool("died")
+        return made_up(run.method, run.fold, run.rate)
+
+    monkeypatch.setattr(Workers, "_start", lambda self: compare_methods.Here())
+    monkeypatch.setattr(compare_methods, "carry_out", carry_out)
+    runs, found = [Run(SOFT, "1", rate, 0) for rate in (0.1, 0.2, 0.3)], []
+    (failure,) = compare_methods.run_all(runs, Workers(2, {}, tmp_path, clips(), tmp_path), found, {"rates": [0.1]})
+    assert failure == "soft-moa_fold-1_rate-0.2_seed-0: BrokenProcessPool: died"
+    assert [record["settings"]["rate"] for record in found] == [0.1, 0.3]
+    assert "2 of 3 runs are there." in capsys.readouterr().out
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -482,6 +502,7 @@ def made_up(method, fold="1", rate=0.01, seed=0, test=0.5, validation=0.5, loss=
         "settings": common | settings,
         "environment": where | {"processes": 2},
         "parameters": 78,
+        "head_parameters": 10,
         "r": 3,
         "epochs": epochs,
         "test_accuracy": test,
@@ -507,15 +528,17 @@ def test_the_choice_among_equals_and_without_all_runs():
 
 def test_intervals_are_those_of_the_formula():
     # Mean 84, standard deviation √10, and t = 2.776 with 4 degrees of freedom.
-    mean, half = interval([80, 82, 84, 86, 88])
+    mean, half = interval([80, 82, 84, 86, 88], 0)
     assert mean == 84 and half == pytest.approx(2.776 * math.sqrt(10) / math.sqrt(5)) == pytest.approx(3.9259, abs=1e-4)
-    mean, half = interval([1, 3])
+    # One fold of five is tested and three are trained on: √(1/5 + 1/3) for √(1/5).
+    assert interval([80, 82, 84, 86, 88], 1 / 3).half == pytest.approx(half * math.sqrt(8 / 3))
+    mean, half = interval([1, 3], 0)
     assert mean == 2 and half == pytest.approx(12.706)
-    assert interval([7.5]) == Estimate(7.5, None)
+    assert interval([7.5], 1) == Estimate(7.5, None)
     with pytest.raises(ValueError, match="1 to 31 folds, got 0"):
-        interval([])
-    signs = [Estimate(*each).sign for each in ((2, 1), (-2, 1), (1, 1), (0.5, 1), (3, None))]
-    assert signs == [1, -1, 0, 0, 0]
+        interval([], 0)
+    signs = [Estimate(*each).sign for each in ((2, 1), (-2, 1), (1, 1), (0.5, 1), (3, None), (3, 0))]
+    assert signs == [1, -1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("degrees", range(1, 31))
@@ -540,18 +563,19 @@ def test_runs_are_averaged_within_folds_and_paired():
     # Differences of 10 and 30 points in fold 1; the other folds have no partner.
     assert paired(one, other) == Estimate(pytest.approx(20), None)
     other["2", 0] = made_up(SINGLE, test=0.5)
-    assert paired(one, other) == (pytest.approx(15), pytest.approx(12.706 * 5))
+    # With three folds, as many clips are tested as are trained on.
+    assert paired(one, other) == (pytest.approx(15), pytest.approx(12.706 * 5 * math.sqrt(3)))
     assert paired(one, {}) is None
 
 
-def test_slopes_are_least_squares_of_each_fold():
-    def runs(first, second):
-        return {("1", 0): made_up(SOFT, test=first), ("2", 0): made_up(SOFT, test=second)}
+def test_contrasts_are_taken_within_folds():
+    def runs(**accuracies):
+        return {(fold[1:], 0): made_up(SOFT, test=accuracy) for fold, accuracy in accuracies.items()}
 
-    # Fold 1 rises by 10 points a unit; fold 2 has 0, 20, 10 at 0, 1, 2: slope 5.
-    number = slope([(0, runs(0.1, 0.0)), (1, runs(0.2, 0.2)), (2, runs(0.3, 0.1))])
-    assert number == (pytest.approx(7.5), pytest.approx(12.706 * 2.5))
-    assert slope([(0, runs(0.1, 0.0))]) is None and slope([]) is None
+    # Fold 1: 30 minus the mean of 10 and 20 points; fold 2: 10 minus 5; fold 3 has not all of them.
+    number = contrast([runs(f1=0.3, f2=0.1, f3=0.9)], [runs(f1=0.1, f2=0.0), runs(f2=0.1, f1=0.2)])
+    assert number == (pytest.approx(10), pytest.approx(12.706 * 5 * math.sqrt(3)))
+    assert contrast([runs(f1=0.3)], [runs(f2=0.1)]) is None and contrast([], []) is None
 
 
 # --- words --------------------------------------------------------------------------------------------------------
@@ -572,7 +596,7 @@ def test_differences_in_words(number, expected):
 
 
 def test_what_does_not_hold_is_said():
-    def write(soft, dense_seconds, slope_of_experts):
+    def write(soft, dense_seconds, gain_of_experts):
         experts = [{"experts": 7, "effective_number": 6.0, "normalized_entropy": 0.9, "idle_experts": 1.0}]
         experts[0]["class_information"] = 0.1
         runs = []
@@ -580,14 +604,16 @@ def test_what_does_not_hold_is_said():
             runs += [made_up(SINGLE, fold, test=0.8 + noise)]
             runs += [made_up(SOFT, fold, test=soft - noise, experts=experts)]
             runs += [made_up("Dense-MoA", fold, test=0.8, step_seconds=dense_seconds, experts=experts)]
-            for power, number in ((0, 1), (1, 2), (4, 16)):
-                accuracy = soft - noise + slope_of_experts * (power - math.log2(7))
+            for number, times in ((2, 0), (4, 0.2), (16, 1), (32, 1.1)):
+                accuracy = soft - noise * times + gain_of_experts * times
                 runs += [made_up(SOFT, fold, test=accuracy, options={"num_experts": number})]
         text = results(runs)
         table = dict(
             line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ") and " here | " in line
         )
-        return {name[2:].split(",")[0].split(" with")[0]: verdict for name, verdict in table.items()}, text
+        return {
+            name[2:].split(",")[0].split(" with")[0].split(" (")[0]: verdict for name, verdict in table.items()
+        }, text
 
     verdicts, text = write(0.7, 0.12, -0.02)
     assert verdicts["Beats the single adapter"] == "does not hold here"
@@ -600,10 +626,10 @@ def test_what_does_not_hold_is_said():
     assert verdicts["Beats the single adapter"] == "holds here"
     assert verdicts["Trains more than 3 times as fast as Dense-MoA"] == "holds here"
     assert verdicts["Gains from more"] == "holds here"
-    assert "so accuracy rises" in text
+    assert "The mean of 16 and 32 minus that of 2 and 4 is +1.9 ± " in text and "so more is gained there" in text
     verdicts, text = write(0.8, 0.35, 0.0)
     assert verdicts["Beats the single adapter"] == verdicts["Gains from more"] == "is not shown here"
-    assert "so no trend is shown" in text and "includes zero, so this table does not show a difference" in text
+    assert "so no difference is shown" in text and "includes zero, so this table does not show a difference" in text
 
 
 def test_parts_of_the_runs_are_said_to_be_parts():

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PRETRAINING, PROBE = "pretraining.json", "probe.json"
+PRETRAINING, PROBE, NOTES = "pretraining.json", "probe.json", "notes.md"
 
 TEMPLATE = """---
 license: apache-2.0
@@ -66,14 +66,13 @@ intervals from the folds:
 |---|---|---|
 {rows}
 
-Read this way, the network gives {verdict} simple statistics of its own input. While the script was made, shorter runs \
-were probed on ESC-10 too: the question `loudest` was added because one had gained nothing, and training was made \
-longer because accuracy still rose. The weights themselves have learnt nothing from recordings.
+Read this way, the network gives {verdict} simple statistics of its own input.
 """
 
 
 def write_card(folder: str | Path) -> None:
-    """Write README.md into a folder with a checkpoint, from pretraining.json and, if it is there, probe.json.
+    """Write README.md into a folder with a checkpoint, from pretraining.json and, if they are there, probe.json and
+    notes.md.
 
     Args:
         folder (str or Path): of the checkpoint.
@@ -96,4 +95,6 @@ def write_card(folder: str | Path) -> None:
         verdict = "more than" if gain["low"] > 0 else "less than" if gain["high"] < 0 else "not measurably more than"
         more = {"count": len(gain["folds"]), "rows": "\n".join(rows), "verdict": verdict}
         text += PROBE_TEMPLATE.format(**{**probe, **more})
-    (folder / "README.md").write_text(text)
+    if (folder / NOTES).exists():
+        text += "\n" + (folder / NOTES).read_text()
+    (folder / "README.md").write_text(text, newline="\n")

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shlex
 import sys
 import time
@@ -374,8 +373,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     minutes = (time.perf_counter() - start) / 60
     batches.close()
     del loader, batches  # ends the workers, whose CPU time counts from then on
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu_minutes = sum(each.ru_utime + each.ru_stime for each in usage) / 60
+    cpu_minutes = sum(os.times()[:4]) / 60
 
     held_out = SceneStream(extractor, arguments.batch_size, arguments.seed, HELD_OUT)
     count = -(-arguments.held_out_clips // arguments.batch_size)
@@ -399,7 +397,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "held_out_clips": count * arguments.batch_size,
         "held_out": metrics,
     }
-    (folder / PRETRAINING).write_text(json.dumps(run, indent=2) + "\n")
+    (folder / PRETRAINING).write_text(json.dumps(run, indent=2) + "\n", newline="\n")
     write_card(folder)
     return run
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrained
 from peft_softmoa.training import decode_audio, load_rows
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+from comparison.intervals import interval  # noqa: E402
+
 DECAYS = tuple(10.0**power for power in range(-5, 2))
-T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}  # of Student's t, 97.5%, by number of folds
 
 
 def load_clips(
@@ -120,13 +123,6 @@ def cross_validate(embeddings: Tensor, labels: Tensor, folds: Tensor) -> list[fl
     return accuracies
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean of the folds and its 95% interval, by Student's t."""
-    half = T_QUANTILE[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
-    mean = float(np.mean(values))
-    return {"mean": mean, "low": float(mean - half), "high": float(mean + half)}
-
-
 def untrained(folder: str | Path, seed: int) -> PreTrainedModel:
     """The network of a checkpoint with random weights."""
     torch.manual_seed(seed)
@@ -141,8 +137,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     inputs, labels, folds = load_clips(arguments.folder, AutoFeatureExtractor.from_pretrained(arguments.model))
-    if len(folds.unique()) not in T_QUANTILE:
-        raise ValueError(f"The folder has {len(folds.unique())} folds; it needs one of {list(T_QUANTILE)}.")
+    count = len(folds.unique())
+    if count < 3:
+        raise ValueError(f"The folder has {count} folds; testing, and choosing within the others, take three.")
     pretrained = cross_validate(embed(AutoModel.from_pretrained(arguments.model), inputs), labels, folds)
     seeds = [
         cross_validate(embed(untrained(arguments.model, seed), inputs), labels, folds)
@@ -162,11 +159,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "clips": len(labels),
         "classes": int(labels.max()) + 1,
         "untrained_seeds": [float(np.mean(each)) for each in seeds],
-        "scores": {name: {**interval(folds), "folds": folds} for name, folds in scores.items()},
+        "scores": {
+            name: {"mean": each.mean, "low": each.low, "high": each.high, "folds": scores[name]}
+            for name, each in ((name, interval(folds, overlap=1 / (count - 1))) for name, folds in scores.items())
+        },
     }
     for name, each in result["scores"].items():
         print(f"{name}: {each['mean']:.1%} ({each['low']:.1%} to {each['high']:.1%})")
-    (Path(arguments.model) / PROBE).write_text(json.dumps(result, indent=2) + "\n")
+    (Path(arguments.model) / PROBE).write_text(json.dumps(result, indent=2) + "\n", newline="\n")
     write_card(arguments.model)
     return result
 

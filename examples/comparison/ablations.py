@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
+
+
+class Claim(NamedTuple):
+    """What the paper says of the values.
+
+    Args:
+        text (str): the claim.
+        better (tuple of str): labels of values that are better by it.
+        worse (tuple of str): labels of values that are worse.
+    """
+
+    text: str
+    better: tuple[str, ...]
+    worse: tuple[str, ...]
 
 
 class Axis(NamedTuple):
@@ -12,21 +26,29 @@ class Axis(NamedTuple):
         title (str): what it is.
         values (dict): the options of each value, by its label; without options it is Soft-MoA as in the main table.
         reference (str): label of the value with which the others are compared.
+        claim (Claim, optional): what the paper says of it.
     """
 
     title: str
     values: dict[str, dict[str, Any]]
     reference: str
+    claim: Optional[Claim] = None
 
 
+EXPERTS = Axis(
+    "experts N",
+    {str(number): {} if number == 7 else {"num_experts": number} for number in (1, 2, 4, 7, 16, 32)},
+    "7",
+    # With one expert and one slot there is nothing to choose from, for which there are other reasons to be worse.
+    Claim("Gains from more, smaller experts (with as many more slots)", ("16", "32"), ("2", "4")),
+)
 AXES = (
+    EXPERTS,
     Axis(
-        "experts N",
-        {str(number): {} if number == 7 else {"num_experts": number} for number in (1, 2, 4, 7, 16, 32)},
-        "7",
-    ),
-    Axis(
-        "slots per expert P", {str(number): {} if number == 1 else {"num_slots": number} for number in range(1, 5)}, "1"
+        "slots per expert P",
+        {str(number): {} if number == 1 else {"num_slots": number} for number in range(1, 5)},
+        "1",
+        Claim("One or two slots for each expert are best", ("1", "2"), ("3", "4")),
     ),
     Axis("placement", {"attention": {}, "ffn": {"placement": "ffn"}, "both": {"placement": "both"}}, "attention"),
     Axis(
@@ -52,8 +74,6 @@ AXES = (
         "up at zero",
     ),
 )
-# Of both, a line is fitted: on the logarithm of N to base 2, and on P.
-EXPERTS, SLOTS = AXES[:2]
 
 
 def variants() -> list[dict[str, Any]]:

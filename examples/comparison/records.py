@@ -29,7 +29,7 @@ def write(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items())
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(f"{{\n{parts}\n}}\n")
+    temporary.write_text(f"{{\n{parts}\n}}\n", encoding="utf-8", newline="\n")
     temporary.replace(path)
 
 
@@ -48,7 +48,7 @@ def load(folder: Path) -> list[Record]:
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            records.append(json.loads(path.read_text()))
+            records.append(json.loads(path.read_text(encoding="utf-8")))
             common = common_settings(records[-1])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no record of a run ({error!r}): remove it.") from error

@@ -10,12 +10,12 @@ from typing import Any, Optional
 
 from report import machine, markdown, times
 
-from .ablations import AXES, EXPERTS, SLOTS, Axis
+from .ablations import AXES, Axis
 from .intervals import Estimate, interval
 from .records import CHOICE_SEED, Record, choose_rate, common_settings, of
 from .training import DENSE, METHODS, SINGLE, SOFT, UNBUDGETED
 
-SEEDS = 3  # of the whole table
+SEEDS = 3  # of the whole table, at least
 # By fold and seed.
 Runs = dict[tuple[str, int], Record]
 # From which factor on a method is several times faster: the paper says more than three.
@@ -35,6 +35,7 @@ class Comparison:
         self.records = found
         self.protocol = common_settings(found[0])
         self.folds: list[str] = self.protocol["folds"]
+        self.seeds = max(SEEDS, len({record["settings"]["seed"] for record in found}))
         self.rates = {
             method: {
                 fold: rate
@@ -79,7 +80,12 @@ def by_fold(values: dict[tuple[str, int], float]) -> list[float]:
 
 def estimate(runs: Runs, value: Callable[[Record], float] = final_accuracy) -> Estimate:
     """Mean and interval of a number of each run."""
-    return interval(by_fold({key: value(record) for key, record in runs.items()}))
+    return interval(by_fold({key: value(record) for key, record in runs.items()}), overlap(runs))
+
+
+def overlap(runs: Runs) -> float:
+    """How many clips are tested for each that is trained on: one fold, and all but two."""
+    return 1 / (len(next(iter(runs.values()))["settings"]["folds"]) - 2)
 
 
 def paired(
@@ -100,32 +106,28 @@ def paired(
         Estimate, optional: None if no two runs belong together.
     """
     values = {key: compare(value(record), value(other[key])) for key, record in one.items() if key in other}
-    return interval(by_fold(values)) if values else None
+    return interval(by_fold(values), overlap(one)) if values else None
 
 
-def slope(variants: Sequence[tuple[float, Runs]]) -> Optional[Estimate]:
-    """The slope of a line through accuracy over some quantity: of each fold by least squares, then as an interval.
+def contrast(some: Sequence[Runs], others: Sequence[Runs]) -> Optional[Estimate]:
+    """The mean accuracy of some variants minus that of others, in folds with runs of all of them.
 
     Args:
-        variants (sequence): the quantity and the runs at it.
+        some (sequence of Runs): variants.
+        others (sequence of Runs): those that they are compared with.
 
     Returns:
-        Estimate, optional: points for each unit of the quantity; None if there are less than two quantities.
+        Estimate, optional: points; None if no fold has them all.
     """
-    folds = set.intersection(*({fold for fold, _ in runs} for _, runs in variants)) if variants else set()
-    if len(variants) < 2 or not folds:
+    keys = set.intersection(*(set(runs) for runs in (*some, *others))) if some and others else set()
+    if not keys:
         return None
-    middle = statistics.fmean(quantity for quantity, _ in variants)
-    slopes = []
-    for fold in sorted(folds):
-        accuracies = [
-            statistics.fmean(final_accuracy(record) for (each, _), record in runs.items() if each == fold)
-            for _, runs in variants
-        ]
-        mean = statistics.fmean(accuracies)
-        products = sum((x - middle) * (y - mean) for (x, _), y in zip(variants, accuracies, strict=True))
-        slopes.append(products / sum((x - middle) ** 2 for x, _ in variants))
-    return interval(slopes)
+
+    def mean(variants: Sequence[Runs], key: tuple[str, int]) -> float:
+        return statistics.fmean(final_accuracy(runs[key]) for runs in variants)
+
+    differences = {key: mean(some, key) - mean(others, key) for key in sorted(keys)}
+    return interval(by_fold(differences), overlap(some[0]))
 
 
 def epochs_to(record: Record, share: float = 0.95) -> int:
@@ -199,21 +201,35 @@ def heading(here: Comparison) -> list[str]:
     """What was run, and how much of it."""
     given = here.protocol
     folds, rates = len(here.folds), len(given["rates"])
-    whole = len(METHODS) * folds * (rates + SEEDS - 1)
+    whole = len(METHODS) * folds * (rates + here.seeds - 1)
     main = [record for record in here.records if not record["settings"]["options"]]
     table = sum(map(len, here.methods.values()))
     lines = ["# Comparison of methods", "Written by `examples/compare_methods.py` from the files in `runs/`."]
     state = "All" if len(main) >= whole else f"So far, {len(main)} of the"
     lines.append(
         f"{state} {whole} runs of the main table are there: {len(METHODS)} methods, {folds} folds, {rates} learning "
-        f"rates with the first of {SEEDS} seeds, and the others with the rate chosen. "
+        f"rates with the first of {here.seeds} seeds, and the others with the rate chosen. "
         f"{table} of them are in the table. Beside them there are {len(here.records) - len(main)} runs of ablations."
     )
     lines.append(
         f"**Data and model.** {given['data']}: {given['clips']} clips of {given['classes']} classes in {folds} folds. "
         f"{given['model']}: {given['model_parameters']:,} parameters. All methods start from the same weights and the "
         "same head, which reads the mean of all tokens and is trained in all."
+        + (
+            " How long that model was pretrained was chosen by a probe on ESC-10, all folds of it; see its "
+            "[card](../backbone/ast-small/README.md)."
+            if given["model"] == "ast-small"
+            else ""
+        )
     )
+    lines.append(
+        "**Methods.** BitFit trains all biases. LoRA is on q_proj and v_proj, with alpha equal to its rank; IA³ on "
+        "k_proj, v_proj and fc2. The adapters and mixtures are beside every self-attention, with 7 experts, of which "
+        "top-k takes 2 for each token, with a load-balancing loss of weight 0.01, and expert choice as many tokens for "
+        "each expert as an equal share; Soft-MoA has one slot for each expert and no normalisation. Norms are "
+        "frozen but in full fine-tuning and, their biases, in BitFit; the paper trains some."
+    )
+    overlap_in_words = f"1 / {folds - 2}"
     betas = ", ".join(f"{each:g}" for each in given["betas"])
     lines.append(
         f"**Training.** Epochs: {given['epochs']}, in batches of {given['batch_size']}, in the same order for all "
@@ -231,18 +247,21 @@ def heading(here: Comparison) -> list[str]:
     )
     lines.append(
         "**Intervals** are of 95%. Runs are averaged within their fold, and the means of the K folds give mean ± "
-        "t(0.975, K - 1) · s / √K. Differences are taken between runs with the same fold and seed first. As the folds' "
-        "training sets overlap, such intervals tend to be too narrow."
+        f"t(0.975, K - 1) · s · √(1 / K + {overlap_in_words}), in which the second term makes up for the folds' "
+        "training sets having clips in common (Nadeau and Bengio, 2003). Differences are taken between runs with the "
+        "same fold and seed first. No interval tells of what another split of the clips into folds would give."
     )
     places = []
     for record in here.records:
         where = record["environment"]
-        place = f"{machine({'environment': where})}, {where['processes']} runs at a time"
+        commit = "" if where.get("commit") is None else f", commit {where['commit'][:7]}"
+        changed = " with changes" if where.get("uncommitted changes") else ""
+        place = f"{machine({'environment': where})}, {where['processes']} runs at a time{commit}{changed}"
         if place not in places:
             places.append(place)
     lines.append(
-        f"**Hardware.** {'; '.join(places)}. Each run had one thread; its times are processor time, median of all "
-        "steps, with least and greatest run in brackets."
+        f"**Hardware and code.** {'; '.join(places)}. Each run had one thread; its times are processor time, "
+        "median of all steps, with least and greatest run in brackets."
     )
     return lines
 
@@ -260,7 +279,7 @@ def accuracy_section(here: Comparison) -> list[str]:
                 f"{record['parameters']:,}",
                 show(estimate(runs)),
                 show(differences.get(method), "+.1f"),
-                f"{len(runs)} of {len(here.folds) * SEEDS}",
+                f"{len(runs)} of {len(here.folds) * here.seeds}",
             ]
         )
     words = []
@@ -270,20 +289,39 @@ def accuracy_section(here: Comparison) -> list[str]:
         some = [method for method, each in differences.items() if each and each.sign == sign and method != SOFT]
         if some:
             words.append(f"Of the others, {listed(some)} {'are' if len(some) > 1 else 'is'} {what} than the {SINGLE}.")
+    at_edge = edges(here)
+    if at_edge:
+        words.append(
+            f"The least or the greatest learning rate was chosen for {at_edge}: a wider grid might give them more, so "
+            "the table does not show the best that they can do."
+        )
     compared = sum(each is not None and each.half is not None for each in differences.values())
     if compared > 1:
         words.append(
-            f"Of {compared} intervals of 95%, one may well miss the truth. The table says nothing of other data, "
-            "larger models or longer training."
+            f"{several_intervals(compared)} The table says nothing of other data, larger models or longer training."
         )
     return ["## Accuracy", markdown(table), " ".join(words), "![accuracy](accuracy.png)"]
+
+
+def several_intervals(number: int) -> str:
+    """What to remember of many intervals."""
+    return f"Of {number} intervals of 95%, one may well miss the truth."
+
+
+def edges(here: Comparison) -> str:
+    """The methods that chose the least or the greatest rate of the grid, and in how many folds."""
+    rates = here.protocol["rates"]
+    counts = {
+        method: sum(rate in (rates[0], rates[-1]) for rate in here.rates[method].values()) for method in here.methods
+    }
+    some = [f"{method} (in {count} of {len(here.rates[method])} folds)" for method, count in counts.items() if count]
+    return listed(some) if some else ""
 
 
 def rates_section(here: Comparison) -> list[str]:
     """Which learning rates were chosen."""
     rates = here.protocol["rates"]
     table = [["method", *(f"fold {fold}" for fold in here.folds), "accuracy with each rate on the validation folds, %"]]
-    edges = {}
     for method in here.methods:
         chosen = here.rates[method]
         means = []
@@ -298,11 +336,9 @@ def rates_section(here: Comparison) -> list[str]:
             means.append(f"{100 * statistics.fmean(accuracies):.1f}")
         cells = [f"{chosen[fold]:g}" if fold in chosen else "—" for fold in here.folds]
         table.append([method, *cells, " / ".join(means)])
-        edges[method] = sum(rate in (rates[0], rates[-1]) for rate in chosen.values())
-    at_edge = [f"{method} (in {count} of {len(here.rates[method])} folds)" for method, count in edges.items() if count]
+    at_edge = edges(here)
     words = (
-        f"The least or the greatest rate was chosen for {listed(at_edge)}: a wider grid might give them "
-        "more, so the table does not show the best that they can do."
+        f"At an end of the grid: {at_edge}."
         if at_edge
         else "No method chose the least or the greatest rate: a wider grid is not likely to change much."
     )
@@ -323,19 +359,28 @@ def cost_section(here: Comparison) -> list[str]:
                 method,
                 times([record["step_seconds"] for record in each]),
                 show(step_ratio(runs, single), ".2f"),
-                f"{statistics.median(record['memory_bytes'] for record in each) / 2**20:,.0f}",
+                f"{statistics.median(map(peak_bytes, each)) / 2**20:,.1f}",
                 times([record["forward_1_seconds"] for record in each]),
                 f"{statistics.median(record['run_seconds'] for record in each):.0f}",
             ]
         )
     words = (
-        "Memory is what autograd keeps of a batch for the backward pass. Times of runs side by side share caches and "
+        "Memory is what a step needs besides the model: what autograd keeps of a batch for the backward pass, and "
+        "gradient and two moments of AdamW for each trained parameter. Times of runs side by side share caches and "
         "memory with each other, so small differences mean nothing; `examples/benchmark/` measures in turn."
     )
+    forward = [[record["forward_1_seconds"] for record in runs.values()] for runs in here.methods.values()]
+    if len(forward) > 1 and max(map(min, forward)) <= min(map(max, forward)):
+        words += " The times of a forward pass all overlap: no difference is shown."
     faster = step_ratio(here.methods.get(DENSE, {}), here.methods.get(SOFT, {}))
     if faster is not None:
         words = f"A step of {DENSE} takes {show(faster, '.2f')} times as long as one of {SOFT}. {words}"
     return ["## Cost", markdown(table), words, "![accuracy and time of a step](step-time.png)"]
+
+
+def peak_bytes(record: Record) -> int:
+    """What autograd keeps, and three float32 numbers for each trained parameter."""
+    return record["memory_bytes"] + 12 * (record["parameters"] + record["head_parameters"])
 
 
 def step_ratio(one: Runs, other: Runs) -> Optional[Estimate]:
@@ -396,8 +441,11 @@ def utilization_section(here: Comparison) -> list[str]:
     with_idle = [method for method, share in idle.items() if share > 0]
     words = (
         f"{f'There are idle experts in {listed(with_idle)}.' if with_idle else 'No expert of any method is idle.'} The "
-        "numbers are means of all blocks, on the tested folds. Even use does not show that experts do different "
-        "things, nor that it helps accuracy; `peft-softmoa inspect` looks at what they read."
+        "numbers are means of all blocks, on the tested folds. An expert's load is its share of the weights with which "
+        "tokens take answers. It is idle below a tenth of an equal share; the effective number is e to the power of "
+        "the load's entropy, which is normalized by that of equal loads; class information is what an expert, drawn "
+        "by its load, tells of the clip's class. Even use does not show that experts do different things, nor that it "
+        "helps accuracy; `peft-softmoa inspect` looks at what they read."
     )
     return ["## Use of the experts", markdown(table), words]
 
@@ -416,7 +464,7 @@ def idle_share(record: Record) -> float:
 
 def ablation_sections(here: Comparison) -> list[str]:
     """One table for each thing that was varied."""
-    parts = []
+    parts, number_of_intervals = [], 0
     for axis in AXES:
         values = ablation(here, axis)
         if len(values) < 2 or axis.reference not in values:
@@ -451,15 +499,17 @@ def ablation_sections(here: Comparison) -> list[str]:
             if shown
             else f"No interval of a difference to {axis.reference} excludes zero: this table shows no difference."
         )
-        trend = trend_of(here, axis)
-        if trend is not None:
-            words += f" {trend}"
+        compared = contrast_in_words(here, axis)
+        if compared is not None:
+            words += f" {compared}"
+        number_of_intervals += len(values) - 1
         parts += [f"### {axis.title[0].upper()}{axis.title[1:]}", markdown(table), words]
     if not parts:
         return []
     first = (
         f"{SOFT} with one thing changed, at the same budget, with seed {CHOICE_SEED} and the rate that {SOFT} has "
-        "chosen for the fold. That rate was not chosen for the variants, so what they lose may be due to it."
+        "chosen for the fold. That rate was not chosen for the variants, so what they lose may be due to it. "
+        f"{several_intervals(number_of_intervals)}"
     )
     return ["## Ablations", first, *parts, "![ablations](ablations.png)"]
 
@@ -474,23 +524,23 @@ def ablation(here: Comparison, axis: Axis) -> dict[str, Runs]:
     return values
 
 
-def slope_of(here: Comparison, axis: Axis) -> Optional[Estimate]:
-    """Points for each doubling of N, or for each further slot."""
-    values = ablation(here, axis).items()
-    scale = math.log2 if axis is EXPERTS else float
-    return slope([(scale(int(label)), runs) for label, runs in values])
-
-
-def trend_of(here: Comparison, axis: Axis) -> Optional[str]:
-    """A sentence on the line through all values, for numbers."""
-    if axis not in (EXPERTS, SLOTS):
+def contrast_of(here: Comparison, axis: Axis) -> Optional[Estimate]:
+    """Accuracy of the values of an axis that the paper finds better minus that of the others that it speaks of."""
+    values = ablation(here, axis)
+    if axis.claim is None or not {*axis.claim.better, *axis.claim.worse} <= values.keys():
         return None
-    number = slope_of(here, axis)
+    better, worse = ([values[label] for label in labels] for labels in (axis.claim.better, axis.claim.worse))
+    return contrast(better, worse)
+
+
+def contrast_in_words(here: Comparison, axis: Axis) -> Optional[str]:
+    """A sentence on what the paper says of the values."""
+    number = contrast_of(here, axis)
     if number is None:
         return None
-    unit = "doubling of N" if axis is EXPERTS else "further slot"
-    meaning = {1: "accuracy rises", -1: "accuracy falls", 0: "no trend is shown"}[number.sign]
-    return f"A line through all of them: {show(number, '+.2f')} points for each {unit}, so {meaning}."
+    better, worse = listed(axis.claim.better), listed(axis.claim.worse)
+    meaning = {1: "so more is gained there", -1: "so less is gained there", 0: "so no difference is shown"}[number.sign]
+    return f"The mean of {better} minus that of {worse} is {show(number, '+.1f')} points, {meaning}."
 
 
 # --- claims -------------------------------------------------------------------------------------------------------
@@ -524,27 +574,23 @@ def claims_section(here: Comparison) -> list[str]:
             "paper's code loops over the experts"
         )
         claims.append((f"Trains more than {SEVERAL:g} times as fast as {DENSE}", verdict, text))
-    experts = slope_of(here, EXPERTS)
-    if experts is not None:
-        verdict = {1: "holds here", -1: "does not hold here", 0: "is not shown here"}[experts.sign]
-        claims.append(
-            ("Gains from more, smaller experts", verdict, f"{show(experts, '+.2f')} points for each doubling of N")
-        )
-    slots = slope_of(here, SLOTS)
-    if slots is not None:
-        verdict = {1: "does not hold here", -1: "holds here", 0: "is not shown here"}[slots.sign]
-        claims.append(
-            (
-                "One or two slots for each expert are best",
-                verdict,
-                f"{show(slots, '+.2f')} points for each further slot",
-            )
-        )
+    for axis in AXES:
+        number = contrast_of(here, axis)
+        if number is not None:
+            verdict = {1: "holds here", -1: "does not hold here", 0: "is not shown here"}[number.sign]
+            text = f"{listed(axis.claim.better)} minus {listed(axis.claim.worse)}: {show(number, '+.1f')} points"
+            claims.append((axis.claim.text, verdict, text))
     if soft:
         idle = statistics.fmean(idle_share(record) for record in soft.values())
         number = estimate(soft, lambda record: mean_of(record, "effective_number"))
         text = f"{idle:.1%} of its experts are idle, and their effective number is {show(number, '.2f')}"
-        claims.append(("No expert is left unused", "holds here" if idle == 0 else "does not hold here", text))
+        claims.append(
+            (
+                "No expert is left unused (less than a tenth of an equal share of the load)",
+                "holds here" if idle == 0 else "does not hold here",
+                text,
+            )
+        )
     if not claims:
         return []
     table = [["the paper says of Soft-MoA", "verdict", "in numbers"], *map(list, claims)]
@@ -555,6 +601,13 @@ def claims_section(here: Comparison) -> list[str]:
         words.append(f"Not so here: {'; '.join(failing)}.")
     if open_claims:
         words.append(f"Left open by these runs: {'; '.join(open_claims)}.")
+    if gain is not None and gain.sign <= 0:
+        words.append(
+            f"What may be the reason that {SOFT} is not better, the ablations vary: number and placement of the "
+            "experts, scaling, initial weights and slot parameters, their weight decay, and normalisation."
+            if any(record["settings"]["options"] for record in here.records)
+            else f"Why {SOFT} is not better is not looked into yet: there are no ablations."
+        )
     words.append(
         "The paper trains AST-base, pretrained on recordings, on other data and for longer: what does not hold here "
         "may hold there."
@@ -599,4 +652,4 @@ def write_results(found: list[Record], path: Path, pictures: Sequence[str]) -> N
         path (Path): the file.
         pictures (sequence of str): names of the pictures beside it.
     """
-    path.write_text(results(found, pictures))
+    path.write_text(results(found, pictures), encoding="utf-8", newline="\n")

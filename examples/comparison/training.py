@@ -114,7 +114,7 @@ def load_data(
         content = Path(audio["path"]).read_bytes() if audio["bytes"] is None else audio["bytes"]
         digest.update(hashlib.sha256(content).digest() + json.dumps([label, fold]).encode())
     label_names = sorted(set(labels))
-    path = cache / f"{digest.hexdigest()[:16]}.pt"
+    path = features_path(cache, digest.hexdigest()[:16])
     if not path.exists():
         extract = ExtractFeatures(
             extractor,
@@ -134,7 +134,17 @@ def load_data(
         torch.save(torch.from_numpy(np.stack(parts)), temporary)
         temporary.replace(path)
     indices = torch.tensor([label_names.index(label) for label in labels])
-    return Data(torch.load(path, weights_only=True), indices, folds, label_names, digest.hexdigest()[:16])
+    return Data(load_features(cache, path.stem), indices, folds, label_names, path.stem)
+
+
+def features_path(cache: Path, digest: str) -> Path:
+    """The file with the features of a dataset."""
+    return cache / f"{digest}.pt"
+
+
+def load_features(cache: Path, digest: str) -> Tensor:
+    """Read the features of a dataset, `(clips, frames, bins)`, from memory that all processes share."""
+    return torch.load(features_path(cache, digest), weights_only=True, mmap=True)
 
 
 # --- methods ------------------------------------------------------------------------------------------------------
