@@ -66,7 +66,7 @@ intervals from the folds:
 |---|---|---|
 {rows}
 
-Read this way, the network gives {verdict} simple statistics of its own input.
+Read this way, the network {verdict} simple statistics of its own input.
 """
 
 
@@ -92,7 +92,8 @@ def write_card(folder: str | Path) -> None:
             for name, each in scores.items()
         ]
         *_, gain = scores.values()
-        verdict = "more than" if gain["low"] > 0 else "less than" if gain["high"] < 0 else "not measurably more than"
+        unclear = "is not shown to give more than"
+        verdict = "gives more than" if gain["low"] > 0 else "gives less than" if gain["high"] < 0 else unclear
         more = {"count": len(gain["folds"]), "rows": "\n".join(rows), "verdict": verdict}
         text += PROBE_TEMPLATE.format(**{**probe, **more})
     if (folder / NOTES).exists():
