@@ -680,7 +680,7 @@ def test_ablations(options, tmp_path):
 def test_variants_are_those_of_the_axes():
     experts, slots = (list(axis.values) for axis in AXES[:2])
     assert experts == ["1", "2", "4", "7", "16", "32"] and slots == ["1", "2", "3", "4"]
-    assert len(variants()) == 5 + 3 + 2 + 1 + 1 + 2 + 2 + 2 + 1 and {} not in variants()
+    assert len(variants()) == 5 + 3 + 2 + 1 + 1 + 2 + 2 + 2 + 1 + 1 and {} not in variants()
     assert all(axis.reference in axis.values for axis in AXES)
     assert len({Run(SOFT, "1", 0.1, 0, tuple(each.items())).name for each in variants()}) == len(variants())
 

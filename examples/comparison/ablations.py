@@ -63,6 +63,7 @@ AXES = (
         {"0.25": {"slot_std": 0.25}, "1": {}, "4": {"slot_std": 4.0}},
         "1",
     ),
+    Axis("trained norms in front of the mixtures", {"no": {}, "yes": {"train_norms": True}}, "no"),
     Axis("weight decay of slot parameters", {"yes": {}, "no": {"decays_slots": False}}, "yes"),
     Axis(
         "initial weights",

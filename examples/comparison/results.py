@@ -604,7 +604,7 @@ def claims_section(here: Comparison) -> list[str]:
     if gain is not None and gain.sign <= 0:
         words.append(
             f"What may be the reason that {SOFT} is not better, the ablations vary: number and placement of the "
-            "experts, scaling, initial weights and slot parameters, their weight decay, and normalisation."
+            "experts, scaling, initial weights and slot parameters, their weight decay, normalisation and norms."
             if any(record["settings"]["options"] for record in here.records)
             else f"Why {SOFT} is not better is not looked into yet: there are no ablations."
         )
