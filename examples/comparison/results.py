@@ -224,10 +224,10 @@ def heading(here: Comparison) -> list[str]:
     )
     lines.append(
         "**Methods.** BitFit trains all biases. LoRA is on q_proj and v_proj, with alpha equal to its rank; IA³ on "
-        "k_proj, v_proj and fc2. The adapters and mixtures are beside every self-attention, with 7 experts, of which "
-        "top-k takes 2 for each token, with a load-balancing loss of weight 0.01, and expert choice as many tokens for "
-        "each expert as an equal share; Soft-MoA has one slot for each expert and no normalisation. Norms are "
-        "frozen but in full fine-tuning and, their biases, in BitFit; the paper trains some."
+        "k_proj, v_proj and fc2. The single adapter and the mixtures are beside every self-attention; a mixture has 7 "
+        "experts, of which top-k takes 2 for each token, with a load-balancing loss of weight 0.01, and expert choice "
+        "as many tokens for each expert as an equal share; Soft-MoA has one slot for each expert and no normalisation. "
+        "Norms are frozen but in full fine-tuning and, their biases, in BitFit; the paper trains some."
     )
     overlap_in_words = f"1 / {folds - 2}"
     betas = ", ".join(f"{each:g}" for each in given["betas"])

@@ -46,14 +46,14 @@ class Data(NamedTuple):
     """A dataset as the model reads it.
 
     Args:
-        inputs (Tensor): `(clips, frames, bins)`.
+        inputs (Tensor): `(clips, frames, bins)`; None on the way to another process, which reads them from their file.
         labels (Tensor): `(clips,)` int64.
         folds (list[str]): the fold of each clip.
         label_names (list[str]): the classes.
         digest (str): of all that it was made from.
     """
 
-    inputs: Tensor
+    inputs: Optional[Tensor]
     labels: Tensor
     folds: list[str]
     label_names: list[str]
