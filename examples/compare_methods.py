@@ -26,6 +26,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers.utils import logging
 
@@ -87,6 +88,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the most parameters that a method trains besides the head, of the model's; 8",
     )
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, each on one thread; 2")
+    devices = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
+    parser.add_argument("--device", choices=devices, default="cpu", help="cpu, or the accelerator that torch has; cpu")
     parser.add_argument("--output_dir", type=Path, help="comparison beside this file; with --quick, comparison/quick")
     parser.add_argument("--ablations", action="store_true", help="vary Soft-MoA, with the first seed, instead")
     parser.add_argument("--quick", action="store_true", help="one fold, one seed, four methods, three epochs")
@@ -189,11 +192,11 @@ def plan(arguments: argparse.Namespace, data: Data) -> list[Run]:
 _shared: dict[str, Any] = {}
 
 
-def prepare(protocol: dict[str, Any], model: Path, data: Data, folder: Path, processes: int) -> None:
+def prepare(protocol: dict[str, Any], model: Path, data: Data, folder: Path, processes: int, device: str) -> None:
     """Tell a process what its runs share."""
     with one_thread():
-        where = environment("cpu") | {"processes": processes}
-    _shared.update(protocol=protocol, model=model, data=data, folder=folder, environment=where)
+        where = environment(device) | {"processes": processes}
+    _shared.update(protocol=protocol, model=model, data=data, folder=folder, environment=where, device=device)
 
 
 def prepare_process(cache: Path, protocol: dict[str, Any], model: Path, data: Data, *shared: Any) -> None:
@@ -217,7 +220,7 @@ def be_quiet() -> None:
 
 def carry_out(run: Run) -> records.Record:
     """Train, and write the record."""
-    record = train(run, _shared["protocol"], _shared["model"], _shared["data"])
+    record = train(run, _shared["protocol"], _shared["model"], _shared["data"], _shared["device"])
     record = {"settings": record.pop("settings"), "environment": _shared["environment"], **record}
     records.write(_shared["folder"] / f"{run.name}.json", record)
     return record
@@ -244,11 +247,14 @@ class Workers:
         model (Path): the pretrained transformer.
         data (Data): all clips.
         output (Path): the folder with records and cache.
+        device (str): what they train on.
     """
 
-    def __init__(self, number: int, protocol: dict[str, Any], model: Path, data: Data, output: Path) -> None:
+    def __init__(
+        self, number: int, protocol: dict[str, Any], model: Path, data: Data, output: Path, device: str
+    ) -> None:
         self.number, self.cache = number, output / CACHE
-        self.shared = (protocol, model, data, output / RUNS, number)
+        self.shared = (protocol, model, data, output / RUNS, number, device)
         self.executor = self._start()
 
     def _start(self) -> Executor:
@@ -369,7 +375,8 @@ def run_all(plan: list[Run], workers: Workers, found: list[records.Record], prot
                 record = future.result()
                 found.append(record)
                 progress.add(run.method, record["run_seconds"])
-                what = f"{run.name}: {record['test_accuracy']:.1%} of fold {run.fold}, {record['run_seconds']:.0f} s"
+                accuracy = record["epochs"]["validation_accuracy"][-1]
+                what = f"{run.name}: validation {accuracy:.1%}, {record['run_seconds']:.0f} s"
             else:
                 failures.append(f"{run.name}: {type(error).__name__}: {error}")
                 what = f"{failures[-1]} — failed"
@@ -400,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
             protocol = protocol_of(arguments, data)
             if found:
                 records.check_settings(records.common_settings(found[0]), protocol, str(output / RUNS))
-            workers = Workers(arguments.processes, protocol, arguments.model, data, output)
+            workers = Workers(arguments.processes, protocol, arguments.model, data, output, arguments.device)
             failures = run_all(plan(arguments, data), workers, found, protocol)
             found = records.load(output / RUNS)
         if not found:

@@ -127,7 +127,7 @@ def environment(device: str) -> dict[str, Any]:
     git = ["git", "-C", str(folder)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        changed = bool(subprocess.check_output([*git, "status", "--porcelain"], text=True))
+        changed = bool(subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True))
     except (OSError, subprocess.CalledProcessError):
         commit = changed = None  # a copy without its history
     return {

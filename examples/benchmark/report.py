@@ -194,7 +194,8 @@ def machine(results: dict[str, Any]) -> str:
     """On what a run was made, in a line."""
     given = results["environment"]
     versions = ", ".join(f"{name} {given[name]}" for name in ("torch", "transformers", "peft"))
-    return f"{given['device']}, {given['threads']} threads on {given['cores']} cores, {versions}"
+    threads = f"{given['threads']} thread{'' if given['threads'] == 1 else 's'}"
+    return f"{given['device']}, {threads} on {given['cores']} cores, {versions}"
 
 
 def tables(results: dict[str, Any]) -> str:

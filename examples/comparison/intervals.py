@@ -28,7 +28,7 @@ T_QUANTILES = (
 
 
 class Estimate(NamedTuple):
-    """A mean and the half width of its 95% interval; one value alone has none."""
+    """A mean and the half width of its 95% interval, which one value has not, nor values that are all the same."""
 
     mean: float
     half: Optional[float]
@@ -45,8 +45,8 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 if the interval is above or below zero, else 0; folds that do not differ at all give no interval."""
-        return (self.low > 0) - (self.high < 0) if self.half else 0
+        """1 or -1 if the interval is above or below zero, else 0."""
+        return (self.low > 0) - (self.high < 0)
 
 
 def interval(folds: Sequence[float], overlap: float) -> Estimate:
@@ -57,7 +57,7 @@ def interval(folds: Sequence[float], overlap: float) -> Estimate:
         overlap (float): how many clips are tested for each that is trained on.
 
     Returns:
-        Estimate: the mean, and the half width if there are two folds or more.
+        Estimate: the mean, and the half width if there are two folds or more that differ.
 
     Raises:
         ValueError: if there is no fold, or there are too many.
@@ -65,6 +65,6 @@ def interval(folds: Sequence[float], overlap: float) -> Estimate:
     if not 1 <= len(folds) <= len(T_QUANTILES) + 1:
         raise ValueError(f"An interval takes 1 to {len(T_QUANTILES) + 1} folds, got {len(folds)}.")
     mean = statistics.fmean(folds)
-    if len(folds) == 1:
+    if len(folds) == 1 or math.isclose(min(folds), max(folds), abs_tol=1e-9):
         return Estimate(mean, None)
     return Estimate(mean, T_QUANTILES[len(folds) - 2] * statistics.stdev(folds) * math.sqrt(1 / len(folds) + overlap))

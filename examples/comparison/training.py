@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
-from measure import memory_of
+from measure import memory_of, synchronize
 from methods import train_adapter, train_all, train_head
 from peft import IA3Config, LoraConfig
 from torch import Tensor, nn
@@ -67,6 +67,10 @@ class Data(NamedTuple):
     def clips(self, folds: list[str]) -> Tensor:
         """Indices of the clips of some folds, in the order of the dataset."""
         return torch.tensor([index for index, fold in enumerate(self.folds) if fold in folds])
+
+    def batch(self, clips: Tensor, device: str) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of some clips on a device."""
+        return self.inputs[clips].to(device), self.labels[clips].to(device)
 
 
 def load_data(
@@ -299,22 +303,23 @@ def validation_fold(fold: str, folds: list[str]) -> str:
     return folds[(folds.index(fold) + 1) % len(folds)]
 
 
-def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) -> dict[str, Any]:
+def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, device: str = "cpu") -> dict[str, Any]:
     """Train, validate after every epoch, and test after the last one.
 
-    All of it, but for times, follows from the arguments: the same runs give the same records. The order of the clips is
-    that of the seed and fold, whatever the method.
+    On the CPU, all of it but times follows from the arguments: the same runs give the same records. The order of the
+    clips is that of the seed and fold, whatever the method.
 
     Args:
         run (Run): what is trained, with its rate.
         protocol (dict): what all runs have in common: `epochs`, `batch_size` and `budget` are read from it.
         model_folder (Path): the pretrained transformer.
         data (Data): all clips.
+        device (str): where to. Default: `"cpu"`.
 
     Returns:
         dict[str, Any]: the record, which JSON takes: `settings`, `parameters` and `head_parameters`, lists with one
         value for each epoch, `test_accuracy`, `test_loss`, `test_clips` and `test_predictions` (indices), times in
-        seconds of processor time, `memory_bytes`, `run_seconds` by the clock and, of mixtures, `experts`, with one
+        seconds, see `now`, `memory_bytes`, `run_seconds` by the clock and, of mixtures, `experts`, with one
         entry for each block.
     """
     started = time.perf_counter()
@@ -332,7 +337,7 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
         model = load_model(model_folder, len(data.label_names))
         options = dict(run.options)
         decays_slots = options.pop("decays_slots", True)
-        model = METHODS[run.method](model, protocol["budget"], **options)
+        model = METHODS[run.method](model, protocol["budget"], **options).to(device)
         trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
         spared = {name for name in trained if not decays(name, trained[name]) or is_slots(name) and not decays_slots}
         groups = [
@@ -346,13 +351,14 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
         order = torch.Generator().manual_seed(run.seed)
 
         def step(clips: Tensor) -> float:
-            output = model(data.inputs[clips], labels=data.labels[clips])
+            inputs, labels = data.batch(clips, device)
+            output = model(inputs, labels=labels)
             output.loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             # Without the load-balancing loss of top-k, so that all methods give the same.
-            return cross_entropy(output.logits.detach(), data.labels[clips]).item()
+            return cross_entropy(output.logits.detach(), labels).item()
 
         record: dict[str, Any] = {
             "settings": {
@@ -374,10 +380,10 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
             model.train()
             losses = []
             for clips in training[torch.randperm(len(training), generator=order)].split(size):
-                began = time.process_time()
+                began = now(device)
                 losses.append(step(clips) * len(clips))
-                step_seconds.append(time.process_time() - began)
-            predicted, loss = predict(model, data, validation)
+                step_seconds.append(now(device) - began)
+            predicted, loss = predict(model, data, validation, device)
             epoch = {
                 "seconds": sum(step_seconds[-len(losses) :]),
                 "loss": _finite(sum(losses) / len(training)),
@@ -387,19 +393,20 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
             for name, value in epoch.items():
                 progress.setdefault(name, []).append(value)
         record["epochs"] = progress
-        predicted, loss = predict(model, data, test)
+        predicted, loss = predict(model, data, test, device)
         record["test_accuracy"], record["test_loss"] = accuracy(predicted, data.labels[test]), _finite(loss)
         record["test_clips"], record["test_predictions"] = test.tolist(), predicted.tolist()
         # The last batch of an epoch may be smaller, and the first step warms up.
         record["step_seconds"] = statistics.median(step_seconds)
-        record["forward_1_seconds"] = latency(model, data.inputs[:1])
-        clips = training[:size]
+        record["forward_1_seconds"] = latency(model, data.inputs[:1], device)
         model.train()
-        forward = partial(model, data.inputs[clips], labels=data.labels[clips])
+        inputs, labels = data.batch(training[:size], device)
+        forward = partial(model, inputs, labels=labels)
+        # What autograd keeps, on any device.
         record["memory_bytes"] = memory_of(lambda: forward().loss, lambda: None, model, "cpu")
         if run.method in (DENSE, SOFT, "top-k", "expert choice"):
             batches = (
-                {"input_values": data.inputs[clips], "labels": data.labels[clips]}
+                dict(zip(("input_values", "labels"), data.batch(clips, device), strict=True))
                 for clips in test.split(EVALUATION_BATCH)
             )
             report = expert_report(model, batches, label_names=data.label_names, show_progress=False).to_dict()
@@ -412,10 +419,11 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) ->
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, data: Data, clips: Tensor) -> tuple[Tensor, float]:
+def predict(model: nn.Module, data: Data, clips: Tensor, device: str = "cpu") -> tuple[Tensor, float]:
     """The classes of some clips, `(clips,)` int64, and the mean loss."""
     model.eval()
-    logits = torch.cat([model(data.inputs[batch]).logits for batch in clips.split(EVALUATION_BATCH)])
+    batches = (data.batch(batch, device)[0] for batch in clips.split(EVALUATION_BATCH))
+    logits = torch.cat([model(inputs).logits.cpu() for inputs in batches])
     return logits.argmax(1), cross_entropy(logits, data.labels[clips]).item()
 
 
@@ -425,15 +433,21 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 @torch.inference_mode()
-def latency(model: nn.Module, clip: Tensor, times: int = 15) -> float:
-    """The median seconds of processor time of a forward pass of one clip."""
+def latency(model: nn.Module, clip: Tensor, device: str = "cpu", times: int = 15) -> float:
+    """The median seconds of a forward pass of one clip."""
     model.eval()
-    seconds = []
+    clip, seconds = clip.to(device), []
     for _ in range(times):
-        began = time.process_time()
+        began = now(device)
         model(clip)
-        seconds.append(time.process_time() - began)
+        seconds.append(now(device) - began)
     return statistics.median(seconds)
+
+
+def now(device: str) -> float:
+    """Seconds: of this process's time on the CPU, or by the clock once another device has done what it was told to."""
+    synchronize(device)
+    return time.process_time() if device == "cpu" else time.perf_counter()
 
 
 @contextmanager
