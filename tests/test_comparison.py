@@ -802,3 +802,8 @@ def test_committed_results_are_those_of_the_committed_runs(part, tmp_path):
         assert drawn.shape == committed.shape
         # Another version of the library may smooth edges otherwise.
         assert (abs(drawn - committed) > 0.1).mean() < 0.01
+
+
+def test_the_whole_table_was_run():
+    text = (COMMITTED / "RESULTS.md").read_text()
+    assert "\nAll 300 runs of a whole comparison are there" in text and text.count(" | 15 of 15 |") == len(METHODS)
