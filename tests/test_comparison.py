@@ -702,9 +702,11 @@ def test_what_was_tried_is_said():
         return results(runs)
 
     text = write(-0.1, soft=0.79)
-    assert "Of the 2 changes to Soft-MoA under Ablations, none is shown to beat the single adapter" in text
-    assert "the one with the best mean is scaling: 4, by -0.9 ± 0.2 points" in text
-    assert "| 2 | 3 | 78 | 69.2 ± 0.5 | -10.0 | -10.8 ± 0.5 | 3 | 100 (100–100) |" in text
+    assert "Of the 2 changes to Soft-MoA under Ablations, with seed 0, none is shown to beat the single adapter" in text
+    assert "The best mean is that of scaling: 4 (-0.9 ± 0.2 points)" in text
+    assert "Behind the single adapter are experts N: 2 (-10.8 ± 0.5 points) and scaling: 4 (-0.9 ± 0.2 points)." in text
+    assert "The single adapter is without the change, and has an accuracy of 80.0% with that seed, of 80.0%" in text
+    assert "| 2 | 3 | 78 | 69.2 ± 0.5 | -10.0 | -10.8 ± 0.5 | 3 |" in text
     text = write(0.1, soft=0.79)
     assert (
         "these beat the single adapter, which was not given the same change: experts N: 2 (+9.2 ± 0.5 points)" in text
@@ -807,3 +809,4 @@ def test_committed_results_are_those_of_the_committed_runs(part, tmp_path):
 def test_the_whole_table_was_run():
     text = (COMMITTED / "RESULTS.md").read_text()
     assert "\nAll 300 runs of a whole comparison are there" in text and text.count(" | 15 of 15 |") == len(METHODS)
+    assert f"Beside them there are {5 * len(variants())} runs of ablations." in text

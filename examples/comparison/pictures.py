@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from .ablations import AXES, EXPERTS
+from .ablations import EXPERTS
 from .records import Record
-from .results import Comparison, ablation, estimate
+from .results import Comparison, ablations, estimate, paired
 from .training import METHODS, SINGLE, SOFT
 
 # Of Okabe and Ito.
@@ -42,7 +43,7 @@ def draw(found: list[Record], folder: Path) -> list[str]:
         figures["accuracy.png"] = draw_accuracy(here)
         figures["epochs.png"] = draw_epochs(here)
         figures["step-time.png"] = draw_step_time(here)
-    if any(len(ablation(here, axis)) > 1 for axis in AXES):
+    if ablations(here):
         figures["ablations.png"] = draw_ablations(here)
     for name, figure in figures.items():
         # Neither date nor version, so that the same numbers give the same file.
@@ -102,38 +103,33 @@ def draw_step_time(here: Comparison) -> Any:
 
 
 def draw_ablations(here: Comparison) -> Any:
-    """Accuracy at each value of what was varied."""
+    """The difference that each value makes of what was varied."""
     from matplotlib.figure import Figure
 
-    shown = [axis for axis in AXES if len(ablation(here, axis)) > 1]
+    shown = ablations(here)
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(8, 2.7 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, sharey=True, squeeze=False).flat
-    for axis, axes in zip(shown, panels):
-        values = ablation(here, axis)
+    for (axis, values), axes in zip(shown, panels):
         is_number = all(label.isdigit() for label in values)
         places = [int(label) for label in values] if is_number else list(range(len(values)))
-        means, halves = zip(*map(estimate, values.values()))
-        axes.errorbar(
-            places,
-            means,
-            yerr=[half or 0 for half in halves],
-            capsize=4,
-            color=COLORS[5],
-            marker="o",
-            linestyle="-" if is_number else "none",
-        )
+        for place, runs in zip(places, values.values()):
+            difference = paired(runs, values[axis.reference])
+            if difference is not None:
+                mean, half = difference
+                axes.errorbar(place, mean, yerr=half, capsize=4, color=COLORS[5], marker="o")
+        axes.axhline(0, color="0.45", linewidth=1, zorder=0)
         if axis is EXPERTS:
             axes.set_xscale("log", base=2)
             axes.minorticks_off()
         if not is_number:
             axes.set_xlim(-0.6, len(values) - 0.4)
-        axes.set_xticks(places, list(values))
+        axes.set_xticks(places, [fill(label, 11) for label in values])
         axes.set_xlabel(axis.title)
         axes.grid(alpha=0.3)
     for axes in list(panels)[len(shown) :]:
         axes.set_visible(False)
-    figure.supylabel("accuracy, % (mean with 95% interval)", fontsize=10)
+    figure.supylabel("accuracy minus that of the reference, which is at 0, points (mean, 95% interval)", fontsize=10)
     return figure
 
 

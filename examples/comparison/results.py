@@ -484,13 +484,10 @@ def ablation_sections(here: Comparison) -> list[str]:
     parts: list[str] = []
     differences: list[Estimate] = []
     single = here.methods.get(SINGLE, {})
-    for axis in AXES:
-        values = ablation(here, axis)
-        if len(values) < 2 or axis.reference not in values:
-            continue
+    for axis, values in ablations(here):
         reference = values[axis.reference]
         table = [[axis.title, "R", "trained besides the head", "accuracy, %", f"minus {axis.reference}, points"]]
-        table[0] += [f"minus {SINGLE}, points", "folds", "step, ms"]
+        table[0] += [f"minus {SINGLE}, points", "folds"]
         shown, compared = [], []
         for label, runs in values.items():
             record = next(iter(runs.values()))
@@ -512,7 +509,6 @@ def ablation_sections(here: Comparison) -> list[str]:
                     show(difference, "+.1f"),
                     show(to_single, "+.1f"),
                     str(len({fold for fold, _ in runs})),
-                    times([each["step_seconds"] for each in runs.values()]),
                 ]
             )
         words = (
@@ -532,10 +528,22 @@ def ablation_sections(here: Comparison) -> list[str]:
         return []
     first = (
         f"{SOFT} with one thing changed, at the same budget, with seed {CHOICE_SEED} and the rate that {SOFT} has "
-        "chosen for the fold. That rate was not chosen for the variants, so what they lose may be due to it. The "
-        f"{SINGLE} is as in the main table, without the change. {several_intervals(differences)}"
+        "chosen for the fold. That rate was not chosen for the variants, so what they lose may be due to it. "
     )
+    if single:
+        first_seed = {key: record for key, record in single.items() if key[1] == CHOICE_SEED}
+        first += (
+            f"The {SINGLE} is without the change, and has an accuracy of {show(estimate(first_seed))}% with that seed, "
+            f"of {show(estimate(single))}% with all. "
+        )
+    first += several_intervals(differences)
     return ["## Ablations", first.rstrip(), *parts, "![ablations](ablations.png)"]
+
+
+def ablations(here: Comparison) -> list[tuple[Axis, dict[str, Runs]]]:
+    """What was varied, with the runs of each value: the reference and others."""
+    values = [(axis, ablation(here, axis)) for axis in AXES]
+    return [(axis, each) for axis, each in values if len(each) > 1 and axis.reference in each]
 
 
 def ablation(here: Comparison, axis: Axis) -> dict[str, Runs]:
@@ -635,15 +643,18 @@ def tried(here: Comparison) -> str:
     """What was changed of a Soft-MoA that is not ahead of the single adapter, and what came of it."""
     single = here.methods[SINGLE]
     gains: dict[str, Estimate] = {}
-    for axis in AXES:
-        for label, runs in ablation(here, axis).items():
-            gain = paired(runs, single) if axis.values[label] and len(runs) == len(here.folds) else None
+    for axis, values in ablations(here):
+        for label, runs in values.items():
+            gain = paired(runs, single) if label != axis.reference and len(runs) == len(here.folds) else None
             if gain is not None and gain.half is not None:
                 gains[f"{axis.title}: {label}"] = gain
     if not gains:
         return f"What would bring {SOFT} ahead is not looked into yet: there are no ablations with all folds."
-    words = f"Of the {len(gains)} changes to {SOFT} under Ablations, "
-    ahead = [f"{name} ({show(gain, '+.1f')} points)" for name, gain in gains.items() if gain.sign > 0]
+    words = f"Of the {len(gains)} changes to {SOFT} under Ablations, with seed {CHOICE_SEED}, "
+    ahead, behind = (
+        [f"{name} ({show(gain, '+.1f')} points)" for name, gain in gains.items() if gain.sign == sign]
+        for sign in (1, -1)
+    )
     if ahead:
         return (
             f"{words}these beat the {SINGLE}, which was not given the same change: {'; '.join(ahead)}. The more that "
@@ -651,8 +662,9 @@ def tried(here: Comparison) -> str:
         )
     name, best = max(gains.items(), key=lambda item: item[1].mean)
     return (
-        f"{words}none is shown to beat the {SINGLE}; the one with the best mean is {name}, by {show(best, '+.1f')} "
-        "points, and the best of so many is so by chance, too."
+        f"{words}none is shown to beat the {SINGLE}. The best mean is that of {name} ({show(best, '+.1f')} points), "
+        "and the best of so many is so by chance, too."
+        + (f" Behind the {SINGLE} {'are' if len(behind) > 1 else 'is'} {listed(behind)}." if behind else "")
     )
 
 
