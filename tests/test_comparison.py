@@ -15,7 +15,17 @@ from comparison.ablations import AXES, variants
 from comparison.intervals import T_QUANTILES, Estimate, interval
 from comparison.pictures import draw
 from comparison.records import choose_rate
-from comparison.results import Comparison, by_fold, contrast, difference_in_words, duration, paired, results
+from comparison.results import (
+    Comparison,
+    by_fold,
+    contrast,
+    difference_in_words,
+    duration,
+    estimate,
+    paired,
+    results,
+    show,
+)
 from comparison.training import (
     METHODS,
     PROBE,
@@ -791,7 +801,7 @@ def test_variants_are_those_of_the_axes():
     assert len({Run(SOFT, "1", 0.1, 0, tuple(each.items())).name for each in variants()}) == len(variants())
 
 
-@pytest.mark.parametrize("part", ["."])
+@pytest.mark.parametrize("part", [".", "finer-rates", "longer"])
 def test_committed_results_are_those_of_the_committed_runs(part, tmp_path):
     folder = COMMITTED / part
     found = records.load(folder / "runs")
@@ -810,3 +820,15 @@ def test_the_whole_table_was_run():
     text = (COMMITTED / "RESULTS.md").read_text()
     assert "\nAll 300 runs of a whole comparison are there" in text and text.count(" | 15 of 15 |") == len(METHODS)
     assert f"Beside them there are {5 * len(variants())} runs of ablations." in text
+    table = text.partition("## Accuracy\n\n")[2].partition("\n\n")[0]
+    assert table.count("\n") == len(METHODS) + 1 and table in (HERE.parent / "README.md").read_text()
+
+
+def test_what_was_tried_besides_is_as_its_results_say():
+    text = (COMMITTED / "README.md").read_text()
+    for part in ("finer-rates", "longer"):
+        here = Comparison(records.load(COMMITTED / part / "runs"))
+        single, soft = (here.methods[method] for method in (SINGLE, SOFT))
+        cells = [show(estimate(single)), show(estimate(soft)), show(paired(soft, single), "+.1f")]
+        (line,) = (line for line in text.splitlines() if f"({part}/RESULTS.md)" in line)
+        assert line.endswith(f"| {' | '.join(cells)} |")

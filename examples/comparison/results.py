@@ -649,7 +649,7 @@ def tried(here: Comparison) -> str:
             if gain is not None and gain.half is not None:
                 gains[f"{axis.title}: {label}"] = gain
     if not gains:
-        return f"What would bring {SOFT} ahead is not looked into yet: there are no ablations with all folds."
+        return f"What would bring {SOFT} ahead, these runs do not tell: there are no ablations with all folds."
     words = f"Of the {len(gains)} changes to {SOFT} under Ablations, with seed {CHOICE_SEED}, "
     ahead, behind = (
         [f"{name} ({show(gain, '+.1f')} points)" for name, gain in gains.items() if gain.sign == sign]
