@@ -88,8 +88,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the most parameters that a method trains besides the head, of the model's; 8",
     )
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, each on one thread; 2")
-    devices = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
-    parser.add_argument("--device", choices=devices, default="cpu", help="cpu, or the accelerator that torch has; cpu")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    parser.add_argument("--device", choices=devices, default="cpu", help="cpu, or where there is one cuda; cpu")
     parser.add_argument("--output_dir", type=Path, help="comparison beside this file; with --quick, comparison/quick")
     parser.add_argument("--ablations", action="store_true", help="vary Soft-MoA, with the first seed, instead")
     parser.add_argument("--quick", action="store_true", help="one fold, one seed, four methods, three epochs")
@@ -153,6 +153,8 @@ def protocol_of(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
         "schedule": "cosine to zero by step, without warm-up",
         "augmentation": "none",
         "precision": "float32",
+        # Times of different kinds are not to be mixed.
+        **({} if arguments.device == "cpu" else {"device": arguments.device}),
     }
 
 

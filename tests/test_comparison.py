@@ -3,13 +3,14 @@
 import copy
 import json
 import math
+import re
 from functools import partial
 
 import compare_methods
 import matplotlib.image
 import pytest
 import torch
-from compare_methods import HERE, Progress, Workers, main, parse, plan
+from compare_methods import HERE, Progress, Workers, main, parse, plan, protocol_of
 from comparison import records, training
 from comparison.ablations import AXES, variants
 from comparison.intervals import T_QUANTILES, Estimate, interval
@@ -174,6 +175,14 @@ def test_other_settings_are_refused_by_name(finished, options, capsys, name, was
     assert main(options(finished, *TWO, **{name: now})) == 2
     expected = "budget was " if name == "budget_percent" else f"{name} was {was} and is {now}"
     assert expected in capsys.readouterr().err
+
+
+def test_runs_of_a_gpu_are_not_added_to_those_of_a_cpu(found, options, tmp_path):
+    arguments = parse(options(tmp_path))
+    arguments.device = "cuda"
+    protocol = protocol_of(arguments, clips())
+    with pytest.raises(ValueError, match="device was None and is 'cuda'"):
+        records.check_settings(records.common_settings(found[0]), protocol, "runs")
 
 
 def test_files_that_disagree_are_refused(found, tmp_path):
@@ -713,8 +722,11 @@ def test_what_was_tried_is_said():
 
     text = write(-0.1, soft=0.79)
     assert "Of the 2 changes to Soft-MoA under Ablations, with seed 0, none is shown to beat the single adapter" in text
+    assert (
+        "No interval of a difference to 1 excludes zero. Of those to the single adapter, those of 1 and 4 do." in text
+    )
     assert "The best mean is that of scaling: 4 (-0.9 ± 0.2 points)" in text
-    assert "Behind the single adapter are experts N: 2 (-10.8 ± 0.5 points) and scaling: 4 (-0.9 ± 0.2 points)." in text
+    assert "Behind the single adapter are experts N: 2 (-10.8 ± 0.5 points) and scaling: 4 (-0.9 ± 0.2 points);" in text
     assert "The single adapter is without the change, and has an accuracy of 80.0% with that seed, of 80.0%" in text
     assert "| 2 | 3 | 78 | 69.2 ± 0.5 | -10.0 | -10.8 ± 0.5 | 3 |" in text
     text = write(0.1, soft=0.79)
@@ -809,11 +821,12 @@ def test_committed_results_are_those_of_the_committed_runs(part, tmp_path):
     assert text == results(found, pictures)
     assert sorted(pictures) == sorted(path.name for path in folder.glob("*.png"))
     assert all(f"({name})" in text for name in pictures)
+    expected = re.search(r"^matplotlib==([\d.]+)", (HERE.parent / "constraints.txt").read_text(), re.MULTILINE)[1]
+    if matplotlib.__version__ != expected:
+        pytest.skip(f"the pictures are of matplotlib {expected}, and other versions draw otherwise")
     for name in pictures:
         drawn, committed = (matplotlib.image.imread(each / name) for each in (tmp_path, folder))
-        assert drawn.shape == committed.shape
-        # Another version of the library may smooth edges otherwise.
-        assert (abs(drawn - committed) > 0.1).mean() < 0.01
+        assert drawn.shape == committed.shape and abs(drawn - committed).max() < 0.05
 
 
 def test_the_whole_table_was_run():
@@ -826,9 +839,9 @@ def test_the_whole_table_was_run():
 
 def test_what_was_tried_besides_is_as_its_results_say():
     text = (COMMITTED / "README.md").read_text()
-    for part in ("finer-rates", "longer"):
-        here = Comparison(records.load(COMMITTED / part / "runs"))
+    for part in (".", "finer-rates", "longer"):
+        here = Comparison([each for each in records.load(COMMITTED / part / "runs") if each["settings"]["seed"] == 0])
         single, soft = (here.methods[method] for method in (SINGLE, SOFT))
         cells = [show(estimate(single)), show(estimate(soft)), show(paired(soft, single), "+.1f")]
-        (line,) = (line for line in text.splitlines() if f"({part}/RESULTS.md)" in line)
+        (line,) = (line for line in text.splitlines() if line.startswith("| ") and f"({part}/RESULTS.md)" in line)
         assert line.endswith(f"| {' | '.join(cells)} |")

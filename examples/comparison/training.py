@@ -332,6 +332,7 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, de
             [run.fold],
         )
     )
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what all else has
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         model = load_model(model_folder, len(data.label_names))
