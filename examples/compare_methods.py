@@ -153,7 +153,7 @@ def protocol_of(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
         "schedule": "cosine to zero by step, without warm-up",
         "augmentation": "none",
         "precision": "float32",
-        # Times of different kinds are not to be mixed.
+        # Without it, it is the CPU. Times of different devices are not to be mixed.
         **({} if arguments.device == "cpu" else {"device": arguments.device}),
     }
 
@@ -194,11 +194,11 @@ def plan(arguments: argparse.Namespace, data: Data) -> list[Run]:
 _shared: dict[str, Any] = {}
 
 
-def prepare(protocol: dict[str, Any], model: Path, data: Data, folder: Path, processes: int, device: str) -> None:
+def prepare(protocol: dict[str, Any], model: Path, data: Data, folder: Path, processes: int) -> None:
     """Tell a process what its runs share."""
     with one_thread():
-        where = environment(device) | {"processes": processes}
-    _shared.update(protocol=protocol, model=model, data=data, folder=folder, environment=where, device=device)
+        where = environment(protocol.get("device", "cpu")) | {"processes": processes}
+    _shared.update(protocol=protocol, model=model, data=data, folder=folder, environment=where)
 
 
 def prepare_process(cache: Path, protocol: dict[str, Any], model: Path, data: Data, *shared: Any) -> None:
@@ -222,7 +222,7 @@ def be_quiet() -> None:
 
 def carry_out(run: Run) -> records.Record:
     """Train, and write the record."""
-    record = train(run, _shared["protocol"], _shared["model"], _shared["data"], _shared["device"])
+    record = train(run, _shared["protocol"], _shared["model"], _shared["data"])
     record = {"settings": record.pop("settings"), "environment": _shared["environment"], **record}
     records.write(_shared["folder"] / f"{run.name}.json", record)
     return record
@@ -249,14 +249,11 @@ class Workers:
         model (Path): the pretrained transformer.
         data (Data): all clips.
         output (Path): the folder with records and cache.
-        device (str): what they train on.
     """
 
-    def __init__(
-        self, number: int, protocol: dict[str, Any], model: Path, data: Data, output: Path, device: str
-    ) -> None:
+    def __init__(self, number: int, protocol: dict[str, Any], model: Path, data: Data, output: Path) -> None:
         self.number, self.cache = number, output / CACHE
-        self.shared = (protocol, model, data, output / RUNS, number, device)
+        self.shared = (protocol, model, data, output / RUNS, number)
         self.executor = self._start()
 
     def _start(self) -> Executor:
@@ -409,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
             protocol = protocol_of(arguments, data)
             if found:
                 records.check_settings(records.common_settings(found[0]), protocol, str(output / RUNS))
-            workers = Workers(arguments.processes, protocol, arguments.model, data, output, arguments.device)
+            workers = Workers(arguments.processes, protocol, arguments.model, data, output)
             failures = run_all(plan(arguments, data), workers, found, protocol)
             found = records.load(output / RUNS)
         if not found:

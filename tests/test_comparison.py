@@ -292,7 +292,7 @@ def test_workers_are_replaced_when_they_die(monkeypatch, tmp_path):
     monkeypatch.setattr(Workers, "_start", lambda self: executors.pop(0))
     monkeypatch.setattr(compare_methods, "carry_out", lambda run: run)
     run = Run(SOFT, "1", 1.0, 0)
-    workers = Workers(2, {}, tmp_path, clips(), tmp_path, "cpu")
+    workers = Workers(2, {}, tmp_path, clips(), tmp_path)
     assert workers.submit(run).result() is run and executors == []
 
 
@@ -309,9 +309,7 @@ def test_a_process_that_dies_costs_no_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Workers, "_start", lambda self: compare_methods.Here())
     monkeypatch.setattr(compare_methods, "carry_out", carry_out)
     runs, found = [Run(SOFT, "1", rate, 0) for rate in (0.1, 0.2, 0.3)], []
-    (failure,) = compare_methods.run_all(
-        runs, Workers(2, {}, tmp_path, clips(), tmp_path, "cpu"), found, {"rates": [0.1]}
-    )
+    (failure,) = compare_methods.run_all(runs, Workers(2, {}, tmp_path, clips(), tmp_path), found, {"rates": [0.1]})
     assert failure == "soft-moa_fold-1_rate-0.2_seed-0: BrokenProcessPool: died"
     assert [record["settings"]["rate"] for record in found] == [0.1, 0.3]
     assert "2 of 3 runs are there." in capsys.readouterr().out
@@ -442,7 +440,9 @@ def test_training_learns(base_folder):
 def test_a_gpu_trains_as_the_cpu_does(base_folder):
     protocol = {"epochs": 2, "batch_size": 3, "budget": 4000}
     run = Run(SOFT, "1", 0.001, 0)
-    here, there = (training.train(run, protocol, base_folder, clips(30), device) for device in ("cpu", "cuda"))
+    here, there = (
+        training.train(run, protocol | device, base_folder, clips(30)) for device in ({}, {"device": "cuda"})
+    )
     for name in ("loss", "validation_loss"):
         assert there["epochs"][name] == pytest.approx(here["epochs"][name], rel=1e-3)
 
@@ -745,6 +745,17 @@ def test_the_learning_rate_may_be_why_experts_are_idle():
     for record in runs:
         record["settings"]["rates"] = [0.01, 0.02]
     expected = "With the rates 0.01 / 0.02 in all folds, chosen or not, and seed 0, 14.3% / 28.6% of the experts"
+    assert expected in results(runs)
+
+
+def test_times_are_compared_within_folds():
+    runs = []
+    for fold, step, forward, times_step, times_forward in (("1", 0.1, 0.01, 2, 1), ("2", 0.2, 0.02, 3, 3)):
+        runs += [made_up(SINGLE, fold, step_seconds=step, forward_1_seconds=forward)]
+        times = {"step_seconds": times_step * step, "forward_1_seconds": times_forward * forward}
+        runs += [made_up(SOFT, fold, experts=experts_of(0), **times)]
+    # Ratios of 2 and 3, and of 1 and 3: t(0.975, 1) · s / √2, without regard to clips in common.
+    expected = "| Soft-MoA | 400 (200–600) | 2.50 ± 6.35 | 1.0 | 35.0 (10.0–60.0) | 2.00 ± 12.71 |"
     assert expected in results(runs)
 
 

@@ -22,8 +22,6 @@ Runs = dict[tuple[str, int], Record]
 SEVERAL = 3.0
 # The paper's largest gain over the single adapter, in points.
 LARGEST_GAIN = 2.5
-# Parts of an environment that say nothing of its speed.
-UNTIMED = dict.fromkeys(("commit", "uncommitted changes"))
 
 
 class Comparison:
@@ -257,18 +255,25 @@ def heading(here: Comparison) -> list[str]:
         "training sets having clips in common (Nadeau and Bengio, 2003). Differences are taken between runs with the "
         "same fold and seed first. No interval tells of what another split of the clips into folds would give."
     )
-    places: dict[str, dict[str, None]] = {}  # with the commits
-    for record in here.records:
-        where = record["environment"]
-        commits = places.setdefault(f"{machine({'environment': where})}, {where['processes']} runs at a time", {})
-        if where.get("commit") is not None:
-            commits[where["commit"][:7] + (" with changes" if where["uncommitted changes"] else "")] = None
-    code = (f"{place}, commit {listed(commits)}" if commits else place for place, commits in places.items())
+    code = (f"{place}, commit {listed(commits)}" if commits else place for place, commits in places(here).items())
     lines.append(
         f"**Hardware and code.** {'; '.join(code)}. Each run had one thread. Its times are processor time, or on an "
         "accelerator by the clock: the median of all steps, with least and greatest run in brackets."
     )
     return lines
+
+
+def places(here: Comparison) -> dict[str, list[str]]:
+    """Where the runs were made and with what versions, with the commits of each."""
+    found: dict[str, list[str]] = {}
+    for record in here.records:
+        where = record["environment"]
+        commits = found.setdefault(f"{machine({'environment': where})}, {where['processes']} runs at a time", [])
+        if where.get("commit") is not None:
+            commit = where["commit"][:7] + (" with changes" if where["uncommitted changes"] else "")
+            if commit not in commits:
+                commits.append(commit)
+    return found
 
 
 def accuracy_section(here: Comparison) -> list[str]:
@@ -369,8 +374,7 @@ def cost_section(here: Comparison) -> list[str]:
         "of single operations are not in it. Times of runs side by side share caches and memory with each other, so "
         "small differences mean nothing; `examples/benchmark/` measures in turn."
     )
-    environments = ({**record["environment"], **UNTIMED} for record in here.records)
-    if len({tuple(sorted(each.items(), key=str)) for each in environments}) > 1:
+    if len(places(here)) > 1:
         words += " These runs are of more than one machine or version of a library, whose times the table mixes."
     faster = time_ratio(here.methods.get(DENSE, {}), here.methods.get(SOFT, {}), "step_seconds")
     if faster is not None:
@@ -442,19 +446,12 @@ def utilization_section(here: Comparison) -> list[str]:
         )
     with_idle = [method for method, share in idle.items() if share > 0]
     words = f"There are idle experts in {listed(with_idle)}." if with_idle else "No expert of any method is idle."
-    rates = here.protocol["rates"]
-    if SOFT in with_idle and len(rates) > 1:
-        shares = (
-            statistics.fmean(
-                idle_share(record)
-                for record in of(here.records, SOFT)
-                if record["settings"]["rate"] == rate and record["settings"]["seed"] == CHOICE_SEED
-            )
-            for rate in rates
-        )
+    if SOFT in with_idle and len(here.protocol["rates"]) > 1:
+        shares = idle_by_rate(record for record in of(here.records, SOFT) if record["settings"]["seed"] == CHOICE_SEED)
         words += (
-            f" With the rates {' / '.join(f'{rate:g}' for rate in rates)} in all folds, chosen or not, and seed "
-            f"{CHOICE_SEED}, {' / '.join(f'{share:.1%}' for share in shares)} of the experts of {SOFT} are idle."
+            f" With the rates {' / '.join(f'{rate:g}' for rate in shares)} in all folds, chosen or not, and seed "
+            f"{CHOICE_SEED}, {' / '.join(f'{share:.1%}' for share in shares.values())} of the experts of {SOFT} are "
+            "idle."
         )
     words += (
         " The numbers are means of all blocks, on the tested folds. An expert's load is its share of the weights with "
@@ -476,6 +473,14 @@ def idle_share(record: Record) -> float:
     """The share of idle experts among those of all blocks."""
     blocks = record["experts"]
     return sum(block["idle_experts"] for block in blocks) / sum(block["experts"] for block in blocks)
+
+
+def idle_by_rate(found: Iterable[Record]) -> dict[float, float]:
+    """The mean share of idle experts with each learning rate, from the least one on."""
+    shares: dict[float, list[float]] = {}
+    for record in found:
+        shares.setdefault(record["settings"]["rate"], []).append(idle_share(record))
+    return {rate: statistics.fmean(shares[rate]) for rate in sorted(shares)}
 
 
 def ablation_sections(here: Comparison) -> list[str]:
@@ -619,12 +624,9 @@ def claims_section(here: Comparison) -> list[str]:
         idle = statistics.fmean(idle_share(record) for record in soft.values())
         number = estimate(soft, lambda record: mean_of(record, "effective_number"))
         text = f"{idle:.1%} of its experts are idle"
-        shares: dict[float, list[float]] = {}
-        for record in soft.values():
-            shares.setdefault(record["settings"]["rate"], []).append(idle_share(record))
+        shares = idle_by_rate(soft.values())
         if len(shares) > 1:
-            parts = (f"{statistics.fmean(shares[rate]):.1%} with the rate {rate:g}" for rate in sorted(shares))
-            text += f" ({listed(parts)})"
+            text += f" ({listed(f'{share:.1%} with the rate {rate:g}' for rate, share in shares.items())})"
         text += f", and their effective number is {show(number, '.2f')}"
         claims.append(
             (

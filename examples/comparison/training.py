@@ -68,7 +68,7 @@ class Data(NamedTuple):
         """Indices of the clips of some folds, in the order of the dataset."""
         return torch.tensor([index for index, fold in enumerate(self.folds) if fold in folds])
 
-    def batch(self, clips: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    def batch(self, clips: Tensor, device: str | torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and labels of some clips on a device."""
         return self.inputs[clips].to(device), self.labels[clips].to(device)
 
@@ -303,7 +303,7 @@ def validation_fold(fold: str, folds: list[str]) -> str:
     return folds[(folds.index(fold) + 1) % len(folds)]
 
 
-def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, device: str = "cpu") -> dict[str, Any]:
+def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data) -> dict[str, Any]:
     """Train, validate after every epoch, and test after the last one.
 
     On the CPU, all of it but times follows from the arguments: the same runs give the same records. The order of the
@@ -311,10 +311,10 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, de
 
     Args:
         run (Run): what is trained, with its rate.
-        protocol (dict): what all runs have in common: `epochs`, `batch_size` and `budget` are read from it.
+        protocol (dict): what all runs have in common: `epochs`, `batch_size` and `budget` are read from it, and
+            `device`, where it is not the CPU.
         model_folder (Path): the pretrained transformer.
         data (Data): all clips.
-        device (str): where to. Default: `"cpu"`.
 
     Returns:
         dict[str, Any]: the record, which JSON takes: `settings`, `parameters` and `head_parameters`, lists with one
@@ -323,6 +323,7 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, de
         entry for each block.
     """
     started = time.perf_counter()
+    device = protocol.get("device", "cpu")
     held_out = validation_fold(run.fold, data.fold_names)
     training, validation, test = (
         data.clips(folds)
@@ -384,7 +385,7 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, de
                 began = now(device)
                 losses.append(step(clips) * len(clips))
                 step_seconds.append(now(device) - began)
-            predicted, loss = predict(model, data, validation, device)
+            predicted, loss = predict(model, data, validation)
             epoch = {
                 "seconds": sum(step_seconds[-len(losses) :]),
                 "loss": _finite(sum(losses) / len(training)),
@@ -394,12 +395,12 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, de
             for name, value in epoch.items():
                 progress.setdefault(name, []).append(value)
         record["epochs"] = progress
-        predicted, loss = predict(model, data, test, device)
+        predicted, loss = predict(model, data, test)
         record["test_accuracy"], record["test_loss"] = accuracy(predicted, data.labels[test]), _finite(loss)
         record["test_clips"], record["test_predictions"] = test.tolist(), predicted.tolist()
         # The last batch of an epoch may be smaller, and the first step warms up.
         record["step_seconds"] = statistics.median(step_seconds)
-        record["forward_1_seconds"] = latency(model, data.inputs[:1], device)
+        record["forward_1_seconds"] = latency(model, data.inputs[:1])
         model.train()
         inputs, labels = data.batch(training[:size], device)
         forward = partial(model, inputs, labels=labels)
@@ -420,10 +421,10 @@ def train(run: Run, protocol: dict[str, Any], model_folder: Path, data: Data, de
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, data: Data, clips: Tensor, device: str = "cpu") -> tuple[Tensor, float]:
+def predict(model: nn.Module, data: Data, clips: Tensor) -> tuple[Tensor, float]:
     """The classes of some clips, `(clips,)` int64, and the mean loss."""
     model.eval()
-    batches = (data.batch(batch, device)[0] for batch in clips.split(EVALUATION_BATCH))
+    batches = (data.batch(batch, model.device)[0] for batch in clips.split(EVALUATION_BATCH))
     logits = torch.cat([model(inputs).logits.cpu() for inputs in batches])
     return logits.argmax(1), cross_entropy(logits, data.labels[clips]).item()
 
@@ -434,14 +435,14 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 @torch.inference_mode()
-def latency(model: nn.Module, clip: Tensor, device: str = "cpu", times: int = 15) -> float:
+def latency(model: nn.Module, clip: Tensor, times: int = 15) -> float:
     """The median seconds of a forward pass of one clip."""
     model.eval()
-    clip, seconds = clip.to(device), []
+    clip, seconds = clip.to(model.device), []
     for _ in range(times):
-        began = now(device)
+        began = now(model.device.type)
         model(clip)
-        seconds.append(now(device) - began)
+        seconds.append(now(model.device.type) - began)
     return statistics.median(seconds)
 
 
