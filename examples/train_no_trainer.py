@@ -28,7 +28,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import rotate_checkpoints
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.card import add_results
+from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
     begin_run,
     check_apart,

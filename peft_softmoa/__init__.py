@@ -1,12 +1,11 @@
 """Soft mixture of adapters for Hugging Face PEFT. Importing this package registers the tuner."""
 
-from .budget import count_parameters
+from .calls.router_losses import router_aux_loss
 from .config import SoftMoAConfig
-from .describe import describe_targets
 from .layer import SoftMoALayer
-from .load_balancing import router_aux_loss
 from .model import SoftMoAModel
-from .registration import register
+from .registration import register, rename_first_containers
+from .targets.description import count_parameters, describe_targets
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,3 +18,4 @@ __all__ = [
 ]
 
 register(SoftMoAConfig, SoftMoAModel)
+rename_first_containers()

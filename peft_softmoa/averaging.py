@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .config import SoftMoAConfig
-from .layer import SoftMoALayer
+from .layer import is_adapted
 
 
 def check_average(
@@ -74,6 +74,6 @@ def average_into(model: nn.Module, adapter_names: Sequence[str], shares: Sequenc
 
 def _containers(module: nn.Module) -> list[nn.ModuleDict]:
     """What a module has of each adapter, by the adapter's name."""
-    if isinstance(module, SoftMoALayer):
-        return [getattr(module, container) for container in module.adapter_layer_names]
+    if is_adapted(module):
+        return [module.softmoa_mixture]
     return [module.modules_to_save] if isinstance(module, ModulesToSaveWrapper) else []

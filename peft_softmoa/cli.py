@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, HfArgumentParser
 
 from .arguments import AdapterArguments, make_config
-from .describe import describe_targets
+from .targets.description import describe_targets
 
 USAGE = """peft-softmoa targets MODEL [options]    show what an adapter would adapt in a model
        peft-softmoa inspect ADAPTER [options]  see what the experts of an adapter do"""

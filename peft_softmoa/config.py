@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Optional, Union, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Optional, Union, get_args
 
 import regex
 from peft import PeftConfig
@@ -17,24 +19,49 @@ from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .budget import largest_r
-from .card import write_model_card
-from .loading import read_config, read_shapes
 from .registration import SOFTMOA
 
 Routing = Literal["soft", "dense", "top_k", "expert_choice"]
 ExpertType = Literal["bottleneck", "convolution"]
 Placement = Literal["attention", "ffn", "both"]
 
+# Names of modules, or one regular expression.
+Modules = Optional[Union[list[str], set[str], str]]
+
 # What is larger is a mistake, or meant to exhaust memory.
-LARGEST, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_NAMES = 65_536, 1_023, 10_000, 256
-SIZE = f"an integer from 1 to {LARGEST}"
+LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_NAMES = 65_536, 1_023, 10_000, 256
+LARGEST_CONFIG = 2**20  # bytes
+SIZE = f"an integer from 1 to {LARGEST_SIZE}"
 
 # What PEFT adds to `modules_to_save` when it wraps a model for a task.
-PEFTS_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
+TASK_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
 
-# These two have parameters of their own, which would be shared by all experts.
+# The others have parameters of their own, which would be shared by all experts.
 ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
+
+# Fields that belong to one choice of another field: that field, the choice, and their default there.
+DEPENDENT_FIELDS: dict[str, tuple[str, str, Any]] = {
+    "num_slots": ("routing", "soft", 1),
+    "normalize": ("routing", "soft", False),
+    "top_k": ("routing", "top_k", 2),
+    "router_aux_loss_coef": ("routing", "top_k", 0.01),
+    "capacity_factor": ("routing", "expert_choice", 1.0),
+    "kernel_size": ("expert_type", "convolution", 3),
+    "patch_grid": ("expert_type", "convolution", False),
+}
+
+
+class LoadedFrom(NamedTuple):
+    """Where a config was loaded from, and what it chose then."""
+
+    model_id: str
+    subfolder: Optional[str]
+    hub: dict[str, Any]  # arguments of `huggingface_hub.hf_hub_download`
+    choices: dict[str, Any]
+
+
+def _option(default: Any, help: str, **metadata: str) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
@@ -45,350 +72,234 @@ class SoftMoAConfig(PeftConfig):
     The defaults are the paper's (arXiv 2402.00828): 903,672 parameters on AST-base. `for_budget` chooses `r` for a
     number of parameters, and `count_parameters` tells the number.
 
-    Some fields belong to one choice of another field. There they have the default given here; elsewhere they are left
-    out, and setting them is an error.
-
-    Args:
-        routing (`"soft"`, `"dense"`, `"top_k"` or `"expert_choice"`, defaults to `"soft"`):
-            Who reads what. `"soft"`: each expert reads a few soft averages of all tokens, each token gets a soft
-            average of all experts. `"dense"`: every expert reads every token, weighted by a softmax (Dense-MoA); with
-            `num_experts=1` that is a single adapter, without router. `"top_k"`: the same, but only the best experts of
-            each token count. `"expert_choice"`: the same, but each expert takes its best tokens.
-        num_experts (`int`, defaults to 7):
-            N, the number of experts (the paper says adapters) in each mixture.
-        num_slots (`int`, defaults to 1 with `routing="soft"`):
-            P, the number of slots per expert. Each slot is one soft average of all tokens.
-        normalize (`bool`, defaults to `False`; with `routing="soft"`):
-            Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale.
-        top_k (`int`, defaults to 2 with `routing="top_k"`):
-            How many experts count for each token, their weights renormalised. With 1, nothing but the load-balancing
-            loss trains the router.
-        router_aux_loss_coef (`float`, defaults to 0.01 with `routing="top_k"`):
-            The weight of the load-balancing loss (arXiv 2101.03961), which in training the model adds to its loss, for
-            each adapted block.
-        capacity_factor (`float`, defaults to 1.0 with `routing="expert_choice"`):
-            How many tokens of a sample each expert takes, as a multiple of an equal share T / N.
-        expert_type (`"bottleneck"` or `"convolution"`, defaults to `"bottleneck"`):
-            What an expert is. `"bottleneck"`: down, activation, up. `"convolution"`: down, activation, depthwise
-            convolution, activation, up; it runs over neighbouring tokens or, with `routing="soft"`, over the slots of
-            the expert, so that it needs more than one slot to mix anything.
-        kernel_size (`int`, defaults to 3 with `expert_type="convolution"`):
-            K, the odd size of the convolution's kernel.
-        patch_grid (`bool`, defaults to `False`; with `expert_type="convolution"` and any routing but `"soft"`):
-            Whether the convolution runs over the patches in time and frequency, with a kernel K × K, instead of the
-            sequence of tokens. Class tokens are no neighbours there. For Audio Spectrogram Transformers.
-        r (`int`, defaults to 6):
-            R, the width of each expert's bottleneck.
-        placement (`"attention"`, `"ffn"` or `"both"`, defaults to `"attention"`):
-            Which blocks of every layer of the audio encoder are adapted when `target_modules` is not given: the
-            self-attention, the feed-forward (the last one, if there are two half-steps), or both.
-        activation (`str`, defaults to `"gelu"`):
-            The non-linearity of the experts, by its name in transformers.
-        dropout (`float`, defaults to 0.0):
-            The dropout probability on an expert's activations, in [0, 1).
-        scaling (`float`, defaults to 1.0):
-            The factor on the mixture's output.
-        init_weights (`bool`, defaults to `True`):
-            `True`: the new adapter changes nothing until it is trained. `False`: a random adapter that does, for
-            tests.
-        target_modules (`list[str]` or `str`, *optional*):
-            The modules to adapt, as in `LoraConfig`: names, endings of names or one regular expression. Any linear
-            layer, or any block that maps tokens `(B, T, D)` to `(B, T, D')`. Among names, `"fc1->fc2"` is a block that
-            begins in one module and ends in another. Without it, `placement` chooses by the model's structure, and the
-            choice is written here.
-        exclude_modules (`list[str]` or `str`, *optional*):
-            The modules not to adapt, in the same forms.
-        modules_to_save (`list[str]`, *optional*):
-            Modules apart from the adapter that are trained and saved with it, such as `["classifier"]`.
-        train_norms (`bool`, defaults to `False`):
-            Whether the normalization layer in front of each adapted block is trained and saved with the adapter, as in
-            the paper's recipe. The layers are found by running the model's layers on shapes, and added to
-            `modules_to_save`.
-        layers_to_transform (`list[int]` or `int`, *optional*):
-            The indices of the layers to adapt; all by default.
-        layers_pattern (`list[str]` or `str`, *optional*):
-            The name of the list of layers, if `layers_to_transform` is given.
-        label_names (`list[str]`, *optional*):
-            The classes of the classification head in `modules_to_save`, in the order of its outputs. Where the base
-            model's head has other classes, the adapter gets a fresh head of its own, and the model's config names
-            these classes while the adapter is active in a `PeftModel`. So an adapter with 10 classes loads onto a
-            checkpoint with 527, in `pipeline()` too.
+    Some fields belong to one choice of another field. There None stands for the default that their description gives,
+    which is put in when the adapter is built; elsewhere they are left out, and setting them is an error.
 
     Raises:
         ValueError: for a value that is not allowed; it names the field, the value and what is allowed.
     """
 
-    routing: Routing = field(
-        default="soft",
-        metadata={
-            "help": "Who reads what. 'soft': experts read soft averages of all tokens. 'dense': every expert reads "
-            "every token. 'top_k': only the best experts of each token count. 'expert_choice': each expert takes its "
-            "best tokens."
-        },
+    routing: Routing = _option(
+        "soft",
+        "Who reads what. 'soft': each expert reads a few soft averages of all tokens, each token gets a soft average "
+        "of all experts. 'dense': every expert reads every token, weighted by a softmax (Dense-MoA); with num_experts=1 "
+        "that is a single adapter, without router. 'top_k': the same, but only the best experts of each token count. "
+        "'expert_choice': the same, but each expert takes its best tokens.",
     )
-    num_experts: int = field(default=7, metadata={"help": "N, the number of experts in each mixture."})
-    num_slots: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "P, the number of slots per expert; each is one soft average of all tokens. 1 with routing 'soft', "
-            "which alone has slots."
-        },
+    num_experts: int = _option(7, "N, the number of experts (the paper says adapters) in each mixture.")
+    num_slots: Optional[int] = _option(
+        None,
+        "P, the number of slots per expert; each is one soft average of all tokens. For routing 'soft', there 1 by "
+        "default.",
     )
-    normalize: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. "
-            "For routing 'soft'."
-        },
+    normalize: bool = _option(
+        False,
+        "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. For routing "
+        "'soft'.",
     )
-    top_k: Optional[int] = field(
-        default=None, metadata={"help": "How many experts count for each token: 2 with routing 'top_k'."}
+    top_k: Optional[int] = _option(
+        None,
+        "How many experts count for each token, their weights renormalised. With 1, nothing but the load-balancing "
+        "loss trains the router. For routing 'top_k', there 2 by default.",
     )
-    router_aux_loss_coef: Optional[float] = field(
-        default=None, metadata={"help": "The weight of the load-balancing loss: 0.01 with routing 'top_k'."}
+    router_aux_loss_coef: Optional[float] = _option(
+        None,
+        "The weight of the load-balancing loss (arXiv 2101.03961), which in training the model adds to its loss, for "
+        "each adapted block. For routing 'top_k', there 0.01 by default.",
     )
-    capacity_factor: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "How many tokens each expert takes, as a multiple of an equal share: 1.0 with routing "
-            "'expert_choice'."
-        },
+    capacity_factor: Optional[float] = _option(
+        None,
+        "How many tokens of a sample each expert takes, as a multiple of an equal share T / N. For routing "
+        "'expert_choice', there 1.0 by default.",
     )
-    expert_type: ExpertType = field(
-        default="bottleneck",
-        metadata={
-            "help": "What an expert is: 'bottleneck', or 'convolution' with a depthwise convolution in the bottleneck."
-        },
+    expert_type: ExpertType = _option(
+        "bottleneck",
+        "What an expert is. 'bottleneck': down, activation, up. 'convolution': down, activation, depthwise "
+        "convolution, activation, up; it runs over neighbouring tokens or, with routing 'soft', over the slots of the expert, so "
+        "that it needs more than one slot to mix anything.",
     )
-    kernel_size: Optional[int] = field(
-        default=None, metadata={"help": "K, the odd size of the kernel: 3 with expert type 'convolution'."}
+    kernel_size: Optional[int] = _option(
+        None, "K, the odd size of the convolution's kernel. For expert type 'convolution', there 3 by default."
     )
-    patch_grid: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the convolution runs over the patches in time and frequency instead of the sequence."
-        },
+    patch_grid: bool = _option(
+        False,
+        "Whether the convolution runs over the patches in time and frequency, with a kernel K x K, instead of the "
+        "sequence of tokens. Class tokens are no neighbours there. For expert type 'convolution' with any routing but "
+        "'soft', in Audio Spectrogram Transformers.",
     )
-    r: int = field(default=6, metadata={"help": "R, the width of each expert's bottleneck."})
-    placement: Placement = field(
-        default="attention",
-        metadata={
-            "help": "Which sub-blocks of every layer are adapted when target_modules is not given: "
-            "'attention', 'ffn' or 'both'."
-        },
+    r: int = _option(6, "R, the width of each expert's bottleneck.")
+    placement: Placement = _option(
+        "attention",
+        "Which blocks of every layer of the audio encoder are adapted when target_modules is not given: the "
+        "self-attention, the feed-forward (the last one, if there are two half-steps), or both.",
     )
-    activation: str = field(
-        default="gelu",
-        metadata={"help": "The non-linearity of the experts, by its name in transformers."},
+    activation: str = _option("gelu", "The non-linearity of the experts, by its name in transformers.")
+    dropout: float = _option(0.0, "The dropout probability on an expert's activations, in [0, 1).")
+    scaling: float = _option(1.0, "The factor on the mixture's output.")
+    init_weights: bool = _option(
+        True,
+        "True: the new adapter changes nothing until it is trained. False: a random adapter that does, for tests. "
+        "Don't change this setting, except if you know exactly what you're doing.",
     )
-    dropout: float = field(
-        default=0.0, metadata={"help": "The dropout probability on an expert's activations, in [0, 1)."}
+    target_modules: Modules = _option(
+        None,
+        "The modules to adapt, as in LoraConfig: names, endings of names or one regular expression. Any linear layer, "
+        "or any block that maps tokens (B, T, D) to (B, T, D'). Among names, 'fc1->fc2' is a block that begins in one "
+        "module and ends in another. Without it, placement chooses by the model's structure, and the choice is written "
+        "here.",
+        example="For example, ['attention'], ['fc1->fc2'] or '.*layers.(0|1).mlp'.",
     )
-    scaling: float = field(default=1.0, metadata={"help": "The factor on the mixture's output."})
-    init_weights: bool = field(
-        default=True,
-        metadata={
-            "help": "True: the new adapter changes nothing until it is trained. False: a random adapter that does, "
-            "for tests. Don't change this setting, except if you know exactly what you're doing."
-        },
+    exclude_modules: Modules = _option(None, "The modules not to adapt, in the same forms.")
+    modules_to_save: Optional[list[str]] = _option(
+        None, "Modules apart from the adapter that are trained and saved with it, such as ['classifier']."
     )
-    target_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None,
-        metadata={
-            "help": "The modules to adapt: names, endings of names or one regular expression. Any linear layer or any "
-            "block that maps (B, T, D) to (B, T, D'). Without it, placement chooses by the model's structure.",
-            "example": "For example, ['attention'], ['fc1->fc2'] or '.*layers.(0|1).mlp'.",
-        },
+    train_norms: bool = _option(
+        False,
+        "Whether the normalization layer in front of each adapted block is trained and saved with the adapter, as in "
+        "the paper's recipe. The layers are found by running the model's layers on shapes, and added to "
+        "modules_to_save.",
     )
-    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None, metadata={"help": "The modules not to adapt: names, endings or one regular expression."}
+    layers_to_transform: Optional[Union[list[int], int]] = _option(
+        None, "The indices of the layers to adapt; all by default."
     )
-    modules_to_save: Optional[list[str]] = field(
-        default=None,
-        metadata={
-            "help": "Modules apart from the adapter that are trained and saved with it. For example, a fresh "
-            "classification head has to be trained: ['classifier']."
-        },
+    layers_pattern: Optional[Union[list[str], str]] = _option(
+        None, "The name of the list of layers, if layers_to_transform is given."
     )
-    train_norms: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the normalization layer in front of each adapted block is trained and saved with it."
-        },
-    )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "The indices of the layers to adapt; all by default."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={"help": "The name of the list of layers, if layers_to_transform is given."},
-    )
-    label_names: Optional[list[str]] = field(
-        default=None,
-        metadata={
-            "help": "The classes of the classification head in modules_to_save, in the order of its outputs. Where "
-            "the base model's head has other classes, the adapter gets a fresh head of its own."
-        },
+    label_names: Optional[list[str]] = _option(
+        None,
+        "The classes of the classification head in modules_to_save, in the order of its outputs. Where the base "
+        "model's head has other classes, the adapter gets a fresh head of its own, and the model's config names these classes "
+        "while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with 527, in pipeline() "
+        "too.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SOFTMOA
-        # What it was when it was loaded, and the shapes of the adapter's tensors.
-        self._loaded: tuple[Any, Optional[dict[str, tuple[int, ...]]]] = (None, None)
+        self._loaded_from: Optional[LoadedFrom] = None
+        if isinstance(self.label_names, tuple):
+            self.label_names = list(self.label_names)
+        self._check_types()
+        self._check_choices()
+        self._check_modules()
+
+    def _check_types(self) -> None:
         for name in ("base_model_name_or_path", "revision", "peft_version"):
-            _check(self, name, "None or a string", lambda value: value is None or isinstance(value, str))
-        _check(self, "auto_mapping", "None or a dictionary", lambda value: value is None or isinstance(value, dict))
-        _check(self, "inference_mode", "True or False", lambda value: isinstance(value, bool))
+            self._check(name, "None or a string", lambda value: value is None or isinstance(value, str))
+        self._check("auto_mapping", "None or a dictionary", lambda value: value is None or isinstance(value, dict))
+        for name in ("inference_mode", "normalize", "patch_grid", "train_norms", "init_weights"):
+            self._check(name, "True or False", lambda value: isinstance(value, bool))
         for name, choices in (("routing", Routing), ("expert_type", ExpertType), ("placement", Placement)):
             options = get_args(choices)
-            _check(self, name, f"one of {', '.join(options)}", options.__contains__)
+            self._check(name, f"one of {', '.join(options)}", lambda value, options=options: value in options)
+        self._check("activation", f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
         for name in ("num_experts", "r"):
-            _check(self, name, SIZE, _is_size)
-        self._check_dependent_fields()
-        _check(self, "activation", f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
-        _check(self, "dropout", "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
-        _check(self, "scaling", "a finite number", _is_number)
-        for name in ("normalize", "patch_grid", "train_norms", "init_weights"):
-            _check(self, name, "True or False", lambda value: isinstance(value, bool))
-        for name in ("target_modules", "exclude_modules"):
-            allowed = f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters"
-            _check(self, name, allowed, lambda value: _is_expression(value) or _are_names(value))
-            # PEFT matches names against a set.
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-        # PEFT puts it into a regular expression.
-        _check(self, "layers_pattern", "None, the name of a list of layers, or several", _are_paths)
-        # PEFT puts these names into regular expressions, too.
-        allowed = f"None or a list of at most {MOST_NAMES} names"
-        _check(self, "modules_to_save", allowed, lambda value: not isinstance(value, str) and _are_paths(value))
-        _check(self, "layers_to_transform", "None, an index or a list of indices", _are_indices)
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                _check(self, name, "None if `target_modules` is a regular expression", lambda value: value is None)
-        if self.layers_to_transform is None:
-            _check(self, "layers_pattern", "None unless `layers_to_transform` is given", lambda value: not value)
-        if self.label_names is not None:
-            if isinstance(self.label_names, tuple):
-                self.label_names = list(self.label_names)
-            _check(self, "label_names", "a list of distinct class names", _are_distinct_names)
-            _check(self, "modules_to_save", "the name of the head, if `label_names` is given", bool)
+            self._check(name, SIZE, _is_size)
+        self._check("dropout", "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
+        self._check("scaling", "a finite number", _is_number)
 
-    def _check_dependent_fields(self) -> None:
-        """Give the fields that belong to the choices made their defaults, and refuse the others."""
-        experts = self.num_experts
-        self._belongs("num_slots", "routing", "soft", 1)
-        self._belongs("normalize", "routing", "soft", False)
-        self._belongs("top_k", "routing", "top_k", 2)
-        self._belongs("router_aux_loss_coef", "routing", "top_k", 0.01)
-        self._belongs("capacity_factor", "routing", "expert_choice", 1.0)
-        self._belongs("kernel_size", "expert_type", "convolution", 3)
-        self._belongs("patch_grid", "expert_type", "convolution", False)
+    def _check_choices(self) -> None:
+        for name, (choice, wanted, default) in DEPENDENT_FIELDS.items():
+            if getattr(self, choice) != wanted:
+                allowed = f"left out unless {choice}='{wanted}' (here {choice}='{getattr(self, choice)}')"
+                self._check(name, allowed, lambda value, default=default: value is None or value is default is False)
+        experts, given = self.num_experts, self.resolved_fields()
         if self.routing in ("top_k", "expert_choice"):
             allowed = f"at least 2 with routing='{self.routing}'; a single adapter is routing='dense'"
-            _check(self, "num_experts", allowed, lambda value: value > 1)
+            self._check("num_experts", allowed, lambda value: value > 1)
         if self.routing == "soft":
-            _check(self, "num_slots", SIZE, _is_size)
-            _check(self, "patch_grid", "False with routing='soft', whose experts read slots", lambda value: not value)
+            self._check("num_slots", SIZE, lambda value: value is None or _is_size(value))
+            self._check("patch_grid", "False with routing='soft', whose experts read slots", lambda value: not value)
         if self.routing == "top_k":
             allowed = f"an integer from 1 to `num_experts`, {experts}"
-            _check(self, "top_k", allowed, lambda value: _is_int(value) and 1 <= value <= experts)
-            _check(self, "router_aux_loss_coef", "a number from 0", lambda value: _is_number(value) and value >= 0)
+            self._check("top_k", allowed, lambda _: _is_int(given["top_k"]) and 1 <= given["top_k"] <= experts)
+            self._check(
+                "router_aux_loss_coef",
+                "a number from 0",
+                lambda value: value is None or (_is_number(value) and value >= 0),
+            )
             if self.top_k == 1:
                 allowed = "above 0 with top_k=1: nothing else would train the router"
-                _check(self, "router_aux_loss_coef", allowed, lambda value: value > 0)
+                self._check("router_aux_loss_coef", allowed, lambda value: value is None or value > 0)
         if self.routing == "expert_choice":
             allowed = f"a number from 0.001 to `num_experts`, {experts}"
-            _check(self, "capacity_factor", allowed, lambda value: _is_number(value) and 0.001 <= value <= experts)
+            share = given["capacity_factor"]
+            self._check("capacity_factor", allowed, lambda _: _is_number(share) and 0.001 <= share <= experts)
         if self.expert_type == "convolution":
+            kernel = given["kernel_size"]
             allowed = f"odd and positive, at most {LARGEST_KERNEL}"
-            _check(
-                self, "kernel_size", allowed, lambda value: _is_int(value) and value % 2 and 0 < value <= LARGEST_KERNEL
+            self._check(
+                "kernel_size", allowed, lambda _: _is_int(kernel) and kernel % 2 and 0 < kernel <= LARGEST_KERNEL
             )
-            if self.num_slots == 1 and self.kernel_size != 1:
+            if given.get("num_slots") == 1 and kernel != 1:
                 warnings.warn(
                     "With routing='soft' and num_slots=1 a convolution has no neighbours to mix, and only the centre "
-                    f"of its kernel of {self.kernel_size} trains. Choose more slots, or another routing.",
-                    stacklevel=4,
+                    f"of its kernel of {kernel} trains. Choose more slots, or another routing.",
+                    stacklevel=5,
                 )
 
-    def _belongs(self, name: str, choice: str, wanted: str, default: Any) -> None:
-        """A field that belongs to one choice has its default there, and is left out elsewhere."""
-        chosen = getattr(self, choice)
-        if chosen != wanted:
-            allowed = f"left out unless {choice}='{wanted}' (here {choice}='{chosen}')"
-            _check(self, name, allowed, lambda value: value is None or (value is False and default is False))
-        elif getattr(self, name) is None:
-            setattr(self, name, default)
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            allowed = f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters"
+            self._check(name, allowed, lambda value: _is_expression(value) or _are_names(value))
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))  # PEFT matches names against a set
+        # PEFT puts these names into regular expressions.
+        self._check("layers_pattern", "None, the name of a list of layers, or several", _are_paths)
+        allowed = f"None or a list of at most {MOST_NAMES} names"
+        self._check("modules_to_save", allowed, lambda value: not isinstance(value, str) and _are_paths(value))
+        self._check("layers_to_transform", "None, an index or a list of indices", _are_indices)
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                self._check(name, "None if `target_modules` is a regular expression", lambda value: value is None)
+        if self.layers_to_transform is None:
+            self._check("layers_pattern", "None unless `layers_to_transform` is given", lambda value: not value)
+        if self.label_names is not None:
+            self._check("label_names", "a list of distinct class names", _are_distinct_names)
+            self._check("modules_to_save", "the name of the head, if `label_names` is given", bool)
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
-    ) -> SoftMoAConfig:
-        """Load the config of an adapter, and the names and shapes of its tensors, so that they can be checked.
+    def _check(self, name: str, allowed: str, is_allowed: Callable[[Any], Any]) -> None:
+        value = getattr(self, name)
+        if not is_allowed(value):
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
-        Args:
-            pretrained_model_name_or_path (`str`): the adapter's folder, or its id on the Hub.
-            subfolder (`str`, *optional*): where it is in there.
-            kwargs: passed on to `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
-
-        Returns:
-            SoftMoAConfig: the config.
-
-        Raises:
-            ValueError: if the config or the file of tensors is damaged or not allowed; it names the file and the
-                field. Pickled tensors are not read unless the environment variable `SOFTMOA_ALLOW_PICKLE` is set.
-        """
-        hub, _, _ = cls._split_kwargs(kwargs)
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (TypeError, ValueError) as error:
-            path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
-            raise ValueError(f"'{path}' is not the config of a Soft-MoA adapter: {error}") from error
-        config._loaded = config.choices(), read_shapes(pretrained_model_name_or_path, subfolder, **hub)
-        return config
-
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read the fields of a config from a file.
-
-        Args:
-            path_json_file (`str`): the file.
-            kwargs: not used; PEFT's method has them.
+    def resolved_fields(self) -> dict[str, Any]:
+        """The fields that belong to the choices made, with their defaults where they were left out.
 
         Returns:
-            dict: the fields.
-
-        Raises:
-            ValueError: if it is no config of this method.
+            dict[str, Any]: the values by the fields' names; the fields of other choices are not in it.
         """
-        return read_config(path_json_file, [field.name for field in fields(cls)])
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name)
+            for name, (choice, wanted, default) in DEPENDENT_FIELDS.items()
+            if getattr(self, choice) == wanted
+        }
 
-    def loaded_shapes(self) -> Optional[dict[str, tuple[int, ...]]]:
-        """The tensors of the adapter that this config was loaded with.
+    def mixture_options(self) -> dict[str, Any]:
+        """The arguments of `method.Mixture` for these choices, but for its widths and the patch grid.
 
         Returns:
-            dict[str, tuple[int, ...]], optional: the shape of each tensor by its name; None if the config was not
-            loaded with weights, or has been changed since.
+            dict[str, Any]: the arguments by name.
         """
-        loaded, shapes = self._loaded
-        if loaded is None:
-            return None
-        # PEFT adds names of heads when a model is wrapped for a task.
-        before, now = (
-            {**each, "modules_to_save": each["modules_to_save"] - PEFTS_HEADS} for each in (loaded, self.choices())
-        )
-        return shapes if before == now else None
+        options: dict[str, dict[str, Any]] = {"routing": {}, "expert_type": {}}
+        for name, value in self.resolved_fields().items():
+            if name != "patch_grid":
+                options[DEPENDENT_FIELDS[name][0]][name] = value
+        return {
+            **{name: getattr(self, name) for name in ("routing", "num_experts", "r", "expert_type")},
+            "router_options": options["routing"],
+            "expert_options": {**options["expert_type"], "activation": self.activation, "dropout": self.dropout},
+            "identity": self.init_weights,
+        }
 
     def choices(self) -> dict[str, Any]:
         """What is chosen here.
 
         Returns:
-            dict[str, Any]: the fields of this class, `modules_to_save` as a set.
+            dict[str, Any]: the fields of this class, defaults put in, and `modules_to_save` as a set.
         """
-        fields = {name: copy.copy(getattr(self, name)) for name in SoftMoAConfig.__annotations__}
-        return {**fields, "modules_to_save": set(self.modules_to_save or ())}
+        given = {name: copy.copy(getattr(self, name)) for name in SoftMoAConfig.__annotations__}
+        return {**given, **self.resolved_fields(), "modules_to_save": set(self.modules_to_save or ())}
 
     @classmethod
     def for_budget(cls, model: nn.Module, parameters: int, **fields: Any) -> SoftMoAConfig:
@@ -399,7 +310,7 @@ class SoftMoAConfig(PeftConfig):
         Args:
             model (nn.Module): the base model; it may be on the meta device.
             parameters (int): the most parameters that may be trained.
-            fields: the other fields of the config, without `r`.
+            fields (Any): the other fields of the config, without `r`.
 
         Returns:
             SoftMoAConfig: the config.
@@ -407,27 +318,104 @@ class SoftMoAConfig(PeftConfig):
         Raises:
             ValueError: if even `r=1` needs more, or a field is not allowed.
         """
+        from .targets.description import largest_r  # which needs the config's class
+
         if not (_is_int(parameters) and parameters > 0):
             raise ValueError(f"`parameters` must be a positive integer, got {parameters!r}.")
         if "r" in fields:
             raise ValueError(f"`r` must be left out of `for_budget`, which finds it, got {fields['r']!r}.")
         return cls(**fields, r=largest_r(model, cls(**fields), parameters))
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
+    ) -> SoftMoAConfig:
+        """Load the config of an adapter. An adapter that is built from it has to have the tensors that lie beside it.
+
+        Args:
+            pretrained_model_name_or_path (str): the adapter's folder, or its id on the Hub.
+            subfolder (str, optional): where it is in there.
+            kwargs (Any): passed on to `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
+
+        Returns:
+            SoftMoAConfig: the config.
+
+        Raises:
+            ValueError: if the config is damaged or not allowed; it names the file and the field.
+        """
+        hub, _, _ = cls._split_kwargs(kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, ValueError) as error:
+            path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+            raise ValueError(f"'{path}' is not the config of a Soft-MoA adapter: {error}") from error
+        config._loaded_from = LoadedFrom(pretrained_model_name_or_path, subfolder, hub, config.choices())
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of a config from a file.
+
+        Args:
+            path_json_file (str): the file.
+            kwargs (Any): not used; PEFT's method has them.
+
+        Returns:
+            dict[str, Any]: what the file gives, not yet checked.
+
+        Raises:
+            ValueError: if the file is too large, is no JSON object, is another method's, or has unknown fields.
+        """
+        size = os.path.getsize(path_json_file)
+        if size > LARGEST_CONFIG:
+            raise ValueError(f"it has {size:,} bytes, and more than {LARGEST_CONFIG:,} are no config")
+        try:
+            given = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"it is no JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"it holds a {type(given).__name__} instead of the fields of a config")
+        if given.get("peft_type") != SOFTMOA:
+            raise ValueError(f"`peft_type` must be '{SOFTMOA.value}', got {given.get('peft_type')!r}")
+        unknown = sorted(given.keys() - {entry.name for entry in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"the fields {unknown} are unknown. A newer version may have written them: upgrade peft-softmoa and "
+                "peft. If they do not belong there, remove them"
+            )
+        return given
+
+    @property
+    def loaded_from(self) -> Optional[LoadedFrom]:
+        """Where the config was loaded from; None if it was not, or has been changed since."""
+        if self._loaded_from is None:
+            return None
+        # PEFT adds names of heads when a model is wrapped for a task.
+        before, now = (
+            {**each, "modules_to_save": each["modules_to_save"] - TASK_HEADS}
+            for each in (self._loaded_from.choices, self.choices())
+        )
+        return self._loaded_from if before == now else None
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` to a folder, and the model card if the folder holds the adapter's weights.
 
         Args:
-            save_directory (`str`): the folder; it is made if it is missing.
-            kwargs: passed on to `PeftConfig.save_pretrained`.
+            save_directory (str): the folder; it is made if it is missing.
+            kwargs (Any): passed on to `PeftConfig.save_pretrained`.
         """
+        from .saving.card import write_model_card  # which a config that is not saved does not need
+
         super().save_pretrained(save_directory, **kwargs)
-        write_model_card(self.to_dict(), save_directory)
+        write_model_card({**self.to_dict(), **self.resolved_fields()}, save_directory)
 
 
-def _check(config: SoftMoAConfig, name: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
-    value = getattr(config, name)
-    if not is_allowed(value):
-        raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
+# The only place where a field is explained is the field itself.
+SoftMoAConfig.__doc__ = f"{SoftMoAConfig.__doc__}\n    Args:\n" + "\n".join(
+    f"        {entry.name} (`{entry.type}`, defaults to `{entry.default!r}`): {entry.metadata['help']}"
+    for entry in fields(SoftMoAConfig)
+    if entry.name in SoftMoAConfig.__annotations__
+)
 
 
 def _is_int(value: Any) -> bool:
@@ -438,14 +426,14 @@ def _is_number(value: Any) -> bool:
     return (_is_int(value) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
 
 
+def _is_size(value: Any) -> bool:
+    return _is_int(value) and 0 < value <= LARGEST_SIZE
+
+
 def _are_names(value: Any) -> bool:
     return value is None or (
         isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
     )
-
-
-def _is_size(value: Any) -> bool:
-    return _is_int(value) and 0 < value <= LARGEST
 
 
 def _are_paths(value: Any) -> bool:

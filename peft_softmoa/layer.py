@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, Optional, cast
+from collections.abc import Mapping
+from typing import Any, Optional, TypeGuard
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .config import SoftMoAConfig
-from .experts import BottleneckExperts, PatchGrid
-from .masking import LIMITS, LayerCall, Mask, argument_names, find_mask, in_backward, is_mask, token_mask, unpack
-from .mixed_batch import MixedBatch
-from .mixture import Router, add_mixture, build_mixture, mixes_tokens
-from .placement import Target
-from .shapes import find_tokens
-from .structure import find_module
+from .calls.forward_pass import MODEL, CallKey, ForwardPass, ForwardPasses, in_backward
+from .calls.masks import CUMULATIVE_LENGTHS, Mask, argument_names, find_mask, find_tokens, is_mask, token_mask, unpack
+from .method import Mixture
+from .targets.choice import Target
 
 # Why a mixture cannot be merged; PEFT asks on the model and on each layer.
 CANNOT_MERGE = (
@@ -39,107 +35,93 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer (nn.Module): F.
         adapter_name (str): name of the first adapter.
-        config (SoftMoAConfig): its configuration.
         target (Target): where it is in the model, and D and D'.
-        patch_grid (PatchGrid, optional): how its tokens lie in time and frequency. Default: unknown.
+        options (mapping): the arguments of `Mixture`, but for D and D'.
+        scaling (float): the factor on what the mixture adds.
+        forward_passes (ForwardPasses): the passes of the model.
     """
 
     # All names of layers that may contain adapter (trainable) weights
-    adapter_layer_names = ("softmoa_router", "softmoa_experts")
+    adapter_layer_names = ("softmoa_mixture",)
     # All names of other parameters that may contain adapter-related parameters
-    other_param_names = ("softmoa_scaling", "softmoa_targets", "softmoa_calls", "softmoa_hooks")
+    other_param_names = ("scaling", "initial_scaling", "softmoa_targets", "softmoa_hooks")
 
     def __init__(
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: SoftMoAConfig,
         target: Target,
-        patch_grid: Optional[PatchGrid] = None,
+        options: Mapping[str, Any],
+        scaling: float,
+        forward_passes: ForwardPasses,
     ) -> None:
         super().__init__()
         self.name = target.name
         # D and D', under the names that linear layers and PEFT's own tuner layers have for them.
         self.in_features, self.out_features = target.in_features, target.out_features
         self.base_layer = base_layer
+        self.forward_passes = forward_passes
         self._arguments = argument_names(base_layer)
-        self._takes_mask = any(map(is_mask, self._arguments))
-        self.softmoa_router = nn.ModuleDict()
-        self.softmoa_experts = nn.ModuleDict()
-        self.softmoa_scaling: dict[str, float] = {}
+        self.takes_mask = any(map(is_mask, self._arguments))
+        self.softmoa_mixture = nn.ModuleDict()
+        # The strength of each adapter, as LoRA's layers have it, and what its config says.
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
         self.softmoa_targets: dict[str, Target] = {}
-        # What the adapters' hooks keep for them, and what removes the hooks, also those of an adapter as a whole.
-        self.softmoa_calls: dict[str, LayerCall] = {}
-        self.softmoa_hooks: dict[str, list[Any]] = {}
-        # The losses of its routers, while a forward pass of the model collects them.
-        self.router_losses: Optional[list[Tensor]] = None
-        # They are told what each mixture reads, while routing is recorded.
-        self.recorders: list[Callable[[str, Tensor, Optional[Tensor]], None]] = []
-        # The adapters of the samples, while a forward pass of the model mixes them.
-        self.mixed_batch: Optional[MixedBatch] = None
+        # What removes the adapters' hooks, also those of an adapter as a whole.
+        self.softmoa_hooks: dict[str, list[RemovableHandle]] = {}
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         # flag to enable/disable casting of input to weight dtype during forward call, which PEFT's helper sets
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, target, patch_grid)
+        self.update_layer(adapter_name, target, options, scaling)
 
-    def update_layer(
-        self, adapter_name: str, config: SoftMoAConfig, target: Target, patch_grid: Optional[PatchGrid] = None
-    ) -> None:
+    def update_layer(self, adapter_name: str, target: Target, options: Mapping[str, Any], scaling: float) -> None:
         """Add an adapter to the block.
 
         Args:
             adapter_name (str): name of the new adapter.
-            config (SoftMoAConfig): its configuration.
             target (Target): where it reads and adds, and D and D'.
-            patch_grid (PatchGrid, optional): how the tokens lie in time and frequency. Default: unknown.
+            options (mapping): the arguments of `Mixture`, but for D and D'.
+            scaling (float): the factor on what the mixture adds.
         """
-        router, experts = build_mixture(config, target.in_features, target.out_features, patch_grid)
-        self.softmoa_router[adapter_name] = router
-        self.softmoa_experts[adapter_name] = experts
-        self.softmoa_scaling[adapter_name] = config.scaling
+        self.softmoa_mixture[adapter_name] = Mixture(target.in_features, target.out_features, **options)
+        self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
         self.softmoa_targets[adapter_name] = target
-        self.softmoa_calls[adapter_name] = LayerCall(mixes_tokens(config), bool(config.router_aux_loss_coef))
         self.softmoa_hooks[adapter_name] = []
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def connect(self, adapter_name: str, model: nn.Module) -> None:
-        """Let an adapter know what the layer around its block is called with, if the block itself is not.
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of an adapter, as a multiple of its config's `scaling`.
 
         Args:
-            adapter_name (str): name of the adapter.
-            model (nn.Module): the base model.
+            adapter (str): its name; nothing happens if the block has none of that name.
+            scale (float): the factor.
         """
-        target, call = self.softmoa_targets[adapter_name], self.softmoa_calls[adapter_name]
-        entry = find_module(model, target.entry) if target.entry else None
-        masked, layer = self._around(target, model)
-        self.softmoa_hooks[adapter_name] += call.hook(entry, masked if call.reads_mask else [], layer)
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling[adapter]
 
-    def _around(self, target: Target, model: nn.Module) -> tuple[list[nn.Module], Optional[nn.Module]]:
-        """The modules that get the mask of a block that gets none itself, and the layer around the block."""
-        masked = [] if self._takes_mask else [find_module(model, name) for name in target.masks]
-        return masked, find_module(model, target.layer) if target.layer else None
-
-    @contextlib.contextmanager
-    def recording(self, model: nn.Module, recorder: Callable[[str, Tensor, Optional[Tensor]], None]) -> Iterator[None]:
-        """A context in which a function is told what the mixtures read.
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters.
 
         Args:
-            model (nn.Module): the base model.
-            recorder (callable): is called with an adapter's name, the tokens `(B, T, D)`, and their mask `(B, T)`, true
-                for real tokens, or None, also where routing needs no mask. It is not called when a backward pass runs
-                the block again.
+            scale (float): the factor.
         """
-        with contextlib.ExitStack() as stack:
-            for adapter_name, call in self.softmoa_calls.items():
-                stack.enter_context(call.keeping_mask(*self._around(self.softmoa_targets[adapter_name], model)))
-            self.recorders.append(recorder)
-            try:
-                yield
-            finally:
-                self.recorders.remove(recorder)
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: Optional[float] = None) -> None:
+        """Divide the strength of the active adapters.
+
+        Args:
+            scale (float, optional): the divisor. Default: the strength becomes that of the adapters' configs.
+        """
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and add the active mixtures.
@@ -154,82 +136,96 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if there are no tokens or their shape is wrong.
         """
-        names = dict.fromkeys(self.mixed_batch.adapter_names) if self.mixed_batch else self.active_adapters
-        active = [name for name in names if name in self.softmoa_experts]
+        current = self.forward_passes.current
+        batch = current.mixed_batch
+        names = self.active_adapters if batch is None else dict.fromkeys(batch.adapter_names)
+        active = [name for name in names if name in self.softmoa_mixture]
         active = [] if self.disable_adapters else active
-        own = {name for name in active if self.softmoa_targets[name].entry is None}
-        inputs = {name: self._check_tokens(name, find_tokens(args, kwargs), args, kwargs) for name in own}
+        tokens = find_tokens(args, kwargs)
+        inputs = {
+            name: self._check_tokens(name, tokens, args, kwargs)
+            for name in active
+            if self.softmoa_targets[name].entry is None
+        }
+        if batch is not None and not any(target.layer for target in self.softmoa_targets.values()):
+            batch.check_call(self.name, tokens)
         output = self.base_layer(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         for name in active:
-            tokens = inputs[name] if name in own else self._take_tokens(name, hidden)
-            hidden = self._add(name, hidden, tokens, args, kwargs)
+            read = inputs[name] if name in inputs else self._take_tokens(name, hidden)
+            hidden = self._add(current, name, hidden, read, args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _add(self, adapter_name: str, hidden: Tensor, tokens: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _add(
+        self,
+        current: ForwardPass,
+        adapter_name: str,
+        hidden: Tensor,
+        tokens: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
         shape = hidden.shape
         mask: Optional[Tensor]
         try:
             given = self._find_mask(adapter_name, args, kwargs)
-            if given is not None and given.name in LIMITS:
+            is_packed = given is not None and given.name in CUMULATIVE_LENGTHS
+            if given is not None and is_packed:
                 mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
                 mask = token_mask(given, *tokens.shape[:2])
-            if self.mixed_batch is None:
-                output, loss = self._mix(adapter_name, hidden, tokens, mask)
+            if current.mixed_batch is None:
+                output = self._mix(current, adapter_name, hidden, tokens, mask)
             else:
-                rows = self.mixed_batch.rows_of(adapter_name, len(hidden), hidden.device)
+                rows = current.mixed_batch.rows_of(adapter_name, len(hidden), hidden.device)
                 own_mask = None if mask is None else mask[rows]
-                added, loss = self._mix(adapter_name, hidden[rows], tokens[rows], own_mask)
+                added = self._mix(current, adapter_name, hidden[rows], tokens[rows], own_mask)
                 output = hidden.index_copy(0, rows, added)
-            if given is not None and given.name in LIMITS:
-                output = output[mask]
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
-        if loss is not None and self.router_losses is not None:
-            self.router_losses.append(loss)
-        return output.reshape(shape)
+        return (output[mask] if is_packed else output).reshape(shape)
 
     def _mix(
-        self, adapter_name: str, hidden: Tensor, tokens: Tensor, mask: Optional[Tensor]
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        for recorder in self.recorders if self._records() else ():
-            recorder(adapter_name, tokens, mask)
-        router = cast(Router, self.softmoa_router[adapter_name])
-        experts = cast(BottleneckExperts, self.softmoa_experts[adapter_name])
-        return add_mixture(hidden, tokens, router, experts, mask, self.softmoa_scaling[adapter_name])
+        self, current: ForwardPass, adapter_name: str, hidden: Tensor, tokens: Tensor, mask: Optional[Tensor]
+    ) -> Tensor:
+        if self._is_recorded():
+            for recorder in self.forward_passes.recorders:
+                recorder(self, adapter_name, tokens, mask)
+        mixture = self.softmoa_mixture[adapter_name]
+        output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name])
+        if loss is not None and current.router_losses is not None:
+            current.router_losses.append(loss)
+        return output
 
-    def _records(self) -> bool:
-        return bool(self.recorders) and not in_backward()
+    def _is_recorded(self) -> bool:
+        return bool(self.forward_passes.recorders) and not in_backward()
 
-    def _find_mask(self, adapter_name: str, args: tuple, kwargs: dict[str, Any]) -> Optional[Mask]:
-        call = self._kept(adapter_name)
-        if not (call.mixes_tokens or (call.reads_mask and self.training) or self._records()):
+    def _find_mask(self, adapter_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[Mask]:
+        mixture = self.softmoa_mixture[adapter_name]
+        if not (mixture.mixes_tokens or (mixture.has_router_loss and self.training) or self._is_recorded()):
             return None
-        return find_mask(self._arguments, args, kwargs) if self._takes_mask else call.take_mask()
+        if self.takes_mask:
+            return find_mask(self._arguments, args, kwargs)
+        target = self.softmoa_targets[adapter_name]
+        return self.forward_passes.read_mask(self._call_key(adapter_name), self.name) if target.masks else None
 
-    def _kept(self, adapter_name: str) -> LayerCall:
-        call = self.softmoa_calls[adapter_name]
-        if call.has_hooks and getattr(self, "_is_replica", False):
-            raise ValueError(
-                f"The adapted block '{self.name}' does not run under torch.nn.DataParallel, which shares its hooks "
-                "between devices. Start one process per device with `accelerate launch` or `torchrun`."
-            )
-        return call
+    def _call_key(self, adapter_name: str) -> CallKey:
+        return CallKey(adapter_name, scope_of(self.softmoa_targets[adapter_name]))
 
     def _take_tokens(self, adapter_name: str, output: Tensor) -> Tensor:
-        tokens = self._kept(adapter_name).take_tokens()
+        entry = str(self.softmoa_targets[adapter_name].entry)
+        tokens = self.forward_passes.take_tokens(self._call_key(adapter_name), entry)
         if tokens is None:
             raise ValueError(
-                f"The adapted block '{self.name}' begins in '{self.softmoa_targets[adapter_name].entry}', which was "
-                "not called before it. Adapt another module."
+                f"The adapted block '{self.name}' begins in '{entry}', which was not called before it. Adapt another "
+                "module."
             )
         tokens = self._check_tokens(adapter_name, tokens, (tokens,), {})
         # Some blocks pad their tokens inside, at the end.
         return tokens[:, : output.shape[1]] if tokens.ndim == 3 else tokens
 
-    def _check_tokens(self, adapter_name: str, tokens: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _check_tokens(self, adapter_name: str, tokens: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         width = self.softmoa_targets[adapter_name].in_features
         if not isinstance(tokens, Tensor):
             raise ValueError(
@@ -237,7 +233,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 f"`hidden_states` or `input`, but it got {len(args)} positional arguments and {sorted(kwargs)}."
             )
         # More dimensions make no difference where each token is read alone.
-        wrong = tokens.ndim < 2 or (tokens.ndim > 3 and self.softmoa_calls[adapter_name].mixes_tokens)
+        wrong = tokens.ndim < 2 or (tokens.ndim > 3 and self.softmoa_mixture[adapter_name].mixes_tokens)
         if wrong or tokens.shape[-1] != width:
             raise ValueError(
                 f"The adapted block '{self.name}' takes tokens of shape (batch, tokens, {width}) or "
@@ -278,11 +274,23 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Impossible: raises ValueError."""
+        """Impossible.
+
+        Args:
+            safe_merge (bool): not used.
+            adapter_names (list[str], optional): not used.
+
+        Raises:
+            ValueError: always; it says why.
+        """
         raise ValueError(CANNOT_MERGE)
 
     def unmerge(self) -> None:
-        """Impossible: raises ValueError."""
+        """Impossible.
+
+        Raises:
+            ValueError: always; it says why.
+        """
         raise ValueError(CANNOT_MERGE)
 
     def __repr__(self) -> str:
@@ -292,3 +300,35 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
 def _by_sample(tokens: Tensor) -> Tensor:
     """Tokens `(B, D)` or `(B, …, D)` as `(B, T, D)`."""
     return tokens.unsqueeze(1) if tokens.ndim == 2 else tokens.flatten(1, -2)
+
+
+def scope_of(target: Target) -> str:
+    """The layer around a block or, if it is in none, what is around the modules where it begins and ends.
+
+    Args:
+        target (Target): the block.
+
+    Returns:
+        str: name of the module; `MODEL`, which is empty, for the model as a whole.
+    """
+    if target.layer is not None or target.entry is None:
+        return target.layer or MODEL
+    parts = zip(target.name.split(".")[:-1], target.entry.split(".")[:-1])
+    common: list[str] = []
+    for one, other in parts:
+        if one != other:
+            break
+        common.append(one)
+    return ".".join(common)
+
+
+def is_adapted(module: nn.Module) -> TypeGuard[SoftMoALayer]:
+    """Whether a module is a block with mixtures, also one that an earlier import of this package has made.
+
+    Args:
+        module (nn.Module): any module.
+
+    Returns:
+        bool: whether it is.
+    """
+    return isinstance(module, BaseTunerLayer) and module.adapter_layer_names == SoftMoALayer.adapter_layer_names

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import prod
 from typing import Any, Optional
 
@@ -16,17 +15,20 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .averaging import average_into, check_average
-from .checkpointing import let_gradients_in
+from .calls.checkpointing import require_input_gradients
+from .calls.forward_pass import ForwardPasses, find_passes
+from .calls.hooks import Sources, follow_calls
+from .calls.mixed_batch import make_mixed_batch
 from .config import SoftMoAConfig
-from .head import check_head, count_saved, find_saved, fit_heads, name_labels, saved_shapes
-from .layer import CANNOT_MERGE, SoftMoALayer
-from .load_balancing import Collecting
-from .loading import check_shapes, check_size, embedding_shapes
-from .mixed_batch import check_call, make_mixed_batch, run_by_sample
-from .mixture import parameter_shapes
-from .placement import Target, choose_targets, find_patch_grid, find_targets, is_target
-from .shapes import block_widths
-from .structure import find_module
+from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted, scope_of
+from .registration import SOFTMOA, current_key
+from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
+from .targets.choice import Target, find_targets, is_target
+from .targets.description import mixture_options, mixture_shapes
+from .targets.layers import find_module
+from .targets.placement import choose_targets
+from .targets.probes import block_widths
+from .targets.saved_modules import check_head, count_saved, find_saved, fit_heads, name_labels, saved_shapes
 
 
 class SoftMoAModel(BaseTuner):
@@ -75,23 +77,26 @@ class SoftMoAModel(BaseTuner):
                 f"`task_type='{peft_config.task_type}'` is for models that generate text, which {type(model).__name__} "
                 "does not. Leave it out."
             )
-        loaded = peft_config.loaded_shapes()
+        source = peft_config.loaded_from
+        loaded = None if source is None else read_shapes(source.model_id, source.subfolder, **source.hub)
         choose_targets(peft_config, model)
         self._targets = targets = find_targets(peft_config, model)
-        self._patch_grid = find_patch_grid(self.get_model_config(model)) if peft_config.patch_grid else None
         saved = find_saved(peft_config, model, targets.values())
         if peft_config.label_names is not None:
             check_head(model, saved, peft_config.label_names)
-        widths = [(target.in_features, target.out_features) for target in targets.values()]
-        blocks = parameter_shapes(peft_config, widths, self._patch_grid)
+        self._options = mixture_options(model, peft_config)
+        self._forward_passes = next(iter(find_passes(model)), None) or ForwardPasses()
+        blocks = mixture_shapes(model, peft_config, targets.values())
         parameters = sum(prod(shape) for shapes in blocks for shape in shapes.values())
         check_size(peft_config, parameters + count_saved(model, saved.values(), peft_config.label_names), model)
         if loaded is not None:
             parts = {name: saved_shapes(model, module, peft_config.label_names) for name, module in saved.items()}
             expected = {f"{name}.{tensor}": shape for name, part in parts.items() for tensor, shape in part.items()}
             for target, shapes in zip(targets, blocks):
-                expected.update({f"{target}.{self.prefix}{tensor}": shape for tensor, shape in shapes.items()})
-            check_shapes(loaded, expected, embedding_shapes(model))
+                expected.update({f"{target}.softmoa_mixture.{tensor}": shape for tensor, shape in shapes.items()})
+            check_shapes(
+                {current_key(name): shape for name, shape in loaded.items()}, expected, embedding_shapes(model)
+            )
 
     def _create_and_replace(
         self,
@@ -105,12 +110,11 @@ class SoftMoAModel(BaseTuner):
     ) -> None:
         # Where PEFT goes by the names in a state dict, a module may be none of the config's targets.
         where = self._targets.get(current_key) or Target(current_key, None, *block_widths(current_key, target))
-        if isinstance(target, SoftMoALayer):
-            target.update_layer(adapter_name, peft_config, where, self._patch_grid)
+        if is_adapted(target):
+            target.update_layer(adapter_name, where, self._options, peft_config.scaling)
         else:
-            target = SoftMoALayer(target, adapter_name, peft_config, where, self._patch_grid)
-            self._replace_module(parent, target_name, target, target.base_layer)
-        target.connect(adapter_name, self.model)
+            new = SoftMoALayer(target, adapter_name, where, self._options, peft_config.scaling, self._forward_passes)
+            self._replace_module(parent, target_name, new, new.base_layer)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SoftMoAConfig) -> None:
         # PEFT would match a regular expression here without a limit of time; text embeddings are never adapted.
@@ -135,20 +139,35 @@ class SoftMoAModel(BaseTuner):
         self._add_hooks(model, adapter_name)
 
     def _add_hooks(self, model: nn.Module, adapter_name: str) -> None:
-        """Add the hooks of an adapter that belong to more than one block; one block of each encoder removes them."""
-        lists: dict[Optional[str], SoftMoALayer] = {}
-        for module in model.modules():
-            if isinstance(module, SoftMoALayer) and adapter_name in module.softmoa_targets:
-                layer = module.softmoa_targets[adapter_name].layer
-                # The outermost list around the block.
-                lists.setdefault(layer and re.split(r"\.?\b\d+\b", layer)[0], module)
-        for path, module in lists.items():
+        """Add the hooks of an adapter; one block of each encoder removes them."""
+        blocks = [module for module in model.modules() if is_adapted(module) and adapter_name in module.softmoa_targets]
+        layers: dict[str, Sources] = {}
+        encoders: dict[Optional[str], SoftMoALayer] = {}
+        for block in blocks:
+            target = block.softmoa_targets[adapter_name]
+            # The outermost list around the block.
+            encoders.setdefault(target.layer and re.split(r"\.?\b\d+\b", target.layer)[0], block)
+            if target.layer is not None or target.entry is not None:
+                scope = scope_of(target)
+                sources = layers.setdefault(scope, Sources(find_module(model, scope)))
+                if target.entry is not None:
+                    sources.entries[target.entry] = find_module(model, target.entry)
+                if not block.takes_mask:
+                    sources.masks.update({name: find_module(model, name) for name in target.masks})
+        for path, block in encoders.items():
             if path is not None:
                 encoder = model.get_submodule(path.rpartition(".")[0])
                 hooked = [encoder, *model.get_submodule(path).children()] if path else [encoder]
-                module.softmoa_hooks[adapter_name] += map(let_gradients_in, hooked)
-        if self.peft_config[adapter_name].router_aux_loss_coef:
-            next(iter(lists.values())).softmoa_hooks[adapter_name].append(Collecting(model))
+                block.softmoa_hooks[adapter_name] += map(require_input_gradients, hooked)
+        wrappers = [
+            module
+            for module in model.modules()
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        ]
+        if blocks:
+            blocks[0].softmoa_hooks[adapter_name] += follow_calls(
+                model, blocks[0].forward_passes, adapter_name, layers, wrappers
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
@@ -164,32 +183,8 @@ class SoftMoAModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `eval()` first.")
         batch = make_mixed_batch(self.model, adapter_names, self.peft_config, kwargs)
-        modules = list(self.model.modules())
-        layers = [module for module in modules if isinstance(module, SoftMoALayer)]
-        wrappers = {
-            module: vars(module).get("forward") for module in modules if isinstance(module, ModulesToSaveWrapper)
-        }
-        # In a layer the rows of a block may be windows; what the layer is called with are samples.
-        around = {target.layer for layer in layers for target in layer.softmoa_targets.values() if target.layer}
-        checked = [find_module(self.model, name) for name in around]
-        checked += [layer for layer in layers if not any(target.layer for target in layer.softmoa_targets.values())]
-        hooks = [module.register_forward_pre_hook(partial(check_call, batch), with_kwargs=True) for module in checked]
-        try:
-            for layer in layers:
-                layer.mixed_batch = batch
-            for wrapper in wrappers:
-                wrapper.forward = partial(run_by_sample, batch, wrapper)  # type: ignore[method-assign]
+        with find_passes(self.model)[0].mixing(batch):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for layer in layers:
-                layer.mixed_batch = None
-            for wrapper, forward in wrappers.items():
-                if forward is None:
-                    del wrapper.forward
-                else:
-                    wrapper.forward = forward  # type: ignore[method-assign]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -228,6 +223,21 @@ class SoftMoAModel(BaseTuner):
         self.inject_adapter(self.model, new_name)
         average_into(self.model, names, shares, new_name)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """LoRA's name for a combination of adapters; here it is `average_adapters`.
+
+        Args:
+            args (Any): not used.
+            kwargs (Any): not used.
+
+        Raises:
+            ValueError: always; it says what to call.
+        """
+        raise ValueError(
+            "The experts of a Soft-MoA adapter cannot be combined as LoRA's matrices can. The average of the weights "
+            "of adapters with a common start is `average_adapters(adapter_names, weights, new_name)`."
+        )
+
     def unload(self) -> nn.Module:
         """Give the base model back as it was, with its own head and labels.
 
@@ -239,35 +249,45 @@ class SoftMoAModel(BaseTuner):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
         for module in self.model.modules():
-            if isinstance(module, SoftMoALayer):
+            if is_adapted(module):
                 for adapter_name in list(self.peft_config):
                     module.delete_adapter(adapter_name)
         self._name_labels(enabled=False)
         return super().unload()
 
     def unmerge_adapter(self) -> None:
-        """Impossible: raises ValueError."""
+        """Impossible.
+
+        Raises:
+            ValueError: always; it says why.
+        """
         raise ValueError(CANNOT_MERGE)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        before, mixture, after = key.rpartition(f".softmoa_mixture.{adapter_name}.")
+        return (
+            f"{before}.softmoa_mixture.{after}" if mixture else super()._remove_adapter_name_from_key(key, adapter_name)
+        )
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SoftMoAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        current = {current_key(key): tensor for key, tensor in state_dict.items()}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, current)
         # Any other tensor would replace one of the base model's.
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         others = {f"base_model.model.{name}" for name in embedding_shapes(base)}
         given = {key for key in remapped if f".modules_to_save.{adapter_name}." not in key} - others
         expected = {
-            f"{name}.{container}.{adapter_name}.{parameter}"
+            f"{name}.softmoa_mixture.{adapter_name}.{parameter}"
             for name, layer in model.named_modules()
-            if isinstance(layer, SoftMoALayer)
-            for container in layer.adapter_layer_names
-            if adapter_name in getattr(layer, container)
-            for parameter, _ in getattr(layer, container)[adapter_name].named_parameters()
+            if is_adapted(layer) and adapter_name in layer.softmoa_mixture
+            for parameter, _ in layer.softmoa_mixture[adapter_name].named_parameters()
         }
         # FSDP wraps modules, and its state has the names without the wrapping.
         expected = {key.replace("_fsdp_wrapped_module.", "") for key in expected}
@@ -284,5 +304,5 @@ class SoftMoAModel(BaseTuner):
         """Let the model's config name the classes of the head that is in use."""
         active = [self.peft_config[name] for name in self.active_adapters] if enabled else []
         # transformers can hold adapters of other methods in the same dict.
-        label_names = [config.label_names for config in active if isinstance(config, SoftMoAConfig)]
+        label_names = [config.label_names for config in active if config.peft_type == SOFTMOA]
         name_labels(self.model, next(filter(None, label_names), None))

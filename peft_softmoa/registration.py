@@ -13,9 +13,17 @@ import peft
 from packaging.version import Version
 from peft import mapping
 from peft.utils import PeftType
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightRenaming
 
 OLDEST_PEFT = "0.21.0"
 NEWEST_TESTED_PEFT = "0.21.2"
+
+# The containers of an adapter's parameters before version 0.2, and where their parameters are now.
+FIRST_CONTAINERS = {"softmoa_router": "router", "softmoa_experts": "experts"}
 
 
 def _unsupported(reason: str) -> ImportError:
@@ -64,6 +72,36 @@ def add_peft_type(name: str) -> PeftType:
 
 
 SOFTMOA = add_peft_type("SOFTMOA")
+
+
+def current_key(key: str) -> str:
+    """The name of a tensor of an adapter, also of one that a version before 0.2 has saved.
+
+    Args:
+        key (str): the name in the file.
+
+    Returns:
+        str: the name that it has now.
+    """
+    for container, part in FIRST_CONTAINERS.items():
+        key = key.replace(f".{container}.", f".softmoa_mixture.{part}.")
+    return key
+
+
+def rename_first_containers() -> None:
+    """Let transformers, which reads adapters by itself, find the tensors of adapters from before version 0.2.
+
+    It first adds the adapter's name to a tensor's name, and then applies its own list of renamings; doing it again
+    changes nothing.
+    """
+    renamings = get_checkpoint_conversion_mapping("legacy")
+    if any(pattern.startswith("softmoa") for renaming in renamings for pattern in renaming.source_patterns):
+        return
+    renamings += [
+        WeightRenaming(rf"{container}\.([^\.]+)", rf"softmoa_mixture.\1.{part}")
+        for container, part in FIRST_CONTAINERS.items()
+    ]
+    register_checkpoint_conversion_mapping("legacy", renamings, overwrite=True)
 
 
 def register(config_cls: type, model_cls: type) -> None:

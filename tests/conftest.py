@@ -12,7 +12,7 @@ import soundfile
 import torch
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification, Wav2Vec2Config, Wav2Vec2Model
 
-from peft_softmoa import layer as layer_module
+from peft_softmoa.method import Mixture
 
 SAMPLING_RATE = 16_000
 MEL_BINS = 128
@@ -140,11 +140,11 @@ def masks(monkeypatch):
     """The token masks that mixtures are called with, in their order."""
     seen = []
 
-    def keep(hidden, tokens, router, experts, mask, scaling, add_mixture=layer_module.add_mixture):
+    def keep(self, tokens, mask=None, *, forward=Mixture.forward, **options):
         seen.append(mask)
-        return add_mixture(hidden, tokens, router, experts, mask, scaling)
+        return forward(self, tokens, mask, **options)
 
-    monkeypatch.setattr(layer_module, "add_mixture", keep)
+    monkeypatch.setattr(Mixture, "forward", keep)
     return seen
 
 

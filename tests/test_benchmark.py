@@ -17,7 +17,7 @@ from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.mixture import add_mixture, build_mixture
+from peft_softmoa.method.mixture import add_mixture, build_mixture
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "examples" / "benchmark" / "results").glob("*.json"))

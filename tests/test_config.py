@@ -25,7 +25,7 @@ def test_defaults_are_the_papers():
         "scaling": 1.0,
         "init_weights": True,
     }
-    assert {name: getattr(config, name) for name in expected} == expected
+    assert {name: config.choices()[name] for name in expected} == expected
     assert config.peft_type is PeftType.SOFTMOA
 
 
@@ -150,9 +150,20 @@ def test_fields_that_belong_to_a_choice(options, field, value, allowed):
 def test_defaults_of_fields_that_belong_to_a_choice(options, expected, tmp_path):
     config = SoftMoAConfig(**options)
     names = ("num_slots", "top_k", "router_aux_loss_coef", "capacity_factor", "kernel_size")
-    assert {name: getattr(config, name) for name in names} == {name: expected.get(name) for name in names}
+    assert all(getattr(config, name) is None for name in names if name not in options)
+    assert {name: config.choices()[name] for name in names} == {name: expected.get(name) for name in names}
     config.save_pretrained(tmp_path)
     assert SoftMoAConfig.from_pretrained(tmp_path) == config
+
+
+def test_another_choice_leaves_nothing_of_the_one_before():
+    """The defaults of a choice are put in when an adapter is built, so that a config can be changed by a field."""
+    config = SoftMoAConfig()
+    for routing in ("dense", "top_k", "expert_choice", "soft"):
+        config = dataclasses.replace(config, routing=routing)
+        assert config.mixture_options()["routing"] == routing
+    with pytest.raises(ValueError, match="`num_slots` must be left out unless routing='soft'"):
+        dataclasses.replace(SoftMoAConfig(num_slots=2), routing="dense")
 
 
 def test_a_convolution_over_one_slot_is_warned_of():

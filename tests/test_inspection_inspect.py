@@ -19,7 +19,7 @@ from peft_softmoa.inspection import Record, expert_report, reading_map
 from peft_softmoa.inspection.clips import ClipReading, mel_frequencies
 from peft_softmoa.inspection.inspect_adapter import find_peaks, inspect_adapter
 from peft_softmoa.inspection.plots import Clip
-from peft_softmoa.placement import find_patch_grid
+from peft_softmoa.targets.architectures import find_patch_grid
 from peft_softmoa.training import ExtractFeatures, decode_audio
 
 
@@ -233,9 +233,9 @@ def test_a_base_model_in_half_precision(clip, tmp_path):
 
 def test_an_adapter_that_has_diverged(base_folder, clip, tmp_path):
     model = get_peft_model(ASTForAudioClassification.from_pretrained(base_folder), SoftMoAConfig())
-    model.base_model.model.audio_spectrogram_transformer.layers[1].attention.softmoa_router["default"].slots.data.fill_(
-        torch.nan
-    )
+    model.base_model.model.audio_spectrogram_transformer.layers[1].attention.softmoa_mixture[
+        "default"
+    ].router.slots.data.fill_(torch.nan)
     model.save_pretrained(tmp_path / "adapter")
     says = refused(tmp_path / "adapter", "--audio", clip, "--output_dir", tmp_path / "out")
     assert "layers.1.attention' the adapter 'default' gives numbers that are not finite: it has diverged" in says

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from peft_softmoa.experts import PatchGrid
 from peft_softmoa.inspection.maps import reading_map
 from peft_softmoa.inspection.records import Record
 from peft_softmoa.inspection.report import BlockReport, ExpertReport
+from peft_softmoa.method import PatchGrid
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'peft-softmoa[plot]'")
 

@@ -9,7 +9,7 @@ from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 from peft_softmoa.inspection import find_layers, record_routing
-from peft_softmoa.mixture import add_mixture
+from peft_softmoa.method.mixture import add_mixture
 
 ROUTINGS = {
     "soft": {},
@@ -50,7 +50,7 @@ def test_a_record_is_what_the_mixture_does(tiny_ast, spectrograms, choices):
         model(spectrograms)
     assert [record.block for record in records] == [block.name for block in blocks]
     for block, record in zip(blocks, records):
-        router, experts = block.softmoa_router["default"], block.softmoa_experts["default"]
+        router, experts = block.softmoa_mixture["default"].router, block.softmoa_mixture["default"].experts
         tokens = seen[block.name]
         batch, length, width = tokens.shape
         number, slots = choices.get("num_experts", 3), choices.get("num_slots", 1)

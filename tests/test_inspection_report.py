@@ -9,10 +9,10 @@ from peft import get_peft_model
 from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.experts import PatchGrid
 from peft_softmoa.inspection import Record, expert_report, find_layers, reading_map, record_routing
 from peft_softmoa.inspection.report import ExpertReport, Statistics, short_names
-from peft_softmoa.placement import find_patch_grid
+from peft_softmoa.method import PatchGrid
+from peft_softmoa.targets.architectures import find_patch_grid
 
 EXPERTS = 4
 CLASSES = tuple(f"class {index}" for index in range(EXPERTS))
@@ -52,7 +52,7 @@ def planted(slots=range(EXPERTS), stride=PATCH, **choices):
             embeddings.patch_embeddings.projection.weight[index, 0] = pattern(index)
         embeddings.position_embeddings[..., -1] = 8.0
     model = get_peft_model(model, SoftMoAConfig(num_experts=len(slots), r=2, init_weights=False, **choices)).eval()
-    router = next(iter(find_layers(model))).softmoa_router["default"]
+    router = next(iter(find_layers(model))).softmoa_mixture["default"].router
     with torch.no_grad():
         router.slots.zero_()
         for expert, index in enumerate(slots):
@@ -142,7 +142,7 @@ def test_experts_that_add_nothing_are_silent():
 def test_numbers_that_are_not_finite():
     model = planted()
     with torch.no_grad():
-        next(iter(find_layers(model))).softmoa_experts["default"].up_weight.fill_(torch.nan)
+        next(iter(find_layers(model))).softmoa_mixture["default"].experts.up_weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="layers.0.attention' the adapter 'default' gives numbers that are not finite"):
         expert_report(model, spread([0]), show_progress=False)
 
@@ -154,7 +154,7 @@ def test_weights_of_tokens_are_no_choice_of_slots():
         ASTForAudioClassification(tiny_ast_config()), SoftMoAConfig(routing="dense", init_weights=False)
     )
     for layer in find_layers(model):
-        layer.softmoa_router["default"].weight.data.zero_()
+        layer.softmoa_mixture["default"].router.weight.data.zero_()
     report = expert_report(model, spread(range(EXPERTS)), show_progress=False)
     assert {finding.kind for finding in report.findings} == {"twins"}
     assert "have the same weights for all tokens (similarity 1.00). 1 of 7 would do." in report.findings[0].text
@@ -204,7 +204,7 @@ def test_an_idle_expert_and_twins_are_named():
 def test_slots_that_do_not_choose_are_no_twins():
     model = planted([0, 1, 2])
     with torch.no_grad():
-        next(iter(find_layers(model))).softmoa_router["default"].slots[:, :2] = 0.0
+        next(iter(find_layers(model))).softmoa_mixture["default"].router.slots[:, :2] = 0.0
     report = expert_report(model, spread(range(EXPERTS)), show_progress=False)
     [finding] = report.findings
     assert finding.kind == "broad" and finding.experts == (0, 1)

@@ -4,10 +4,10 @@ from operations import Operations
 from torch import nn
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
-from peft_softmoa.experts import PatchGrid
-from peft_softmoa.mixture import add_mixture
-from peft_softmoa.placement import Target
-from peft_softmoa.shapes import block_widths
+from peft_softmoa.calls.forward_pass import ForwardPasses
+from peft_softmoa.method import PatchGrid
+from peft_softmoa.targets.choice import Target
+from peft_softmoa.targets.probes import block_widths
 
 CONFIG = SoftMoAConfig(num_experts=3, num_slots=2, r=4, scaling=0.5, init_weights=False)
 
@@ -23,9 +23,13 @@ class Attention(nn.Module):
         return scale * self.projection(hidden_states), "weights", 3
 
 
-def make(base_layer, config=CONFIG):
+def make(base_layer, config=CONFIG, where=None, grid=None):
     torch.manual_seed(0)
-    return SoftMoALayer(base_layer, "default", config, target(base_layer))
+    options = config.mixture_options()
+    if grid is not None:
+        options["expert_options"]["patch_grid"] = grid
+    where = where or target(base_layer)
+    return SoftMoALayer(base_layer, "default", where, options, config.scaling, ForwardPasses())
 
 
 def target(base_layer):
@@ -33,9 +37,9 @@ def target(base_layer):
 
 
 def mixture(layer, tokens, adapter_name="default"):
-    """What the experts say, alone."""
-    router, experts = layer.softmoa_router[adapter_name], layer.softmoa_experts[adapter_name]
-    return add_mixture(torch.zeros(*tokens.shape[:2], experts.up_weight.shape[-1]), tokens, router, experts)[0]
+    """What the mixture adds, alone and unscaled."""
+    nothing = torch.zeros(*tokens.shape[:2], layer.out_features)
+    return layer.softmoa_mixture[adapter_name](tokens, added_to=nothing)[0]
 
 
 def test_adds_the_scaled_mixture_to_a_linear_layer():
@@ -64,7 +68,8 @@ def test_plain_rows_are_one_token_per_sample():
 
 def test_active_adapters_add_up():
     layer = make(Attention())
-    layer.update_layer("other", SoftMoAConfig(num_experts=2, r=3, init_weights=False), target(layer.base_layer))
+    options = SoftMoAConfig(num_experts=2, r=3, init_weights=False).mixture_options()
+    layer.update_layer("other", target(layer.base_layer), options, 1.0)
     tokens = torch.randn(2, 5, 6)
     base = layer.base_layer(tokens)[0]
     first, second = 0.5 * mixture(layer, tokens), mixture(layer, tokens, "other")
@@ -108,8 +113,7 @@ def test_tokens_of_the_wrong_shape(shape):
 
 def test_what_the_mixture_refuses_names_the_block():
     config = SoftMoAConfig(routing="dense", expert_type="convolution", patch_grid=True)
-    base_layer = nn.Linear(6, 6)
-    layer = SoftMoALayer(base_layer, "default", config, target(base_layer), PatchGrid(2, 3, 4))
+    layer = make(nn.Linear(6, 6), config, grid=PatchGrid(2, 3, 4))
     with pytest.raises(ValueError, match="^In the adapted block 'encoder.block': `patch_grid` takes 14 tokens.*got 5"):
         layer(torch.randn(2, 5, 6))
 
@@ -158,7 +162,7 @@ def test_a_block_that_returns_another_number_of_tokens():
         def forward(self, input):
             return super().forward(input[:, ::2])
 
-    layer = SoftMoALayer(Pooling(6, 6), "default", CONFIG, Target("encoder.block", None, 6, 6))
+    layer = make(Pooling(6, 6), where=Target("encoder.block", None, 6, 6))
     with pytest.raises(ValueError, match=r"block 'encoder.block': For tokens \(2, 5, 6\) .* it returns \(2, 3, 6\)"):
         layer(torch.randn(2, 5, 6))
 
@@ -177,11 +181,11 @@ def test_every_choice_of_the_config_reaches_its_part():
         num_experts=3, num_slots=2, r=4, normalize=True, activation="relu", dropout=0.25, scaling=0.5
     )
     layer = make(nn.Linear(6, 9), config)
-    router, experts = layer.softmoa_router["default"], layer.softmoa_experts["default"]
+    router, experts = layer.softmoa_mixture["default"].router, layer.softmoa_mixture["default"].experts
     assert router.slots.shape == (6, 3 * 2) and router.scale is not None
     assert experts.down_weight.shape == (3, 6, 4) and experts.up_weight.shape == (3, 4, 9)
     assert isinstance(experts.activation, nn.ReLU) and experts.dropout.p == 0.25
-    assert layer.softmoa_scaling == {"default": 0.5}
+    assert layer.scaling == {"default": 0.5}
 
 
 def test_fresh_layer_is_an_exact_no_op():

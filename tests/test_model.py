@@ -12,6 +12,7 @@ from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel, Wav2Vec2Model
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
+from peft_softmoa.calls.forward_pass import find_passes
 
 
 def adapted(model):
@@ -459,10 +460,13 @@ def saved_adapter(tiny_ast, folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_experts": 6}, r"'.*softmoa_router.default.slots' has shape \(32, 7\).*config gives \(32, 6\)"),
-        ({"r": 7}, r"'.*softmoa_experts.default.down_weight' has shape \(7, 32, 6\).*config gives \(7, 32, 7\)"),
-        ({"normalize": True}, "lacks 2 tensors: .*softmoa_router.default.scale"),
-        ({"placement": "both", "target_modules": None}, "lacks 10 tensors: .*mlp.softmoa_experts"),
+        ({"num_experts": 6}, r"'.*softmoa_mixture.default.router.slots' has shape \(32, 7\).*config gives \(32, 6\)"),
+        (
+            {"r": 7},
+            r"'.*softmoa_mixture.default.experts.down_weight' has shape \(7, 32, 6\).*config gives \(7, 32, 7\)",
+        ),
+        ({"normalize": True}, "lacks 2 tensors: .*softmoa_mixture.default.router.scale"),
+        ({"placement": "both", "target_modules": None}, "lacks 10 tensors: .*mlp.softmoa_mixture"),
         ({"layers_to_transform": [0]}, "against its config, 5 tensors: .*layers.1.attention"),
     ],
 )
@@ -583,25 +587,10 @@ def test_an_error_in_a_pass_leaves_nothing_behind():
     model.get_base_model().encoder.layers[0].feed_forward.intermediate_act_fn = None
     with pytest.raises(TypeError):
         outputs("Wav2Vec2", model)
-    for module in model.modules():
-        if isinstance(module, SoftMoALayer):
-            call = module.softmoa_calls["default"]
-            assert call.tokens is None and call.mask is None and not call.is_open
+    [passes] = find_passes(model)
+    assert passes.open == []
     model.get_base_model().encoder.layers[0].feed_forward.intermediate_act_fn = dense
     assert torch.equal(outputs("Wav2Vec2", model), wanted)
-
-
-def test_hooks_of_replicas_are_refused():
-    """torch.nn.DataParallel copies modules, but not what their hooks keep."""
-    for placement, refused in (("attention", False), ("ffn", True)):
-        model = get_peft_model(build("Wav2Vec2"), SoftMoAConfig(placement=placement))
-        for module in model.modules():
-            module._is_replica = True
-        if refused:
-            with pytest.raises(ValueError, match="does not run under torch.nn.DataParallel.*accelerate launch"):
-                outputs("Wav2Vec2", model)
-        else:
-            outputs("Wav2Vec2", model)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import tiny_ast_config
 from hub import loopback_hub
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import ASTForAudioClassification, AutoFeatureExtractor, AutoModelForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.registration import current_key
 
 WAYS = {
     "PeftModel": "PeftModel.from_pretrained(AutoModelForAudioClassification.from_pretrained(base), adapter)",
@@ -44,6 +47,9 @@ for adapter in adapters:
         assert torch.equal(logits, expected[adapter]), (adapter, name, (logits - expected[adapter]).abs().max())
 print("all equal")
 """
+
+DATA = Path(__file__).parent / "data"
+VERSION_0_1 = sorted((DATA / "version_0_1").iterdir())
 
 
 def make_adapter(base_folder, **options):
@@ -94,18 +100,48 @@ def test_loads_equal_in_a_new_process(base_folder, spectrograms, tmp_path):
     assert "all equal" in result.stdout, result.stderr
 
 
-def test_an_adapter_of_the_first_version_still_loads():
-    """Written when there was no routing, expert type and the like to choose."""
-    folder = Path(__file__).parent / "data" / "first_version"
-    assert not {"routing", "expert_type", "train_norms"} & set(json.loads((folder / "adapter_config.json").read_text()))
-    config = tiny_ast_config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    model = ASTForAudioClassification(config).eval()
+def known_model(**config):
+    """A model whose weights follow from a formula, with logits of two known inputs."""
+    config = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, **config}
+    model = ASTForAudioClassification(tiny_ast_config(**config)).eval()
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
             parameter.copy_(0.2 * torch.sin(torch.arange(parameter.numel()) + index).view_as(parameter))
-        logits = PeftModel.from_pretrained(model, folder)(torch.sin(torch.arange(2 * 64 * 128)).view(2, 64, 128)).logits
-    torch.testing.assert_close(logits, torch.from_numpy(np.load(folder / "logits.npy")), rtol=1e-5, atol=1e-6)
+    return model
+
+
+@torch.no_grad()
+def known_logits(model):
+    return model(torch.sin(torch.arange(2 * 64 * 128)).view(2, 64, 128)).logits
+
+
+def load_by_peft(model, folder):
+    return PeftModel.from_pretrained(model, folder)
+
+
+def load_by_transformers(model, folder):
+    model.load_adapter(folder)
+    return model
+
+
+@pytest.mark.parametrize("load", [load_by_peft, load_by_transformers])
+@pytest.mark.parametrize("folder", [DATA / "first_version", *VERSION_0_1], ids=lambda path: path.name)
+def test_adapters_of_earlier_versions_still_load(folder, load):
+    """The first one was written when there was no routing, expert type and the like to choose."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        saved = {current_key(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+    model = load(known_model(), folder)
     assert list(model.config.id2label.values()) == ["cat", "dog", "owl"]
+    loaded = get_peft_model_state_dict(model, adapter_name="default")
+    loaded = {f"base_model.model.{name.removeprefix('base_model.model.')}": each for name, each in loaded.items()}
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+    expected = torch.from_numpy(np.load(folder / "logits.npy"))
+    torch.testing.assert_close(known_logits(model), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_there_are_adapters_of_every_kind():
+    assert len(VERSION_0_1) == 16
 
 
 def test_the_folder_holds_safetensors_config_and_card(base_folder, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_softmoa import SoftMoALayer
-from peft_softmoa.shapes import find_tokens
+from peft_softmoa.calls.masks import find_tokens
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -105,5 +105,5 @@ def write_literally(model: nn.Module, routing: str) -> None:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, SoftMoALayer):
-            mixture = LITERAL[routing](layer.softmoa_router["default"], layer.softmoa_experts["default"])
+            mixture = LITERAL[routing](layer.softmoa_mixture["default"].router, layer.softmoa_mixture["default"].experts)
             model.set_submodule(name, LiteralBlock(layer.base_layer, mixture))

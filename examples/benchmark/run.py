@@ -37,8 +37,8 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import record_routing
 from peft_softmoa.inspection.callback import utilization
 from peft_softmoa.inspection.report import Statistics
-from peft_softmoa.mixture import add_mixture, build_mixture
-from peft_softmoa.routing import soft_routing
+from peft_softmoa.method.mixture import add_mixture, build_mixture
+from peft_softmoa.method.routing import soft_routing
 from peft_softmoa.training import AudioStream, ExtractFeatures, Survey, load_rows, make_loader
 
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.

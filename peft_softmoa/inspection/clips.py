@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 from transformers.utils import FEATURE_EXTRACTOR_NAME, cached_file
 
-from ..experts import PatchGrid
-from ..placement import find_encoder, known_patch_grid
+from ..method import PatchGrid
 from ..registration import SOFTMOA
+from ..targets.architectures import known_patch_grid
+from ..targets.placement import find_encoder
 from ..training.data import AudioError, decode_audio
 from .maps import ReadingMap, reading_map
 from .plots import Clip

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..experts import PatchGrid
+from ..method import PatchGrid
 from .records import Record
 
 

@@ -1,4 +1,4 @@
-"""Records: what the mixtures of a model read, and what they say, while it runs.
+"""Records: what the mixtures of a model read, and what they add, while it runs.
 
 Letters of all shapes: B batch, T tokens, D hidden size, N experts, P slots per expert.
 """
@@ -9,15 +9,14 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple, Optional, cast
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
-from ..experts import BottleneckExperts
-from ..kernels import without_autocast
-from ..layer import SoftMoALayer
-from ..mixture import Router, SoftRouter
+from ..calls.forward_pass import find_passes
+from ..layer import SoftMoALayer, is_adapted
+from ..method.routers import SoftRouter
 
 
 class Record(NamedTuple):
@@ -59,14 +58,14 @@ def record_routing(model: nn.Module) -> Iterator[list[Record]]:
         ValueError: if the model has no Soft-MoA adapter or, while it runs, a mask of tokens in a form that is not
             understood.
     """
-    layers = find_layers(model)
+    find_layers(model)  # there have to be some
     if any(isinstance(each, torch._dynamo.OptimizedModule) or each._compiled_call_impl for each in model.modules()):
         warnings.warn("The compiled model runs eagerly while its routing is recorded.", stacklevel=3)
     records: list[Record] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer, base in layers.items():
-            stack.enter_context(layer.recording(base, partial(_record, records, layer)))
+        for passes in find_passes(model):
+            stack.enter_context(passes.recording(partial(_record, records)))
         yield records
 
 
@@ -85,7 +84,7 @@ def find_layers(model: nn.Module) -> dict[SoftMoALayer, nn.Module]:
     layers = {
         module: model.get_submodule(path.removesuffix(module.name).rstrip("."))
         for path, module in model.named_modules()
-        if isinstance(module, SoftMoALayer)
+        if is_adapted(module)
     }
     if not layers:
         raise ValueError(
@@ -97,15 +96,13 @@ def find_layers(model: nn.Module) -> dict[SoftMoALayer, nn.Module]:
 
 @torch.no_grad()
 def _record(records: list[Record], layer: SoftMoALayer, adapter: str, tokens: Tensor, mask: Optional[Tensor]) -> None:
-    router = cast(Router, layer.softmoa_router[adapter])
-    experts = cast(BottleneckExperts, layer.softmoa_experts[adapter])
-    was_training = experts.training
+    mixture = layer.softmoa_mixture[adapter]
+    was_training = mixture.training
     try:
-        experts.eval()  # dropout would draw random numbers that the model's own pass then misses
-        with without_autocast(tokens.device.type):
-            weights = router.record(tokens.detach(), experts, mask, layer.softmoa_scaling[adapter])
+        mixture.eval()  # dropout would draw random numbers that the model's own pass then misses
+        weights = mixture.record(tokens.detach(), mask, layer.scaling[adapter])
     finally:
-        experts.train(was_training)
+        mixture.train(was_training)
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    records.append(Record(layer.name, adapter, *weights, mask, isinstance(router, SoftRouter)))
+    records.append(Record(layer.name, adapter, *weights, mask, isinstance(mixture.router, SoftRouter)))

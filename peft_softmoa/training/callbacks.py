@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..load_balancing import used_router_aux_loss
+from ..calls.router_losses import used_router_aux_loss
 
 
 class LogRouterLoss(TrainerCallback):

@@ -1,0 +1,1 @@
+"""What one forward pass carries, and how it gets there."""

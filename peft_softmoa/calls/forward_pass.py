@@ -1,0 +1,237 @@
+"""What belongs to one forward pass of a model, and not to the model.
+
+A thread has its own passes, the innermost last: a call of the model within a call is a pass of its own. Hooks open and
+close them (`hooks.py`), adapted blocks read them. Nothing of a call lies on a module.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .masks import Mask
+from .mixed_batch import MixedBatch
+
+# Is called with an adapted block, an adapter's name, the tokens that its mixture reads, and their mask.
+Recorder = Callable[[Any, str, Tensor, Optional[Tensor]], None]
+
+# Name of the model among its layers.
+MODEL = ""
+
+
+class CallKey(NamedTuple):
+    """Which adapter has blocks in which layer."""
+
+    adapter: str
+    layer: str
+
+
+class LayerCall:
+    """What one call of a layer, or of the model, tells the adapted blocks of one adapter in it."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, Any] = {}  # what each module is called with in which a block begins
+        self.mask: Optional[Mask] = None
+        self.mask_sources: set[str] = set()  # the modules that have told the mask, also that there is none
+        self.mask_readers: set[str] = set()  # the blocks that have read it
+
+
+class ForwardPass:
+    """One forward pass.
+
+    Args:
+        mixed_batch (MixedBatch, optional): the adapter of each sample. Default: the active ones, for all.
+    """
+
+    def __init__(self, mixed_batch: Optional[MixedBatch] = None) -> None:
+        self.mixed_batch = mixed_batch
+        self.router_losses: Optional[list[Tensor]] = None  # None: they are not collected
+        self.calls: dict[CallKey, LayerCall] = {}  # those that have begun and not ended
+
+
+class ForwardPasses(threading.local):
+    """The forward passes of one model, each thread's own; copies of the model begin without any."""
+
+    def __init__(self) -> None:
+        self.open: list[ForwardPass] = []
+        self.recorders: tuple[Recorder, ...] = ()
+        # The load-balancing loss of the latest pass in training, and whether anybody has added it to another.
+        self.router_loss: Optional[Tensor] = None
+        self.router_loss_is_used = False
+        # A mixed batch is for passes that are not within another one: how many were open when it began.
+        self._mixed_batch: Optional[MixedBatch] = None
+        self._depth = 0
+        # What modules tell that gradient checkpointing runs again in the backward pass, when no call is open.
+        self._recomputed: dict[CallKey, LayerCall] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardPasses, ()
+
+    @property
+    def current(self) -> ForwardPass:
+        """The innermost pass; a new one that nobody keeps if there is none."""
+        return self.open[-1] if self.open else self._new()
+
+    def enter(self, key: CallKey) -> bool:
+        """Note that the model or a layer is called.
+
+        Args:
+            key (CallKey): by which adapter's hook, and which layer.
+
+        Returns:
+            bool: whether a pass begins with it.
+        """
+        is_model = key.layer == MODEL
+        if is_model:
+            self._recomputed.clear()
+        calls = self.open[-1].calls if self.open else None
+        # Else it is another adapter's hook of the same call, or a layer in it.
+        begins = calls is None or key in calls or (is_model and any(each.layer != MODEL for each in calls))
+        if begins:
+            self.open.append(self._new())
+        self.open[-1].calls[key] = LayerCall()
+        return begins
+
+    def leave(self, key: CallKey) -> Optional[ForwardPass]:
+        """Note that a call has returned or failed.
+
+        Args:
+            key (CallKey): as for `enter`.
+
+        Returns:
+            ForwardPass, optional: the pass, if it ends with it.
+        """
+        if self.open and self.open[-1].calls.pop(key, None) and not self.open[-1].calls:
+            return self.open.pop()
+        return None
+
+    def tell_tokens(self, key: CallKey, module: str, tokens: Any) -> None:
+        """Keep what a module is called with in which a block begins.
+
+        Args:
+            key (CallKey): the adapter, and the layer around the block.
+            module (str): name of the module.
+            tokens (Any): its tokens.
+        """
+        call = self._find(key)
+        if call is None or (module in call.tokens and self._is_recomputed(key, call)):
+            call = self._recomputed[key] = LayerCall()
+        call.tokens[module] = tokens
+
+    def tell_mask(self, key: CallKey, module: str, mask: Optional[Mask]) -> None:
+        """Keep the mask that a module is called with; the last one counts.
+
+        Args:
+            key (CallKey): the adapter, and the layer.
+            module (str): name of the module.
+            mask (Mask, optional): the mask.
+        """
+        call = self._find(key)
+        if call is None or (module in call.mask_sources and self._is_recomputed(key, call)):
+            call = self._recomputed[key] = LayerCall()
+        call.mask = mask
+        call.mask_sources.add(module)
+
+    def take_tokens(self, key: CallKey, module: str) -> Any:
+        """The tokens of a block that begins in another module, once.
+
+        Args:
+            key (CallKey): the adapter, and the layer around the block.
+            module (str): name of the module in which it begins.
+
+        Returns:
+            Any: its tokens; None if it was not called.
+        """
+        call = self._find(key)
+        return None if call is None else call.tokens.pop(module, None)
+
+    def read_mask(self, key: CallKey, block: str) -> Optional[Mask]:
+        """The mask of a block that is not called with one itself.
+
+        Args:
+            key (CallKey): the adapter, and the layer around the block.
+            block (str): name of the block.
+
+        Returns:
+            Mask, optional: the mask in the form in which it is given, or None.
+
+        Raises:
+            ValueError: if gradient checkpointing runs a block again that comes before the layer's attention.
+        """
+        call = self._find(key)
+        is_read = call is not None and block in call.mask_readers and self._is_recomputed(key, call)
+        if call is None or not call.mask_sources or is_read:
+            if in_backward():
+                raise ValueError(
+                    "Under gradient checkpointing, its mask is not known when the backward pass runs it again, because "
+                    "it comes before the self-attention of its layer. Adapt a block after it, use routing='dense', or "
+                    "train without gradient checkpointing."
+                )
+            return None
+        call.mask_readers.add(block)
+        return call.mask
+
+    @contextmanager
+    def mixing(self, batch: MixedBatch) -> Iterator[None]:
+        """A context in which the passes of this thread mix adapters; a call within one of them does not.
+
+        Args:
+            batch (MixedBatch): the adapter of each sample.
+        """
+        before = self._mixed_batch, self._depth
+        self._mixed_batch, self._depth = batch, len(self.open)
+        try:
+            yield
+        finally:
+            del self.open[self._depth :]  # left behind if somebody has interrupted the program
+            self._mixed_batch, self._depth = before
+
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[None]:
+        """A context in which a function is told what the mixtures read in this thread.
+
+        Args:
+            recorder (Recorder): is called with an adapted block, an adapter's name, the tokens `(B, T, D)`, and their
+                mask `(B, T)`, true for real tokens, or None. It is not called when a backward pass runs a block again.
+        """
+        before = self.recorders
+        self.recorders = (*before, recorder)
+        try:
+            yield
+        finally:
+            self.recorders = before
+
+    def _new(self) -> ForwardPass:
+        return ForwardPass(self._mixed_batch if len(self.open) == self._depth else None)
+
+    def _find(self, key: CallKey) -> Optional[LayerCall]:
+        # A backward pass may run within a call, too.
+        if self.open and key in self.open[-1].calls and not in_backward():
+            return self.open[-1].calls[key]
+        return self._recomputed.get(key)
+
+    def _is_recomputed(self, key: CallKey, call: LayerCall) -> bool:
+        return call is self._recomputed.get(key)
+
+
+def find_passes(model: nn.Module) -> list[ForwardPasses]:
+    """The passes of the adapted models in a model.
+
+    Args:
+        model (nn.Module): a model with adapters, or one that wraps it.
+
+    Returns:
+        list[ForwardPasses]: one for each model that has adapters.
+    """
+    found = (getattr(module, "forward_passes", None) for module in model.modules())
+    return list({id(each): each for each in found if isinstance(each, ForwardPasses)}.values())
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs, in which gradient checkpointing runs blocks again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,184 @@
+"""The mixture: a router and its experts.
+
+Letters of all shapes: B batch, T tokens, D hidden size of the input and D' of the output, N experts, P slots per
+expert, S = N·P slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .experts import BottleneckExperts, ConvolutionExperts
+from .kernels import add_slots, without_autocast
+from .routers import DenseRouter, ExpertChoiceRouter, SoftRouter, TopKRouter
+from .routing import in_full_precision
+
+# Which class makes each choice.
+ROUTERS: dict[str, type[SoftRouter] | type[DenseRouter]] = {
+    "soft": SoftRouter,
+    "dense": DenseRouter,
+    "top_k": TopKRouter,
+    "expert_choice": ExpertChoiceRouter,
+}
+EXPERTS: dict[str, type[BottleneckExperts]] = {"bottleneck": BottleneckExperts, "convolution": ConvolutionExperts}
+
+
+class Mixture(nn.Module):
+    """A mixture of experts, in parallel to a block F of the base model.
+
+    Args:
+        in_features (int): D.
+        out_features (int): D'.
+        routing (str): a name from `ROUTERS`. Default: `"soft"`.
+        num_experts (int): N. Default: 7.
+        r (int): R, the width of each expert's bottleneck. Default: 6.
+        expert_type (str): a name from `EXPERTS`. Default: `"bottleneck"`.
+        router_options (mapping, optional): other arguments of the router. Default: none.
+        expert_options (mapping, optional): other arguments of the experts. Default: none.
+        identity (bool): whether the fresh mixture adds exactly zero. Default: True.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        routing: str = "soft",
+        num_experts: int = 7,
+        r: int = 6,
+        expert_type: str = "bottleneck",
+        router_options: Optional[Mapping[str, Any]] = None,
+        expert_options: Optional[Mapping[str, Any]] = None,
+        identity: bool = True,
+    ) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.router = ROUTERS[routing](in_features, num_experts, **router_options or {})
+        self.experts = EXPERTS[expert_type](num_experts, in_features, r, out_features, **expert_options or {})
+        if not identity:
+            self.experts.reset_parameters(identity=False)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether what the mixture adds to a token depends on other tokens, and so on which of them are padded."""
+        return self.router.mixes_tokens or self.experts.mixes_tokens
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether training has a load-balancing loss."""
+        return bool(getattr(self.router, "router_aux_loss_coef", 0))
+
+    def forward(
+        self, tokens: Tensor, mask: Optional[Tensor] = None, *, added_to: Tensor, scaling: float = 1.0
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Add the mixture of the expert outputs to the output of F, which reads the same tokens.
+
+            soft         X̃ = dispatchᵀ x                                                    (B, S, D)
+                         Ỹ[s] = expert_{⌊s/P⌋}(X̃[s])                                        (B, S, D')
+                         output = F(x) + scaling · combine Ỹ                                (B, T, D')
+            token-wise   output[t] = F(x)[t] + scaling · Σ_n weights[t, n] · expert_n(x)[t]
+
+        Everything runs in float32, or in float64 if the tokens are, and not under autocast: half-precision logits
+        would overflow for large tokens. Only the last product, which sums up the expert outputs and adds them to F(x),
+        and that product's gradients are in the dtype of F(x), as those of the block's own layers are.
+
+        Args:
+            tokens (Tensor): x, `(B, T, D)`.
+            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            added_to (Tensor): F(x), `(B, T, D')`.
+            scaling (float): the factor on what is added. Default: 1.0.
+
+        Returns:
+            tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, in the dtype of F(x), and the loss that balances the
+            experts, a scalar, or None.
+
+        Raises:
+            ValueError: if the mask or F(x) does not fit the tokens.
+        """
+        self._check(tokens, mask, added_to)
+        with without_autocast(tokens.device.type):
+            if isinstance(self.router, SoftRouter):
+                slots, combine = self.router(tokens, mask)
+                return add_slots(added_to, combine, scaling * self.experts(slots)), None
+            weights, loss = self.router(tokens, mask)
+            tokens = in_full_precision(tokens)
+            return self.experts.add_weighted(added_to, tokens, scaling * weights, mask), loss
+
+    def record(
+        self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of `forward`, and how much each expert adds.
+
+            soft         norms[t, n] = ‖scaling · Σ_p combine[t, n, p] Ỹ[n, p]‖
+            token-wise   dispatch[t, n] = weights[t, n] / Σ_u weights[u, n]    over the real tokens u
+                         norms[t, n] = ‖scaling · weights[t, n] · expert_n(x)[t]‖
+
+        Args:
+            tokens (Tensor): x, `(B, T, D)`.
+            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            scaling (float): the factor on what is added. Default: 1.0.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: dispatch and combine weights, `(B, T, N, P)` each, with P = 1 if token-wise,
+            and the norms over D' of what each expert adds to each token, `(B, T, N)`.
+        """
+        with without_autocast(tokens.device.type):
+            tokens = in_full_precision(tokens)
+            if isinstance(self.router, SoftRouter):
+                dispatch, combine = self.router.weights(tokens, mask)
+                outputs = scaling * self.experts(dispatch.mT @ tokens)
+                by_expert = (len(self.experts.up_weight), -1)
+                outputs, combine = outputs.unflatten(1, by_expert), combine.unflatten(-1, by_expert)
+                # The products of an expert's outputs: nothing of size T·N·D'.
+                squares = torch.einsum("btnp,bnpq,btnq->btn", combine, outputs @ outputs.mT, combine)
+                return dispatch.unflatten(-1, by_expert), combine, squares.clamp_min(0).sqrt()
+            weights, _ = self.router(tokens, mask)
+            real = weights if mask is None else weights.masked_fill(~mask.unsqueeze(-1), 0.0)
+            dispatch = real / real.sum(dim=1, keepdim=True).clamp_min(torch.finfo(real.dtype).tiny)
+            norms = self.experts.norms(tokens, scaling * weights, mask)
+            return dispatch.unsqueeze(-1), weights.unsqueeze(-1), norms
+
+    def _check(self, tokens: Tensor, mask: Optional[Tensor], added_to: Tensor) -> None:
+        if added_to.shape != (*tokens.shape[:2], self.out_features):
+            raise ValueError(
+                f"For tokens {tuple(tokens.shape)} the block must return {self.out_features} numbers for each token, "
+                f"but it returns {tuple(added_to.shape)}. Adapt another block."
+            )
+        if mask is not None and (mask.shape != tokens.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"The mask of tokens {tuple(tokens.shape)} must be boolean with shape {tuple(tokens.shape[:2])}, true "
+                f"for real tokens, got {mask.dtype} with shape {tuple(mask.shape)}."
+            )
+
+
+def mixes_tokens(routing: str, expert_type: str) -> bool:
+    """Whether what a mixture adds to a token depends on other tokens, and so on which of them are padded.
+
+    Args:
+        routing (str): a name from `ROUTERS`.
+        expert_type (str): a name from `EXPERTS`.
+
+    Returns:
+        bool: false if the output for each token depends on that token alone.
+    """
+    return ROUTERS[routing].mixes_tokens or EXPERTS[expert_type].mixes_tokens
+
+
+def parameter_shapes(in_features: int, out_features: int, **options: Any) -> dict[str, tuple[int, ...]]:
+    """The parameters that a mixture would have, without making them.
+
+    Args:
+        in_features (int): D.
+        out_features (int): D'.
+        options (Any): the other arguments of `Mixture`.
+
+    Returns:
+        dict[str, tuple[int, ...]]: their shapes, by name.
+    """
+    with torch.device("meta"):
+        mixture = Mixture(in_features, out_features, **options)
+    return {name: tuple(parameter.shape) for name, parameter in mixture.named_parameters()}

@@ -1,0 +1,1 @@
+"""Which blocks of which model are adapted, and what is trained with them."""

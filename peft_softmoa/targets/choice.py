@@ -1,0 +1,226 @@
+"""The choice of blocks: which modules a config matches, and whether each can be adapted."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Optional
+
+import regex
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from torch import nn
+
+from ..calls.masks import takes_mask
+from ..config import SoftMoAConfig
+from ..method.mixture import EXPERTS, ROUTERS, mixes_tokens
+from .architectures import architecture_of, looks_causal, parts_around
+from .layers import Layer, find_layers, find_module, is_linear
+from .probes import block_widths
+
+# Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
+ARROW = "->"
+
+# Seconds that matching may take: a regular expression with one name, and everything with all names.
+LONGEST_MATCH, LONGEST_SEARCH = 0.2, 1.0
+
+
+class Target(NamedTuple):
+    """A block that is adapted."""
+
+    name: str  # the module to whose output the mixture adds
+    entry: Optional[str]  # the module whose tokens it reads; None: its own
+    in_features: int  # D
+    out_features: int  # D'
+    layer: Optional[str] = None  # the layer around it
+    masks: tuple[str, ...] = ()  # modules that are called with its tokens' mask, if it is not
+
+
+def is_target(config: SoftMoAConfig, name: str) -> Any:
+    """Whether an adapter adapts a module: PEFT's own rule, applied to the end of a block that has two.
+
+    Args:
+        config (SoftMoAConfig): says which.
+        name (str): name of the module.
+
+    Returns:
+        What `peft.tuners.tuners_utils.check_target_module_exists` returns.
+    """
+    config = copy.copy(config)
+    for field in ("target_modules", "exclude_modules"):
+        names = getattr(config, field)
+        if isinstance(names, set):
+            setattr(config, field, {each.rpartition(ARROW)[2] for each in names})
+        elif isinstance(names, str):
+            setattr(config, field, {name} if _matches(field, names, name) else set())
+    return check_target_module_exists(config, name)
+
+
+def _matches(field: str, expression: str, name: str) -> bool:
+    """Whether a name matches a regular expression, which must not take forever to tell."""
+    try:
+        return regex.fullmatch(expression, name, timeout=LONGEST_MATCH) is not None
+    except TimeoutError as error:
+        raise ValueError(
+            f"`{field}={expression!r}` takes too long to match against '{name}': repetitions within repetitions, as in "
+            "'(a+)+', multiply. Write it without them, or list names."
+        ) from error
+
+
+def _find_entry(config: SoftMoAConfig, name: str) -> Optional[str]:
+    """The module where a matched block begins, if it is another one than where it ends."""
+    entries = set()
+    for target in config.target_modules if isinstance(config.target_modules, set) else ():
+        entry, _, exit = target.rpartition(ARROW)
+        if f".{name}".endswith(f".{exit}"):
+            entries.add(name[: len(name) - len(exit)] + entry if entry else name)
+    if len(entries) > 1:
+        raise ValueError(f"`target_modules` matches '{name}' as the end of several blocks: {sorted(entries)}.")
+    return next(iter(entries - {name}), None)
+
+
+def find_targets(config: SoftMoAConfig, model: nn.Module) -> dict[str, Target]:
+    """Find the modules that an adapter adapts, and check that it can adapt all of them.
+
+    Args:
+        config (SoftMoAConfig): says which; `"all-linear"` is replaced in it by the names.
+        model (nn.Module): the model; its own adapters may be on the same modules.
+
+    Returns:
+        dict[str, Target]: the blocks by the name of the module where they end.
+
+    Raises:
+        ValueError: if one of them cannot be adapted.
+    """
+    layers = [layer for stack in find_layers(model) for layer in stack]
+    if config.target_modules == "all-linear":
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules = {name for name in config.target_modules if not _crosses(layers, name)}
+    modules = dict(model.named_modules())
+    adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+    inside_adapted = tuple(f"{name}." for name in adapted)
+    names = []
+    started = time.thread_time()
+    for name in modules:
+        if name and not name.startswith(inside_adapted) and is_target(config, name):
+            names.append(name)
+        if time.thread_time() - started > LONGEST_SEARCH:
+            raise ValueError(
+                f"`target_modules` or `exclude_modules` take more than {LONGEST_SEARCH} seconds to match against the "
+                f"{len(modules)} modules of the model. Give fewer names, or a simpler expression."
+            )
+    targets = {}
+    for name in names:
+        inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)
+        if inner is not None and "softmoa_mixture" not in getattr(modules[name], "adapter_layer_names", ()):
+            raise ValueError(
+                f"`target_modules` matches '{name}', but '{inner}' in it has an adapter already, whose weights "
+                "would get other names. Adapt the same modules, modules apart from it, or a block from its first "
+                f"linear layer to its last, such as ['q_proj{ARROW}o_proj'] for an attention."
+            )
+        outer = next((other for other in names if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f"`target_modules` matches '{name}' and also '{outer}', which contains it. Write it so that it "
+                "matches one of them, or name the other in `exclude_modules`."
+            )
+        targets[name] = _make_target(config, model, name, _find_entry(config, name), layers)
+    return targets
+
+
+def _make_target(
+    config: SoftMoAConfig, model: nn.Module, name: str, entry: Optional[str], layers: list[Layer]
+) -> Target:
+    layer = next((layer for layer in reversed(layers) if name.startswith(f"{layer.name}.")), None)
+    if _crosses(layers, name):
+        raise ValueError(
+            f"`target_modules` matches '{name}', which belongs to the cross-attention of a decoder. Its queries and "
+            "keys are different sequences, so it is never adapted: name it in `exclude_modules`."
+        )
+    in_features, out_features = _find_widths(model, name, entry, layer)
+    around = _elements_around(model, name)
+    if around:
+        _check_order_in_time(config, model, name, around[-1])
+    elif takes_mask(model) and (
+        mixes_tokens(config.routing, config.expert_type) or config.resolved_fields().get("router_aux_loss_coef")
+    ):
+        warnings.warn(
+            f"'{name}' is in no layer that could be called with a mask: for it, padded tokens count as real ones. Name "
+            "it in `exclude_modules`, use routing='dense', or give clips of one length.",
+            stacklevel=2,
+        )
+    if layer is not None:
+        return Target(name, entry, in_features, out_features, layer.name, _find_masks(model, layer, entry or name))
+    # What is no layer as `find_layers` knows it may still be called with a mask.
+    masks = [each for each in around if _takes_mask(model, each)][:1]
+    return Target(name, entry, in_features, out_features, next(iter(masks or around), None), tuple(masks))
+
+
+def _elements_around(model: nn.Module, name: str) -> list[str]:
+    """The elements of lists that a module is in, or is, innermost first."""
+    parts = name.split(".")
+    found = []
+    for length in range(len(parts), 0, -1):
+        *outer, index = parts[:length]
+        if index.isdigit() and isinstance(find_module(model, ".".join(outer)) if outer else model, nn.ModuleList):
+            found.append(".".join(parts[:length]))
+    return found
+
+
+def _find_widths(model: nn.Module, name: str, entry: Optional[str], layer: Optional[Layer]) -> tuple[int, int]:
+    """Widths D and D' of a block: those that its layer shows, or those of the modules where it begins and ends."""
+    if layer is not None:
+        for block in (*layer.attentions, *layer.ffns):
+            is_whole = (entry, name) == (None, block.module) and not is_linear(find_module(model, name))
+            if is_whole or (entry or name, name) == (block.entry, block.exit):
+                return block.reads, layer.width
+    try:
+        begin, end = find_module(model, entry or name), find_module(model, name)
+    except AttributeError as error:
+        raise ValueError(
+            f"`target_modules` has a block from '{entry}' to '{name}', but no '{entry}'. Write both names from the "
+            f"same module on, as in ['fc1{ARROW}fc2'] or ['layers.0.fc1{ARROW}layers.0.fc2']."
+        ) from error
+    width = layer.width if layer else getattr(getattr(model, "config", None), "hidden_size", None)
+    reads, writes = block_widths(entry or name, begin, width)
+    return reads, writes if entry is None else block_widths(name, end, width)[1]
+
+
+def _crosses(layers: Iterable[Layer], name: str) -> bool:
+    """Whether a module is a cross-attention or a part of one."""
+    return any(f"{name}.".startswith(f"{attention.module}.") for layer in layers for attention in layer.attentions[1:])
+
+
+def _takes_mask(model: nn.Module, name: str) -> bool:
+    return takes_mask(find_module(model, name))
+
+
+def _find_masks(model: nn.Module, layer: Layer, entry: str) -> tuple[str, ...]:
+    """The modules around or before a block that are called with the mask of its tokens."""
+    attention = layer.attentions[0].module
+    if f"{entry}.".startswith(f"{attention}."):
+        sources = [attention]
+    elif _takes_mask(model, layer.name):
+        sources = [layer.name, attention]
+    else:
+        sources = []  # the layer's own mask, if it makes one, is for windows of the attention only
+    return tuple(source for source in sources if _takes_mask(model, source))
+
+
+def _check_order_in_time(config: SoftMoAConfig, model: nn.Module, name: str, layer: str) -> None:
+    """Check that no token would see the ones after it where the model does not let it."""
+    parts = parts_around(model, name)
+    known = architecture_of(parts).causal
+    if not (looks_causal(find_module(model, layer), parts) if known is None else known):
+        return
+    tables: dict[str, Mapping[str, Any]] = {"routing": ROUTERS, "expert_type": EXPERTS}
+    for field, table in tables.items():
+        choice = getattr(config, field)
+        if table[choice].mixes_tokens:
+            works = [option for option, kind in table.items() if not kind.mixes_tokens]
+            raise ValueError(
+                f"`{field}='{choice}'` mixes all tokens of a sample, but '{name}' is in a causal or streaming layer, "
+                "whose tokens must not see the ones after them. "
+                f"There, {field} may be {' or '.join(map(repr, works))}."
+            )

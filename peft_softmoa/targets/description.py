@@ -1,0 +1,193 @@
+"""What an adapter would adapt in a model, and how many parameters it would train, before it exists."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..config import SoftMoAConfig
+from ..method.mixture import parameter_shapes
+from .architectures import find_patch_grid
+from .choice import Target, find_targets
+from .placement import choose_targets
+from .saved_modules import count_saved, find_saved
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an adapter adapts; as a string, a table.
+
+    Args:
+        targets (tuple[Target, ...]): the adapted blocks: `name` of the module to whose output a mixture adds, `entry`,
+            the module whose tokens it reads, if that is another one, `in_features` D, `out_features` D', and `layer`,
+            the layer around it, if there is one.
+        parameters_by_block (tuple[int, ...]): parameters of the mixture of each block.
+        saved (dict[str, int]): parameters of each module that is trained and saved with the adapter, by its name.
+        parameters (int): all parameters that are trained.
+    """
+
+    targets: tuple[Target, ...]
+    parameters_by_block: tuple[int, ...]
+    saved: dict[str, int]
+    parameters: int
+
+    @property
+    def parameters_by_layer(self) -> dict[str, int]:
+        """Parameters of the mixtures in each layer, by the layer's name; of a block in no layer, by its own."""
+        total: Counter[str] = Counter()
+        for target, parameters in zip(self.targets, self.parameters_by_block):
+            total[target.layer or target.name] += parameters
+        return dict(total)
+
+    def __str__(self) -> str:
+        blocks = [
+            (_written(target), target.in_features, target.out_features, parameters)
+            for target, parameters in zip(self.targets, self.parameters_by_block)
+        ]
+        rows = [("adapted block", "reads", "adds", "parameters")]
+        rows += [(name, str(reads), str(adds), f"{parameters:,}") for name, reads, adds, parameters in blocks]
+        rows += [("in layer", "", "", "")]
+        rows += [(name, "", "", f"{parameters:,}") for name, parameters in self.parameters_by_layer.items()]
+        if self.saved:
+            rows += [("trained whole", "", "", "")]
+            rows += [(name, "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        rows += [("in all", "", "", f"{self.parameters:,}")]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+            for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _written(target: Target) -> str:
+    if target.entry is None:
+        return target.name
+    return f"{target.entry} -> {target.name.removeprefix(f'{target.layer}.')}"
+
+
+def mixture_options(model: nn.Module, config: SoftMoAConfig) -> dict[str, Any]:
+    """The arguments of `method.Mixture`, but for its widths, for an adapter of a model.
+
+    Args:
+        model (nn.Module): the base model.
+        config (SoftMoAConfig): the adapter's config.
+
+    Returns:
+        dict[str, Any]: the arguments by name.
+
+    Raises:
+        ValueError: if the config asks for a patch grid that is not known.
+    """
+    options = config.mixture_options()
+    if config.patch_grid:
+        options["expert_options"]["patch_grid"] = find_patch_grid(BaseTuner.get_model_config(model))
+    return options
+
+
+def mixture_shapes(
+    model: nn.Module, config: SoftMoAConfig, targets: Iterable[Target]
+) -> list[dict[str, tuple[int, ...]]]:
+    """The parameters of the mixtures that an adapter would have.
+
+    Args:
+        model (nn.Module): the base model.
+        config (SoftMoAConfig): the adapter's config.
+        targets (iterable of Target): the adapted blocks.
+
+    Returns:
+        list[dict[str, tuple[int, ...]]]: their shapes by name, for each block.
+    """
+    options = mixture_options(model, config)
+    made: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
+    widths = [(target.in_features, target.out_features) for target in targets]
+    for pair in widths:
+        if pair not in made:
+            made[pair] = parameter_shapes(*pair, **options)
+    return [made[pair] for pair in widths]
+
+
+def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
+    """Tell what `get_peft_model(model, config)` would adapt and train, without building anything.
+
+    Per adapted block of widths D and D', with N experts, P slots each and bottleneck R, the parameters are
+
+        soft:            D·N·P, one more if it normalizes
+        token-wise:      D·N + N for its router; none if N is 1
+        experts:         N·(D·R + R + R·D' + D')
+        convolution:     N·R·(K + 1) more, or N·R·(K² + 1) over a patch grid
+
+    and besides, once, everything in `modules_to_save` and the norms of `train_norms`.
+
+    Args:
+        model (nn.Module): the base model, or a `PeftModel` of it; nothing in it changes, and it may be on the meta
+            device.
+        config (SoftMoAConfig): the adapter's config; nothing in it changes.
+
+    Returns:
+        Description: the adapted blocks, their sizes and parameters; `print` shows a table.
+
+    Raises:
+        ValueError: if the config does not fit the model.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    config = copy.deepcopy(config)
+    choose_targets(config, model)
+    targets = find_targets(config, model)
+    if not targets:
+        raise ValueError(f"`target_modules={config.target_modules}` matches no module of {type(model).__name__}.")
+    shapes = mixture_shapes(model, config, targets.values())
+    by_block = tuple(sum(map(prod, each.values())) for each in shapes)
+    modules = find_saved(config, model, targets.values())
+    saved = {name: count_saved(model, [module], config.label_names) for name, module in modules.items()}
+    return Description(tuple(targets.values()), by_block, saved, sum(by_block) + sum(saved.values()))
+
+
+def count_parameters(model: nn.Module, config: SoftMoAConfig) -> int:
+    """Number of parameters that `get_peft_model(model, config)` makes trainable, without building anything.
+
+    Args:
+        model (nn.Module): the base model, or a `PeftModel` of it; nothing in it changes, and it may be on the meta
+            device.
+        config (SoftMoAConfig): the adapter's config; nothing in it changes.
+
+    Returns:
+        int: the number of trainable parameters; `describe_targets` tells where they are, and has the formula.
+
+    Raises:
+        ValueError: if the config does not fit the model.
+    """
+    return describe_targets(model, config).parameters
+
+
+def largest_r(model: nn.Module, config: SoftMoAConfig, parameters: int) -> int:
+    """The largest bottleneck with which an adapter stays within a number of trainable parameters.
+
+    Args:
+        model (nn.Module): the base model.
+        config (SoftMoAConfig): the adapter's config, apart from `r`.
+        parameters (int): the most parameters that may be trained.
+
+    Returns:
+        int: `r`.
+
+    Raises:
+        ValueError: if even `r=1` needs more.
+    """
+    counts = [count_parameters(model, replace(config, r=r)) for r in (1, 2)]
+    if counts[0] > parameters:
+        raise ValueError(
+            f"`parameters` must be at least {counts[0]:,}, which is what num_experts={config.num_experts} trains with "
+            f"r=1, got {parameters:,}. Give more, or choose fewer experts, slots or blocks."
+        )
+    # Every further unit of the bottleneck costs the same.
+    return 1 + (parameters - counts[0]) // (counts[1] - counts[0])
