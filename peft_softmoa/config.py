@@ -115,8 +115,8 @@ class SoftMoAConfig(PeftConfig):
     expert_type: ExpertType = _option(
         "bottleneck",
         "What an expert is. 'bottleneck': down, activation, up. 'convolution': down, activation, depthwise "
-        "convolution, activation, up; it runs over neighbouring tokens or, with routing 'soft', over the slots of the expert, so "
-        "that it needs more than one slot to mix anything.",
+        "convolution, activation, up; it runs over neighbouring tokens or, with routing 'soft', over the slots of the expert, "
+        "so that it needs more than one slot to mix anything.",
     )
     kernel_size: Optional[int] = _option(
         None, "K, the odd size of the convolution's kernel. For expert type 'convolution', there 3 by default."
@@ -168,8 +168,8 @@ class SoftMoAConfig(PeftConfig):
     label_names: Optional[list[str]] = _option(
         None,
         "The classes of the classification head in modules_to_save, in the order of its outputs. Where the base "
-        "model's head has other classes, the adapter gets a fresh head of its own, and the model's config names these classes "
-        "while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with 527, in pipeline() "
+        "model's head has other classes, the adapter gets a fresh head of its own, and the model's config names these "
+        "classes while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with 527, in pipeline() "
         "too.",
     )
 
