@@ -28,7 +28,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "M
 def keep_memory() -> None:
     """Start this process again with an allocator that keeps what it has, once, where that is glibc's."""
     if platform.libc_ver()[0] == "glibc" and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
 
 
 def in_turn(
@@ -156,3 +156,9 @@ def processor() -> str:
 def ratio(seconds: list[float], reference: list[float]) -> float:
     """The median over the rounds of one time as a multiple of another of the same round."""
     return statistics.median(one / other for one, other in zip(seconds, reference, strict=True))
+
+
+def note(name: str) -> None:
+    """Show what runs, where somebody looks."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{name}", end="\r", file=sys.stderr, flush=True)

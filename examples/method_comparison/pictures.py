@@ -8,8 +8,8 @@ from textwrap import fill
 from typing import Any
 
 from .ablations import EXPERTS
+from .comparison import Comparison, ablations, estimate, paired
 from .records import Record
-from .results import Comparison, ablations, estimate, paired
 from .training import METHODS, SINGLE, SOFT
 
 # Of Okabe and Ito.

@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """Compare Soft-MoA with other ways of fine-tuning the same pretrained transformer, by cross-validation.
 
-    python examples/compare_methods.py --dataset path/to/esc10 --quick
-    python examples/compare_methods.py --dataset path/to/esc10
-    python examples/compare_methods.py --dataset path/to/esc10 --ablations
-    python examples/compare_methods.py --report_only
+    python -m examples.method_comparison --dataset path/to/esc10 --quick
+    python -m examples.method_comparison --dataset path/to/esc10
+    python -m examples.method_comparison --dataset path/to/esc10 --ablations
+    python -m examples.method_comparison --report_only
 
 Each fold is tested once; the fold after it chooses the learning rate, with the first seed, and all others train. Every
 run is one JSON file in the output folder, written when it ends; the same command goes on where it was cut off. From
@@ -16,46 +15,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import logging
 
+from . import records
+from .ablations import variants
+from .pictures import draw
+from .records import CHOICE_SEED
+from .report import write_results
+from .training import DENSE, METHODS, OPTIMIZER, PROBE, SINGLE, SOFT, Data, Run, load_data, slug
+from .workers import CACHE, RUNS, Workers, run_all
+
+PROGRAM = "python -m examples.method_comparison"
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "benchmark")]
-
-from comparison import records  # noqa: E402
-from comparison.ablations import variants  # noqa: E402
-from comparison.pictures import draw  # noqa: E402
-from comparison.records import CHOICE_SEED  # noqa: E402
-from comparison.results import duration, write_results  # noqa: E402
-from comparison.training import (  # noqa: E402
-    DENSE,
-    METHODS,
-    OPTIMIZER,
-    PROBE,
-    SINGLE,
-    SOFT,
-    Data,
-    Run,
-    load_data,
-    load_features,
-    one_thread,
-    slug,
-    train,
-)
-from measure import environment, keep_memory  # noqa: E402
-
-RUNS, CACHE = "runs", "cache"
+BACKBONE = HERE.parent / "backbone" / "ast-small"
 # Wide enough for full fine-tuning, at its lower end, and for methods of few parameters, at its upper one.
 RATES = [2e-4, 1e-3, 5e-3, 2.5e-2]
 NAMES = {slug(method): method for method in METHODS}
@@ -64,7 +41,10 @@ QUICK = {"methods": [PROBE, SINGLE, DENSE, SOFT], "seeds": [CHOICE_SEED], "epoch
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=PROGRAM,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--dataset", help="id on the Hub, or folder with a metadata.csv; needs a column with folds")
     parser.add_argument("--dataset_config_name")
@@ -72,9 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_column", default="audio", help="audio")
     parser.add_argument("--label_column", default="label", help="label")
     parser.add_argument("--fold_column", default="fold", help="fold")
-    parser.add_argument(
-        "--model", type=Path, default=HERE / "backbone" / "ast-small", help="folder of an AST; backbone/ast-small"
-    )
+    parser.add_argument("--model", type=Path, default=BACKBONE, help="folder of an AST; examples/backbone/ast-small")
     parser.add_argument("--methods", nargs="+", choices=NAMES, metavar="METHOD", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--folds", nargs="+", help="the folds that are tested; all")
     parser.add_argument("--seeds", nargs="+", type=int, help="the first is 0 and chooses the rate; 0 1 2")
@@ -90,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="runs at the same time, each on one thread; 2")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     parser.add_argument("--device", choices=devices, default="cpu", help="cpu, or where there is one cuda; cpu")
-    parser.add_argument("--output_dir", type=Path, help="comparison beside this file; with --quick, comparison/quick")
+    parser.add_argument("--output_dir", type=Path, help="results in this package; with --quick, results/quick")
     parser.add_argument("--ablations", action="store_true", help="vary Soft-MoA, with the first seed, instead")
     parser.add_argument("--quick", action="store_true", help="one fold, one seed, four methods, three epochs")
     parser.add_argument("--report_only", action="store_true", help="only write RESULTS.md and its pictures again")
@@ -115,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be positive, got {getattr(arguments, name)}")
     if min(arguments.rates) <= 0:
         parser.error(f"--rates must be positive, got {min(arguments.rates)}")
-    arguments.output_dir = arguments.output_dir or HERE / "comparison" / ("quick" if arguments.quick else "")
+    arguments.output_dir = arguments.output_dir or HERE / "results" / ("quick" if arguments.quick else "")
     arguments.model = arguments.model.resolve()
     if not arguments.report_only and not (arguments.model / "model.safetensors").is_file():
         parser.error(f"--model {arguments.model} has no model.safetensors")
@@ -188,205 +166,6 @@ def plan(arguments: argparse.Namespace, data: Data) -> list[Run]:
     return runs
 
 
-# --- processes ----------------------------------------------------------------------------------------------------
-
-# What the runs of a process share.
-_shared: dict[str, Any] = {}
-
-
-def prepare(protocol: dict[str, Any], model: Path, data: Data, folder: Path, processes: int) -> None:
-    """Tell a process what its runs share."""
-    with one_thread():
-        where = environment(protocol.get("device", "cpu")) | {"processes": processes}
-    _shared.update(protocol=protocol, model=model, data=data, folder=folder, environment=where)
-
-
-def prepare_process(cache: Path, protocol: dict[str, Any], model: Path, data: Data, *shared: Any) -> None:
-    """The same, in a process of its own, which reads the features from their file."""
-    Thread(target=end_with_parent, daemon=True).start()
-    be_quiet()
-    prepare(protocol, model, data._replace(inputs=load_features(cache, data.digest)), *shared)
-
-
-def end_with_parent() -> None:
-    """Do not wait for ever for runs from a process that was killed."""
-    parent_process().join()
-    os._exit(1)
-
-
-def be_quiet() -> None:
-    """Let transformers say nothing of the models that it loads in each run."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def carry_out(run: Run) -> records.Record:
-    """Train, and write the record."""
-    record = train(run, _shared["protocol"], _shared["model"], _shared["data"])
-    record = {"settings": record.pop("settings"), "environment": _shared["environment"], **record}
-    records.write(_shared["folder"] / f"{run.name}.json", record)
-    return record
-
-
-class Here(Executor):
-    """Runs in this process, at once."""
-
-    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
-        future: Future = Future()
-        try:
-            future.set_result(function(*args, **kwargs))
-        except Exception as error:  # noqa: BLE001 (it is reported where the result is asked for)
-            future.set_exception(error)
-        return future
-
-
-class Workers:
-    """Processes that are replaced if one of them dies.
-
-    Args:
-        number (int): how many; one is this process itself.
-        protocol (dict): the settings that all runs share.
-        model (Path): the pretrained transformer.
-        data (Data): all clips.
-        output (Path): the folder with records and cache.
-    """
-
-    def __init__(self, number: int, protocol: dict[str, Any], model: Path, data: Data, output: Path) -> None:
-        self.number, self.cache = number, output / CACHE
-        self.shared = (protocol, model, data, output / RUNS, number)
-        self.executor = self._start()
-
-    def _start(self) -> Executor:
-        if self.number == 1:
-            prepare(*self.shared)
-            return Here()
-        protocol, model, data, *others = self.shared
-        shared = (self.cache, protocol, model, data._replace(inputs=None), *others)
-        return ProcessPoolExecutor(self.number, get_context("spawn"), prepare_process, shared)
-
-    def submit(self, run: Run) -> Future:
-        """Begin a run."""
-        try:
-            return self.executor.submit(carry_out, run)
-        except BrokenProcessPool:
-            self.executor.shutdown()
-            self.executor = self._start()
-            return self.executor.submit(carry_out, run)
-
-    def close(self) -> None:
-        """End the processes."""
-        self.executor.shutdown()
-
-
-class Progress:
-    """Says after each run how much is done and how long the others will take.
-
-    Args:
-        total (int): number of runs.
-        processes (int): how many run at a time.
-    """
-
-    def __init__(self, total: int, processes: int) -> None:
-        self.total, self.processes = total, processes
-        self.finished = 0
-        self.seconds: dict[str, list[float]] = {}
-
-    def add(self, method: str, seconds: float) -> None:
-        """Learn how long a run of a method takes."""
-        self.seconds.setdefault(method, []).append(seconds)
-
-    def left(self, runs: list[Run]) -> float | None:
-        """Seconds that runs will take: each as long as those of its method, or as all, if none has ended yet."""
-        means = {method: sum(each) / len(each) for method, each in self.seconds.items()}
-        if not means:
-            return None
-        usual = sum(means.values()) / len(means)
-        return sum(means.get(run.method, usual) for run in runs) / self.processes
-
-    def say(self, what: str, left: list[Run]) -> None:
-        """Print a line."""
-        remaining = self.left(left)
-        rest = f"; about {duration(remaining)} left" if left and remaining is not None else ""
-        print(f"[{self.finished}/{self.total}] {what}{rest}", flush=True)
-
-
-def run_all(plan: list[Run], workers: Workers, found: list[records.Record], protocol: dict[str, Any]) -> list[str]:
-    """Carry out all runs that are not there yet.
-
-    Args:
-        plan (list[Run]): all runs.
-        workers (Workers): carry them out.
-        found (list[Record]): the records that are there; those of this call are added.
-        protocol (dict): the settings that all runs share.
-
-    Returns:
-        list[str]: what failed, one line each.
-    """
-    progress = Progress(len(plan), workers.number)
-    present = set()
-    for record in found:
-        settings = record["settings"]
-        options = tuple(settings["options"].items())
-        run = Run(settings["method"], settings["fold"], settings["rate"], settings["seed"], options)
-        present.add(run.name)
-        progress.add(settings["method"], record["run_seconds"])
-    pending, running, failures = list(plan), {}, []
-    lost: set[tuple[str, str]] = set()  # the methods and folds whose rate cannot be chosen
-    again: set[Run] = set()
-
-    def ready() -> list[tuple[Run, Run]]:
-        """The runs that can begin, as planned and with their rate; those that never will or are there are dropped."""
-        able = []
-        for run in list(pending):
-            rate = run.rate
-            if rate is None:
-                if (run.method, run.fold) in lost:
-                    pending.remove(run)
-                    failures.append(f"{run.method}, fold {run.fold}, seed {run.seed}: no rate can be chosen")
-                    continue
-                rate = records.choose_rate(found, run.method, run.fold, protocol["rates"])
-                if rate is None:
-                    continue
-            chosen = replace(run, rate=rate)
-            if chosen.name in present:
-                pending.remove(run)
-                progress.finished += 1
-            else:
-                able.append((run, chosen))
-        return able
-
-    while pending or running:
-        for planned, run in ready()[: workers.number - len(running)]:
-            pending.remove(planned)
-            running[workers.submit(run)] = run
-        if not running:
-            continue
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            run = running.pop(future)
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool) and run not in again:
-                # One process has died, and the others with it, whatever they did.
-                again.add(run)
-                pending.insert(0, run)
-                continue
-            progress.finished += 1
-            if error is None:
-                record = future.result()
-                found.append(record)
-                progress.add(run.method, record["run_seconds"])
-                accuracy = record["epochs"]["validation_accuracy"][-1]
-                what = f"{run.name}: validation {accuracy:.1%}, {record['run_seconds']:.0f} s"
-            else:
-                failures.append(f"{run.name}: {type(error).__name__}: {error}")
-                what = f"{failures[-1]} — failed"
-                if run.seed == CHOICE_SEED and not run.options:
-                    lost.add((run.method, run.fold))
-            progress.say(what, [*pending, *running.values()])
-    workers.close()
-    print(f"{progress.total - len(failures)} of {progress.total} runs are there.", flush=True)
-    return failures
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     output, failures = arguments.output_dir, []
@@ -412,16 +191,10 @@ def main(argv: list[str] | None = None) -> int:
         if not found:
             raise ValueError(f"{output / RUNS} has no records.")
     except ValueError as error:
-        print(f"compare_methods.py: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     write_results(found, output / "RESULTS.md", draw(found, output))
     print(f"{output / 'RESULTS.md'} is written.")
     for failure in failures:
         print(f"Failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    keep_memory()
-    be_quiet()
-    sys.exit(main())

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
-from measure import memory_of, synchronize
-from methods import train_adapter, train_all, train_head
 from peft import IA3Config, LoraConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -30,6 +28,9 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import expert_report
 from peft_softmoa.training import ExtractFeatures, load_rows
 from peft_softmoa.training.data import class_names, label_name
+
+from ..benchmark.measure import memory_of, synchronize
+from ..benchmark.methods import train_adapter, train_all, train_head
 
 PROBE, SINGLE, DENSE, SOFT = "linear probe", "single adapter", "Dense-MoA", "Soft-MoA"
 # The paper's, but for the learning rate, which is chosen.

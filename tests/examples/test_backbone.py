@@ -2,14 +2,13 @@ import json
 import random
 
 import numpy as np
-import pretrain
-import probe
 import pytest
-import synthesis
 import torch
 from safetensors.torch import load_file
-from synthesis import KINDS, SAMPLING_RATE, Source
 from transformers import ASTFeatureExtractor, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
+
+from examples.backbone import pretrain, probe, scenes, sources
+from examples.backbone.sources import KINDS, SAMPLING_RATE, Source
 
 WEIGHTS = probe.HERE / "ast-small"
 
@@ -20,8 +19,8 @@ def extractor():
 
 
 @pytest.fixture(scope="module")
-def scenes():
-    return [synthesis.draw_scene(np.random.default_rng(seed)) for seed in range(40)]
+def drawn():
+    return [scenes.draw_scene(np.random.default_rng(seed)) for seed in range(40)]
 
 
 def pitch_of(sound):
@@ -33,8 +32,8 @@ def pitch_of(sound):
 # --- sounds and settings ------------------------------------------------------------------------------------------
 
 
-def test_audio_is_finite_and_bounded(scenes):
-    for audio, _ in scenes:
+def test_audio_is_finite_and_bounded(drawn):
+    for audio, _ in drawn:
         assert audio.shape == (80_000,) and audio.dtype == np.float32
         assert np.isfinite(audio).all()
         assert 0.01 < np.abs(audio).max() <= 1
@@ -44,8 +43,8 @@ def test_audio_is_finite_and_bounded(scenes):
 def test_every_kind_can_be_drawn_and_rendered(kind):
     for seed in range(10):
         rng = np.random.default_rng((1, seed))
-        source = synthesis.draw_source(kind, rng)
-        sound, active = synthesis.render_source(source, rng)
+        source = sources.draw_source(kind, rng)
+        sound, active = sources.render_source(source, rng)
         assert np.isfinite(sound).all()
         np.testing.assert_allclose(np.sqrt(np.mean(sound[active] ** 2)), 1, rtol=1e-3)
 
@@ -56,7 +55,7 @@ def test_a_source_is_silent_outside_its_events(kind):
     source = Source(
         kind, 500.0, 1.0, -6.0, 20.0, 0.0, attack=0.01, decay=0.3, pattern="once", length=0.5, starts=(2.0,)
     )
-    sound, active = synthesis.render_source(source, rng)
+    sound, active = sources.render_source(source, rng)
     assert np.abs(sound[:32_000]).max() == 0 and np.abs(sound[40_000:]).max() == 0
     assert np.flatnonzero(active)[[0, -1]].tolist() == [32_000, 39_999]
 
@@ -64,8 +63,8 @@ def test_a_source_is_silent_outside_its_events(kind):
 @pytest.mark.parametrize("pitch", [80.0, 440.0, 3000.0])
 def test_pitch_is_in_its_bin(pitch):
     source = Source("tone", pitch, slope=-12.0, attack=0.01)
-    sound, _ = synthesis.render_source(source, np.random.default_rng(0))
-    edges = synthesis.SOURCE_BINS["frequency"]
+    sound, _ = sources.render_source(source, np.random.default_rng(0))
+    edges = scenes.SOURCE_BINS["frequency"]
     assert np.digitize(pitch_of(sound), edges) == np.digitize(source.frequency, edges)
     assert pitch_of(sound) == pytest.approx(pitch, rel=0.01)
 
@@ -73,7 +72,7 @@ def test_pitch_is_in_its_bin(pitch):
 @pytest.mark.parametrize("glide", [-1.5, -0.5, 0.5, 1.5])
 def test_a_chirp_glides_as_its_setting_says(glide):
     source = Source("chirp", 800.0, slope=-12.0, glide=glide, attack=0.01)
-    sound, _ = synthesis.render_source(source, np.random.default_rng(0))
+    sound, _ = sources.render_source(source, np.random.default_rng(0))
     measured = np.log2(pitch_of(sound[-8000:-4000]) / pitch_of(sound[4000:8000]))
     assert measured == pytest.approx(0.86 * glide, abs=0.1)  # between the middles of the pieces
 
@@ -81,7 +80,7 @@ def test_a_chirp_glides_as_its_setting_says(glide):
 @pytest.mark.parametrize("frequency", [300.0, 3000.0])
 def test_noise_is_in_its_band(frequency):
     source = Source("noise", frequency, bandwidth=1.0, slope=0.0, attack=0.01)
-    sound, _ = synthesis.render_source(source, np.random.default_rng(0))
+    sound, _ = sources.render_source(source, np.random.default_rng(0))
     power = np.abs(np.fft.rfft(sound)) ** 2
     octaves = np.log2(np.fft.rfftfreq(len(sound), 1 / SAMPLING_RATE)[1:] / frequency)
     assert power[1:][np.abs(octaves) < 0.5].sum() > 0.9 * power.sum()
@@ -90,7 +89,7 @@ def test_noise_is_in_its_band(frequency):
 @pytest.mark.parametrize("kind", ["clicks", "engine"])
 def test_pulses_come_at_their_rate(kind):
     source = Source(kind, 2000.0, bandwidth=2.0, slope=0.0, rate=10.0, attack=0.01)
-    sound, _ = synthesis.render_source(source, np.random.default_rng(3))
+    sound, _ = sources.render_source(source, np.random.default_rng(3))
     power = np.convolve(sound**2, np.ones(160), "same")[::160]
     spectrum = np.abs(np.fft.rfft(power - power.mean()))[5:100]  # 1 to 20 Hz, in steps of 0.2
     assert (spectrum.argmax() + 5) / 5 == pytest.approx(10, rel=0.15)
@@ -98,18 +97,18 @@ def test_pulses_come_at_their_rate(kind):
 
 def test_amplitude_modulation_has_its_rate():
     source = Source("noise", 2000.0, 4.0, 0.0, modulation="amplitude", modulation_rate=6.0, attack=0.01)
-    sound, _ = synthesis.render_source(source, np.random.default_rng(0))
+    sound, _ = sources.render_source(source, np.random.default_rng(0))
     power = np.convolve(sound**2, np.ones(800), "same")[::160]
     assert (np.abs(np.fft.rfft(power - power.mean()))[1:].argmax() + 1) / 5 == pytest.approx(6, abs=0.21)
 
 
-def test_after_its_end_a_scene_is_digital_silence(scenes):
-    cut = [(audio, scene) for audio, scene in scenes if scene.end < synthesis.SECONDS]
+def test_after_its_end_a_scene_is_digital_silence(drawn):
+    cut = [(audio, scene) for audio, scene in drawn if scene.end < sources.SECONDS]
     assert len(cut) > 3
     for audio, scene in cut:
         last = round(scene.end * SAMPLING_RATE)
         assert np.abs(audio[last:]).max() == 0 and np.abs(audio[:last]).max() > 0
-        assert not scene.active[:, int(np.ceil(scene.end / synthesis.COLUMN)) :].any()
+        assert not scene.active[:, int(np.ceil(scene.end / scenes.COLUMN)) :].any()
 
 
 @pytest.mark.parametrize("frequency,band", [(100.0, 0), (1000.0, 2), (6500.0, 7)])
@@ -117,21 +116,21 @@ def test_the_loudest_kind_is_found_in_its_patches(frequency, band):
     """Bands are those of the feature extractor's mel bins."""
     time = np.arange(80_000, dtype=np.float32) / SAMPLING_RATE
     sound = np.where(time < 2.4, np.sin(2 * np.pi * frequency * time), 0).astype(np.float32)
-    energies = synthesis.band_energies(sound, 32)
+    energies = scenes.band_energies(sound, 32)
     assert (energies.argmax(0)[:15] == band).all() and not energies[:, 15:].any()
     spectrogram = ASTFeatureExtractor(max_length=512)(sound, sampling_rate=SAMPLING_RATE, return_tensors="np")
     assert spectrogram["input_values"][0, :200].mean(0).argmax() // 16 == band
 
 
-def test_labels_say_what_the_settings_are(scenes):
-    for _, scene in scenes:
-        answers = synthesis.labels(scene)
+def test_labels_say_what_the_settings_are(drawn):
+    for _, scene in drawn:
+        answers = scenes.labels(scene)
         assert {KINDS[kind] for kind in np.flatnonzero(answers["kinds"])} == {source.kind for source in scene.sources}
         assert answers["active"].shape == (len(KINDS), 32)
         assert not answers["active"][answers["kinds"] == 0].any()
         loud = np.eye(len(KINDS) + 1, dtype=bool)[answers["loudest"]].any(0).T[: len(KINDS)]
         assert not (loud & (answers["active"] == 0)).any()
-        for name, edges in synthesis.SOURCE_BINS.items():
+        for name, edges in scenes.SOURCE_BINS.items():
             assert (answers[name][answers["kinds"] == 0] == -100).all()
             for source in scene.sources:
                 value = vars(source).get(name, len(source.starts))
@@ -143,8 +142,8 @@ def test_labels_say_what_the_settings_are(scenes):
 
 def test_no_answer_is_right_nearly_always():
     """A question that has one answer teaches nothing."""
-    answers = [synthesis.labels(synthesis.draw_scene(np.random.default_rng((5, seed)))[1]) for seed in range(150)]
-    for name in synthesis.SOURCE_BINS | synthesis.SCENE_BINS:
+    answers = [scenes.labels(scenes.draw_scene(np.random.default_rng((5, seed)))[1]) for seed in range(150)]
+    for name in scenes.SOURCE_BINS | scenes.SCENE_BINS:
         values = np.concatenate([np.ravel(each[name]) for each in answers])
         assert np.bincount(values[values != -100]).max() < 0.85 * (values != -100).sum(), name
 
@@ -173,8 +172,8 @@ def test_workers_do_not_change_the_order(extractor):
         torch.testing.assert_close(batch["input_values"], stream.batch(number)["input_values"], rtol=1e-4, atol=1e-4)
 
 
-def test_spectrograms_are_those_of_the_feature_extractor(extractor, scenes):
-    for audio in [scenes[0][0], scenes[1][0], scenes[2][0][:16_000], 0.1 * np.ones(100_000, np.float32)]:
+def test_spectrograms_are_those_of_the_feature_extractor(extractor, drawn):
+    for audio in [drawn[0][0], drawn[1][0], drawn[2][0][:16_000], 0.1 * np.ones(100_000, np.float32)]:
         expected = extractor(audio, sampling_rate=SAMPLING_RATE, return_tensors="pt")["input_values"][0]
         torch.testing.assert_close(pretrain.log_mels(audio, extractor), expected, rtol=0, atol=2e-3)
 
@@ -216,11 +215,11 @@ def test_some_patches_are_kept_of_each_time():
 
 def test_losses_are_those_of_the_known_answers():
     torch.manual_seed(0)
-    batch = {name: torch.stack([torch.as_tensor(synthesis.labels(scene)[name]) for scene in SCENES]) for name in LABELS}
+    batch = {name: torch.stack([torch.as_tensor(scenes.labels(scene)[name]) for scene in SCENES]) for name in LABELS}
     logits = pretrain.Heads(8)(torch.randn(len(SCENES), 8), torch.randn(len(SCENES), 8, 32, 8))
     for name, loss in pretrain.losses(logits, batch).items():
         assert torch.isfinite(loss)
-        if name in synthesis.SOURCE_BINS:
+        if name in scenes.SOURCE_BINS:
             each = [
                 -logits[name][clip, :, kind].log_softmax(0)[answer]
                 for clip, answers in enumerate(batch[name])
@@ -230,8 +229,8 @@ def test_losses_are_those_of_the_known_answers():
             torch.testing.assert_close(loss, torch.stack(each).mean())
 
 
-SCENES = [synthesis.draw_scene(np.random.default_rng((7, seed)))[1] for seed in range(3)]
-LABELS = list(synthesis.labels(SCENES[0]))
+SCENES = [scenes.draw_scene(np.random.default_rng((7, seed)))[1] for seed in range(3)]
+LABELS = list(scenes.labels(SCENES[0]))
 
 
 def test_average_precision():

@@ -7,19 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from literal import LITERAL, write_literally
-from measure import count_flops, import_seconds, in_turn, memory_of, ratio
-from methods import BUDGET, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_ast, make_batch, make_small_ast
 from peft import get_peft_model
-from report import BEGIN, END, draw_sweeps, for_readme, tables, write_into
-from run import in_onnx_runtime, main
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
+from examples.benchmark.literal import LITERAL, write_literally
+from examples.benchmark.measure import count_flops, import_seconds, in_turn, memory_of, ratio
+from examples.benchmark.methods import (
+    BUDGET,
+    FLOOR,
+    METHODS,
+    MODELS,
+    PROBE,
+    SMALL_AST,
+    make_ast,
+    make_batch,
+    make_small_ast,
+)
+from examples.benchmark.report import BEGIN, END, draw_sweeps, for_readme, tables, write_into
+from examples.benchmark.run import in_onnx_runtime, main
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.mixture import add_mixture, build_mixture
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "examples" / "benchmark" / "results").glob("*.json"))
 
 

@@ -18,7 +18,7 @@ from train_audio_classification import main, parse
 
 from peft_softmoa.training import AudioError, streams
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAIN = EXAMPLES / "train_audio_classification.py"
 
 

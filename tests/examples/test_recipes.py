@@ -16,7 +16,7 @@ from train_audio_classification import main
 
 from peft_softmoa.training import load_stream
 
-RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 FEW = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}
 
 
