@@ -123,13 +123,7 @@ def import_seconds(rounds: int) -> list[float]:
 
 def environment(device: str) -> dict[str, Any]:
     """Hardware, versions, threads and commit."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    try:
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        changed = bool(subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True))
-    except (OSError, subprocess.CalledProcessError):
-        commit = changed = None  # a copy without its history
+    commit, changed = commit_of(Path(__file__).parent)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cores": os.cpu_count(),
@@ -141,6 +135,25 @@ def environment(device: str) -> dict[str, Any]:
         "commit": commit,
         "uncommitted changes": changed,
     }
+
+
+def commit_of(folder: Path) -> tuple[Optional[str], Optional[bool]]:
+    """The commit of a folder's repository, and whether any file but results has changed since.
+
+    Args:
+        folder (Path): anywhere in the repository.
+
+    Returns:
+        tuple: both None in a copy without its history.
+    """
+    git = ["git", "-C", str(folder)]
+    # A comparison adds to results that are committed: they are no code.
+    but_results = [":(top)", ":(top,exclude)examples/*/results/*"]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        return commit, bool(subprocess.check_output([*git, "status", "--porcelain", "-uno", "--", *but_results]))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
 
 
 def processor() -> str:

@@ -1,10 +1,13 @@
-"""The records of runs: one JSON file each, and what is read from them."""
+"""The records of runs, and what is read from them.
+
+A study is one JSON Lines file. Its first line has what the runs share: `settings`, and `environments`, a list. Each
+further line is one run, with the settings of its own and the index of its environment.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -12,54 +15,64 @@ from typing import Any, Optional
 Record = dict[str, Any]
 # The runs of this seed choose the learning rate.
 CHOICE_SEED = 0
-# Settings in which the runs of one comparison differ.
+# Settings in which the runs of one study differ.
 OWN = ("method", "options", "fold", "validation_fold", "rate", "seed")
 
 
-def write(path: Path, record: Record) -> None:
-    """Write a record, whole or not at all: one line for each of its parts.
+def write(path: Path, records: Sequence[Record]) -> None:
+    """Write a study, whole or not at all.
 
     Args:
-        path (Path): the file.
-        record (Record): what `training.train` gives.
+        path (Path): the file; its folder is made if it is missing.
+        records (sequence of Record): what `workers.carry_out` gives, of one study.
 
     Raises:
-        ValueError: if it holds a number that JSON has not.
+        ValueError: if settings differ that all runs share, or there is a number that JSON has not.
     """
+    settings, environments, runs = common_settings(records[0]), [], []
+    for record in records:
+        check_settings(common_settings(record), settings, f"the runs of {path}")
+        if record["environment"] not in environments:
+            environments.append(record["environment"])
+        own = {name: value for name, value in record["settings"].items() if name in OWN}
+        runs.append({**record, "settings": own, "environment": environments.index(record["environment"])})
+    parts = [{"settings": settings, "environments": environments}, *runs]
+    lines = [json.dumps(part, allow_nan=False) + "\n" for part in parts]
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = ",\n".join(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items())
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(f"{{\n{parts}\n}}\n", encoding="utf-8", newline="\n")
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
     temporary.replace(path)
 
 
-def load(folder: Path) -> list[Record]:
-    """Read all records of a folder, in the order of their names.
+def load(path: Path) -> list[Record]:
+    """Read a study. A last line without its end was cut off, so its run is not there.
 
     Args:
-        folder (Path): the folder; it may be missing.
+        path (Path): the file; it may be missing.
 
     Returns:
-        list[Record]: the records.
+        list[Record]: the records, each with all of its settings and its environment.
 
     Raises:
-        ValueError: if a file is no record, or two have different settings in common.
+        ValueError: if a line is no record.
     """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     records = []
-    for path in sorted(folder.glob("*.json")):
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
-            common = common_settings(records[-1])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no record of a run ({error!r}): remove it.") from error
-        if len(records) == 1:
-            first, expected = path, common
-        check_settings(common, expected, f"{path} and {first}")
+            part = json.loads(line)
+            if number == 1:
+                settings, environments = part["settings"], part["environments"]
+            else:
+                own, where = part["settings"], environments[part["environment"]]
+                records.append({**part, "settings": {**settings, **own}, "environment": where})
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path}, line {number}: this is no record of a run ({error!r}). Remove it.") from error
     return records
 
 
 def common_settings(record: Record) -> dict[str, Any]:
-    """The settings that all runs of a comparison share."""
+    """The settings that all runs of a study share."""
     return {name: value for name, value in record["settings"].items() if name not in OWN}
 
 

@@ -5,10 +5,10 @@
     python -m examples.method_comparison --dataset path/to/esc10 --ablations
     python -m examples.method_comparison --report_only
 
-Each fold is tested once; the fold after it chooses the learning rate, with the first seed, and all others train. Every
-run is one JSON file in the output folder, written when it ends; the same command goes on where it was cut off. From
-these files alone come RESULTS.md and its pictures. --ablations varies Soft-MoA, with the learning rate that it has in
-the comparison.
+Each fold is tested once; the fold after it chooses the learning rate, with the first seed, and all others train. Each
+run becomes one line of runs.jsonl in the output folder when it ends. Interrupted comparisons resume: run the same
+command again. RESULTS.md and its pictures are made from runs.jsonl alone. --ablations varies Soft-MoA, with the
+learning rate that it has in the comparison.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 
 from . import records
@@ -28,10 +29,11 @@ from .pictures import draw
 from .records import CHOICE_SEED
 from .report import write_results
 from .training import DENSE, METHODS, OPTIMIZER, PROBE, SINGLE, SOFT, Data, Run, load_data, slug
-from .workers import CACHE, RUNS, Workers, run_all
+from .workers import Workers, run_all
 
 PROGRAM = "python -m examples.method_comparison"
 HERE = Path(__file__).parent
+RUNS, CACHE = "runs.jsonl", "cache"
 BACKBONE = HERE.parent / "backbone" / "ast-small"
 # Wide enough for full fine-tuning, at its lower end, and for methods of few parameters, at its upper one.
 RATES = [2e-4, 1e-3, 5e-3, 2.5e-2]
@@ -166,28 +168,48 @@ def plan(arguments: argparse.Namespace, data: Data) -> list[Run]:
     return runs
 
 
+def compare(arguments: argparse.Namespace) -> list[str]:
+    """Carry out the runs that are not there yet.
+
+    Args:
+        arguments (Namespace): of the command line.
+
+    Returns:
+        list[str]: what failed, one line each.
+
+    Raises:
+        ValueError: if the study has other settings, or another process is writing it.
+    """
+    study, cache = arguments.output_dir / RUNS, arguments.output_dir / CACHE
+    data = load_data(
+        arguments.dataset,
+        arguments.model,
+        cache,
+        split=arguments.split,
+        config_name=arguments.dataset_config_name,
+        audio_column=arguments.audio_column,
+        label_column=arguments.label_column,
+        fold_column=arguments.fold_column,
+    )
+    protocol = protocol_of(arguments, data)
+    try:
+        with FileLock(cache / "lock", timeout=0):
+            found = records.load(study)
+            if found:
+                records.check_settings(records.common_settings(found[0]), protocol, str(study))
+            workers = Workers(arguments.processes, protocol, arguments.model, data, cache)
+            return run_all(plan(arguments, data), workers, found, study, protocol["rates"])
+    except Timeout:
+        raise ValueError(f"{study} is being written by another process: wait until it ends.") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     output, failures = arguments.output_dir, []
     try:
-        found = records.load(output / RUNS)
         if not arguments.report_only:
-            data = load_data(
-                arguments.dataset,
-                arguments.model,
-                output / CACHE,
-                split=arguments.split,
-                config_name=arguments.dataset_config_name,
-                audio_column=arguments.audio_column,
-                label_column=arguments.label_column,
-                fold_column=arguments.fold_column,
-            )
-            protocol = protocol_of(arguments, data)
-            if found:
-                records.check_settings(records.common_settings(found[0]), protocol, str(output / RUNS))
-            workers = Workers(arguments.processes, protocol, arguments.model, data, output)
-            failures = run_all(plan(arguments, data), workers, found, protocol)
-            found = records.load(output / RUNS)
+            failures = compare(arguments)
+        found = records.load(output / RUNS)
         if not found:
             raise ValueError(f"{output / RUNS} has no records.")
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,24 +20,22 @@ from .records import CHOICE_SEED
 from .training import Data, Run, load_features, one_thread, train
 from .wording import duration
 
-RUNS, CACHE = "runs", "cache"
-
 # What the runs of a process share.
 _shared: dict[str, Any] = {}
 
 
-def prepare(protocol: dict[str, Any], model: Path, data: Data, folder: Path, processes: int) -> None:
+def prepare(protocol: dict[str, Any], model: Path, data: Data, processes: int) -> None:
     """Tell a process what its runs share."""
     with one_thread():
         where = environment(protocol.get("device", "cpu")) | {"processes": processes}
-    _shared.update(protocol=protocol, model=model, data=data, folder=folder, environment=where)
+    _shared.update(protocol=protocol, model=model, data=data, environment=where)
 
 
-def prepare_process(cache: Path, protocol: dict[str, Any], model: Path, data: Data, *shared: Any) -> None:
+def prepare_process(cache: Path, protocol: dict[str, Any], model: Path, data: Data, processes: int) -> None:
     """The same, in a process of its own, which reads the features from their file."""
     Thread(target=end_with_parent, daemon=True).start()
     be_quiet()
-    prepare(protocol, model, data._replace(inputs=load_features(cache, data.digest)), *shared)
+    prepare(protocol, model, data._replace(inputs=load_features(cache, data.digest)), processes)
 
 
 def end_with_parent() -> None:
@@ -52,11 +51,10 @@ def be_quiet() -> None:
 
 
 def carry_out(run: Run) -> records.Record:
-    """Train, and write the record."""
+    """Train, and give the record as JSON has it: what JSON cannot hold fails this run, and not the comparison."""
     record = train(run, _shared["protocol"], _shared["model"], _shared["data"])
     record = {"settings": record.pop("settings"), "environment": _shared["environment"], **record}
-    records.write(_shared["folder"] / f"{run.name}.json", record)
-    return record
+    return json.loads(json.dumps(record, allow_nan=False))
 
 
 class Here(Executor):
@@ -79,20 +77,18 @@ class Workers:
         protocol (dict): the settings that all runs share.
         model (Path): the pretrained transformer.
         data (Data): all clips.
-        output (Path): the folder with records and cache.
+        cache (Path): the folder with the features.
     """
 
-    def __init__(self, number: int, protocol: dict[str, Any], model: Path, data: Data, output: Path) -> None:
-        self.number, self.cache = number, output / CACHE
-        self.shared = (protocol, model, data, output / RUNS, number)
+    def __init__(self, number: int, protocol: dict[str, Any], model: Path, data: Data, cache: Path) -> None:
+        self.number, self.protocol, self.model, self.data, self.cache = number, protocol, model, data, cache
         self.executor = self._start()
 
     def _start(self) -> Executor:
         if self.number == 1:
-            prepare(*self.shared)
+            prepare(self.protocol, self.model, self.data, self.number)
             return Here()
-        protocol, model, data, *others = self.shared
-        shared = (self.cache, protocol, model, data._replace(inputs=None), *others)
+        shared = (self.cache, self.protocol, self.model, self.data._replace(inputs=None), self.number)
         return ProcessPoolExecutor(self.number, get_context("spawn"), prepare_process, shared)
 
     def submit(self, run: Run) -> Future:
@@ -141,14 +137,17 @@ class Progress:
         print(f"[{self.finished}/{self.total}] {what}{rest}", flush=True)
 
 
-def run_all(plan: list[Run], workers: Workers, found: list[records.Record], protocol: dict[str, Any]) -> list[str]:
-    """Carry out all runs that are not there yet.
+def run_all(
+    plan: list[Run], workers: Workers, found: list[records.Record], study: Path, rates: list[float]
+) -> list[str]:
+    """Carry out all runs that are not there yet, and write the study whenever one ends.
 
     Args:
         plan (list[Run]): all runs.
         workers (Workers): carry them out.
         found (list[Record]): the records that are there; those of this call are added.
-        protocol (dict): the settings that all runs share.
+        study (Path): the file with the records.
+        rates (list[float]): the grid of learning rates.
 
     Returns:
         list[str]: what failed, one line each.
@@ -175,7 +174,7 @@ def run_all(plan: list[Run], workers: Workers, found: list[records.Record], prot
                     pending.remove(run)
                     failures.append(f"{run.method}, fold {run.fold}, seed {run.seed}: no rate can be chosen")
                     continue
-                rate = records.choose_rate(found, run.method, run.fold, protocol["rates"])
+                rate = records.choose_rate(found, run.method, run.fold, rates)
                 if rate is None:
                     continue
             chosen = replace(run, rate=rate)
@@ -204,6 +203,7 @@ def run_all(plan: list[Run], workers: Workers, found: list[records.Record], prot
             if error is None:
                 record = future.result()
                 found.append(record)
+                records.write(study, found)
                 progress.add(run.method, record["run_seconds"])
                 accuracy = record["epochs"]["validation_accuracy"][-1]
                 what = f"{run.name}: validation {accuracy:.1%}, {record['run_seconds']:.0f} s"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
 from examples.benchmark.literal import LITERAL, write_literally
-from examples.benchmark.measure import count_flops, import_seconds, in_turn, memory_of, ratio
+from examples.benchmark.measure import commit_of, count_flops, import_seconds, in_turn, memory_of, ratio
 from examples.benchmark.methods import (
     BUDGET,
     FLOOR,
@@ -154,6 +155,25 @@ def test_floating_point_operations():
 def test_the_time_of_the_import():
     (seconds,) = import_seconds(1)
     assert seconds > 0
+
+
+def test_results_that_change_are_no_uncommitted_changes(tmp_path):
+    assert commit_of(tmp_path) == (None, None)
+    code, runs = (
+        tmp_path / "examples" / "run.py",
+        tmp_path / "examples" / "method_comparison" / "results" / "runs.jsonl",
+    )
+    runs.parent.mkdir(parents=True)
+    for path in (code, runs):
+        path.write_text("first\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    runs.write_text("second\n")
+    commit, changed = commit_of(runs.parent)
+    assert len(commit) == 40 and not changed
+    code.write_text("second\n")
+    assert commit_of(runs.parent) == (commit, True)
 
 
 def test_ratios_are_of_the_same_round():

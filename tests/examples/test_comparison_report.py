@@ -152,7 +152,7 @@ def test_parts_of_the_runs_are_said_to_be_parts():
 @pytest.mark.parametrize("part", [".", "finer-rates", "longer"])
 def test_committed_results_are_those_of_the_committed_runs(part, tmp_path):
     folder = COMMITTED / part
-    found = records.load(folder / "runs")
+    found = records.load(folder / "runs.jsonl")
     text, pictures = (folder / "RESULTS.md").read_text(), draw(found, tmp_path)
     assert text == results(found, pictures)
     assert sorted(pictures) == sorted(path.name for path in folder.glob("*.png"))
@@ -176,7 +176,9 @@ def test_the_whole_table_was_run():
 def test_what_was_tried_besides_is_as_its_results_say():
     text = (COMMITTED / "README.md").read_text()
     for part in (".", "finer-rates", "longer"):
-        here = Comparison([each for each in records.load(COMMITTED / part / "runs") if each["settings"]["seed"] == 0])
+        here = Comparison(
+            [each for each in records.load(COMMITTED / part / "runs.jsonl") if each["settings"]["seed"] == 0]
+        )
         single, soft = (here.methods[method] for method in (SINGLE, SOFT))
         cells = [show(estimate(single)), show(estimate(soft)), show(paired(soft, single), "+.1f")]
         (line,) = (line for line in text.splitlines() if line.startswith("| ") and f"({part}/RESULTS.md)" in line)

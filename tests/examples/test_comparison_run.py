@@ -1,9 +1,9 @@
 """The command that compares methods, and the runs that it leaves."""
 
 import copy
-import json
 
 import pytest
+from filelock import FileLock
 from made_up_runs import clips, write_clips
 
 from examples.method_comparison import records, training, workers
@@ -57,7 +57,7 @@ def finished(tmp_path_factory, options):
 
 @pytest.fixture
 def found(finished):
-    return records.load(finished / "runs")
+    return records.load(finished / "runs.jsonl")
 
 
 def without_times(record):
@@ -69,14 +69,23 @@ def without_times(record):
     return kept
 
 
-def test_each_run_is_one_file(finished, found):
+def by_name(folder):
+    """The records of a folder's study, by the name of their run."""
+    found = records.load(folder / "runs.jsonl")
+    settings = [record["settings"] for record in found]
+    runs = [Run(*(each[name] for name in ("method", "fold", "rate", "seed"))) for each in settings]
+    assert len(set(runs)) == len(runs)
+    return {run.name: record for run, record in zip(runs, found)}
+
+
+def test_each_run_is_one_line(finished, found):
     chosen = {
         (method, fold): choose_rate(found, method, fold, [0.001, 0.01]) for method in (SINGLE, SOFT) for fold in "12"
     }
     expected = {Run(method, fold, float(rate), 0).name for method, fold in chosen for rate in RATES}
     expected |= {Run(method, fold, rate, 1).name for (method, fold), rate in chosen.items()}
     assert len(expected) == 12 and "soft-moa_fold-1_rate-0.001_seed-0" in expected
-    assert {path.stem for path in (finished / "runs").iterdir()} == expected
+    assert by_name(finished).keys() == expected and (finished / "runs.jsonl").read_text().count("\n") == 13
     assert {path.name for path in finished.glob("*.png")} == {"accuracy.png", "epochs.png", "step-time.png"}
 
 
@@ -109,14 +118,22 @@ def test_nothing_runs_twice(finished, options, monkeypatch, capsys):
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_a_missing_run_is_run_again_and_gives_the_same(finished, options, tmp_path):
-    name = Run(SOFT, "2", 0.01, 0).name
-    for path in (finished / "runs").iterdir():
-        if path.stem != name:
-            records.write(tmp_path / "runs" / path.name, json.loads(path.read_text()))
+def test_a_run_that_was_cut_off_is_run_again_and_gives_the_same(finished, options, tmp_path):
+    """The process was killed in the last line."""
+    content = (finished / "runs.jsonl").read_bytes()
+    (tmp_path / "runs.jsonl").write_bytes(content[:-100])
     assert main(options(tmp_path, *TWO)) == 0
-    again, before = (json.loads((folder / "runs" / f"{name}.json").read_text()) for folder in (tmp_path, finished))
-    assert without_times(again) == without_times(before)
+    again, before = by_name(tmp_path), by_name(finished)
+    assert list(again) == list(before)
+    *_, name = before
+    assert without_times(again.pop(name)) == without_times(before.pop(name)) and again == before
+    assert (tmp_path / "runs.jsonl").read_bytes().startswith(content[: content.rindex(b"\n", 0, -100)])
+
+
+def test_only_one_process_writes(finished, options, capsys):
+    with FileLock(finished / "cache" / "lock"):
+        assert main(options(finished, *TWO)) == 2
+    assert "runs.jsonl is being written by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, was, now", [("epochs", 2, 3), ("batch_size", 4, 5), ("budget_percent", None, 30)])
@@ -145,18 +162,17 @@ def test_a_failed_run_is_reported_and_the_others_go_on(options, tmp_path, monkey
     assert "soft-moa_fold-1_rate-0.001_seed-0: RuntimeError: no such method" in printed.err
     assert "Soft-MoA, fold 1, seed 1: no rate can be chosen" in printed.err
     assert "3 of 6 runs are there." in printed.out
-    assert {path.name[:14] for path in (tmp_path / "runs").iterdir()} == {"single-adapter"}
+    assert {record["settings"]["method"] for record in records.load(tmp_path / "runs.jsonl")} == {SINGLE}
     assert "| single adapter | " in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_processes_give_the_same_records(options, tmp_path, finished):
     # Both rates of one method and fold, at the same time.
     assert main(options(tmp_path, "--methods", "soft-moa", "--folds", "2", "--seeds", "0", processes=2)) == 0
-    names = [Run(SOFT, "2", float(rate), 0).name for rate in RATES]
-    assert {path.stem for path in (tmp_path / "runs").iterdir()} == set(names)
-    for name in names:
-        other, here = (json.loads((folder / "runs" / f"{name}.json").read_text()) for folder in (tmp_path, finished))
-        assert without_times(other) == without_times(here)
+    others, here = by_name(tmp_path), by_name(finished)
+    assert others.keys() == {Run(SOFT, "2", float(rate), 0).name for rate in RATES}
+    for name, record in others.items():
+        assert without_times(record) == without_times(here[name])
 
 
 def test_the_order_of_runs(options, tmp_path):
@@ -237,7 +253,7 @@ def test_without_records_there_is_no_report(tmp_path, capsys):
 def test_ablations(options, tmp_path):
     arguments = options(tmp_path, "--ablations", "--folds", "1", epochs=1, budget_percent=60)
     assert main(arguments) == 0
-    found = records.load(tmp_path / "runs")
+    found = records.load(tmp_path / "runs.jsonl")
     assert len(found) == len(RATES) + len(variants())
     (rate,) = {record["settings"]["rate"] for record in found if record["settings"]["options"]}
     assert rate == choose_rate(found, SOFT, "1", [0.001, 0.01])

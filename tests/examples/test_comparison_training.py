@@ -1,5 +1,6 @@
 """One run of a comparison: its data, its model and what is trained of it."""
 
+import json
 import math
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from conftest import write_tone
 from made_up_runs import clips, write_clips
 
-from examples.method_comparison import records, training
+from examples.method_comparison import training
 from examples.method_comparison.training import (
     METHODS,
     PROBE,
@@ -154,12 +155,12 @@ def test_a_gpu_trains_as_the_cpu_does(base_folder):
         assert there["epochs"][name] == pytest.approx(here["epochs"][name], rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_is_recorded_as_none(base_folder, tmp_path):
+def test_a_loss_that_is_not_finite_is_recorded_as_none(base_folder):
     data = clips()
     data.inputs[:] = math.nan
     record = training.train(Run(PROBE, "1", 0.1, 0), {"epochs": 1, "batch_size": 6, "budget": 1}, base_folder, data)
     assert record["epochs"]["loss"] == record["epochs"]["validation_loss"] == [None] and record["test_loss"] is None
-    records.write(tmp_path / "record.json", record)
+    json.dumps(record, allow_nan=False)
 
 
 @pytest.mark.parametrize("init", ["up at zero", "down and up at zero", "nothing at zero"])

@@ -1,8 +1,10 @@
 """The processes that train the runs of a comparison."""
 
+import math
+
 from made_up_runs import clips, made_up
 
-from examples.method_comparison import workers
+from examples.method_comparison import records, workers
 from examples.method_comparison.training import SINGLE, SOFT, Run
 from examples.method_comparison.wording import duration
 from examples.method_comparison.workers import Progress, Workers
@@ -46,8 +48,19 @@ def test_a_process_that_dies_costs_no_run(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(Workers, "_start", lambda self: workers.Here())
     monkeypatch.setattr(workers, "carry_out", carry_out)
-    runs, found = [Run(SOFT, "1", rate, 0) for rate in (0.1, 0.2, 0.3)], []
-    (failure,) = workers.run_all(runs, Workers(2, {}, tmp_path, clips(), tmp_path), found, {"rates": [0.1]})
+    runs, found, study = [Run(SOFT, "1", rate, 0) for rate in (0.1, 0.2, 0.3)], [], tmp_path / "runs.jsonl"
+    (failure,) = workers.run_all(runs, Workers(2, {}, tmp_path, clips(), tmp_path), found, study, [0.1])
     assert failure == "soft-moa_fold-1_rate-0.2_seed-0: BrokenProcessPool: died"
-    assert [record["settings"]["rate"] for record in found] == [0.1, 0.3]
+    assert [record["settings"]["rate"] for record in found] == [0.1, 0.3] and records.load(study) == found
     assert "2 of 3 runs are there." in capsys.readouterr().out
+
+
+def test_a_record_that_json_does_not_hold_fails_its_run_only(monkeypatch, tmp_path):
+    def train(run, *args):
+        return made_up(run.method, run.fold, run.rate, test=math.inf if run.rate == 0.2 else 0.5)
+
+    monkeypatch.setattr(workers, "train", train)
+    runs, study = [Run(SOFT, "1", rate, 0) for rate in (0.1, 0.2, 0.3)], tmp_path / "runs.jsonl"
+    (failure,) = workers.run_all(runs, Workers(1, {}, tmp_path, clips(), tmp_path), [], study, [0.1])
+    assert failure.startswith("soft-moa_fold-1_rate-0.2_seed-0: ValueError")
+    assert [record["settings"]["rate"] for record in records.load(study)] == [0.1, 0.3]
