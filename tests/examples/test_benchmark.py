@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_results
 from peft import get_peft_model
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
@@ -275,6 +276,7 @@ def test_committed_results_can_be_shown(path):
     assert list(path.with_suffix("").glob("*.png")) or not results["layer"]
 
 
+@needs_results
 def test_the_readme_quotes_committed_results():
     quoted = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
     results = [json.loads(path.read_text()) for path in RESULTS]

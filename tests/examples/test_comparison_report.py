@@ -4,6 +4,7 @@ import re
 
 import matplotlib.image
 import pytest
+from conftest import needs_results
 from made_up_runs import experts_of, made_up
 
 from examples.method_comparison import records
@@ -149,6 +150,7 @@ def test_parts_of_the_runs_are_said_to_be_parts():
     assert "there is no table yet" in text and "| method |" not in text
 
 
+@needs_results
 @pytest.mark.parametrize("part", [".", "finer-rates", "longer"])
 def test_committed_results_are_those_of_the_committed_runs(part, tmp_path):
     folder = COMMITTED / part
@@ -165,6 +167,7 @@ def test_committed_results_are_those_of_the_committed_runs(part, tmp_path):
         assert drawn.shape == committed.shape and abs(drawn - committed).max() < 0.05
 
 
+@needs_results
 def test_the_whole_table_was_run():
     text = (COMMITTED / "RESULTS.md").read_text()
     assert "\nAll 300 runs of a whole comparison are there" in text and text.count(" | 15 of 15 |") == len(METHODS)
@@ -173,6 +176,7 @@ def test_the_whole_table_was_run():
     assert table.count("\n") == len(METHODS) + 1 and table in (HERE.parents[1] / "README.md").read_text()
 
 
+@needs_results
 def test_what_was_tried_besides_is_as_its_results_say():
     text = (COMMITTED / "README.md").read_text()
     for part in (".", "finer-rates", "longer"):
