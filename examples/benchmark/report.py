@@ -316,7 +316,11 @@ def draw_sweeps(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmark.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, help="a file with a place for the main tables")
     arguments = parser.parse_args()

@@ -45,7 +45,7 @@ def write(path: Path, records: Sequence[Record]) -> None:
 
 
 def load(path: Path) -> list[Record]:
-    """Read a study. A last line without its end was cut off, so its run is not there.
+    """Read a study. A last line without its end is dropped: the process was killed while it wrote.
 
     Args:
         path (Path): the file; it may be missing.
@@ -97,8 +97,7 @@ def check_settings(given: dict[str, Any], expected: dict[str, Any], where: str) 
     ]
     if different:
         raise ValueError(
-            f"{where}: the settings differ: {'; '.join(different)}. Choose another --output_dir, or go on with its own "
-            "settings."
+            f"{where}: the settings differ: {'; '.join(different)}. Choose another --output_dir, or keep its settings."
         )
 
 

@@ -33,7 +33,7 @@ def heading(here: Comparison) -> list[str]:
     whole = len(METHODS) * folds * (rates + here.seeds - 1)
     main = [record for record in here.records if not record["settings"]["options"]]
     table = sum(map(len, here.methods.values()))
-    lines = ["# Comparison of methods", "Written by `examples/compare_methods.py` from the files in `runs/`."]
+    lines = ["# Comparison of methods", "Written by `python -m examples.method_comparison` from `runs.jsonl`."]
     state = "All" if len(main) >= whole else f"{len(main)} of the"
     lines.append(
         f"{state} {whole} runs of a whole comparison are there: {len(METHODS)} methods, {folds} folds, {rates} "
@@ -252,10 +252,10 @@ def utilization_section(here: Comparison) -> list[str]:
         )
     words += (
         " The numbers are means of all blocks, on the tested folds. An expert's load is its share of the weights with "
-        "which tokens take answers. It is idle below a tenth of an equal share; the effective number is e to the power "
-        "of the load's entropy, which is normalized by that of equal loads; class information is what an expert, drawn "
-        "by its load, tells of the clip's class. Even use does not show that experts do different things, nor that it "
-        "helps accuracy; `peft-softmoa inspect` looks at what they read."
+        "which tokens take expert outputs. It is idle below a tenth of an equal share; the effective number is e to "
+        "the power of the load's entropy, which is normalized by that of equal loads; class information is what an "
+        "expert, drawn by its load, tells of the clip's class. Even use does not show that experts do different "
+        "things, nor that it helps accuracy; `peft-softmoa inspect` looks at what they read."
     )
     return ["## Use of the experts", markdown(table), words]
 

@@ -103,7 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def protocol_of(arguments: argparse.Namespace, data: Data) -> dict[str, Any]:
-    """The settings that all runs share, and that have to stay the same when they go on.
+    """The settings that all runs share. A comparison that resumes must have the same.
 
     Args:
         arguments (Namespace): of the command line.
