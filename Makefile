@@ -30,10 +30,10 @@ conformance: .venv/installed
 
 # Everything that the benchmark measures, in about an hour on two cores; the main rows, in three minutes.
 bench: .venv/installed
-	$(BIN)/python examples/benchmark/run.py
+	$(BIN)/python -m examples.benchmark
 
 bench-quick: .venv/installed
-	$(BIN)/python examples/benchmark/run.py --quick
+	$(BIN)/python -m examples.benchmark --quick
 
 check: .venv/installed
 	$(BIN)/ruff check .

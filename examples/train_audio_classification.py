@@ -39,8 +39,8 @@ from transformers import (
 )
 
 from peft_softmoa.arguments import AdapterArguments, make_config
-from peft_softmoa.saving.card import add_results
 from peft_softmoa.inspection import ExpertUtilizationCallback
+from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
     AudioStream,
     AudioTrainer,

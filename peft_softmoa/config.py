@@ -82,9 +82,9 @@ class SoftMoAConfig(PeftConfig):
     routing: Routing = _option(
         "soft",
         "Who reads what. 'soft': each expert reads a few soft averages of all tokens, each token gets a soft average "
-        "of all experts. 'dense': every expert reads every token, weighted by a softmax (Dense-MoA); with num_experts=1 "
-        "that is a single adapter, without router. 'top_k': the same, but only the best experts of each token count. "
-        "'expert_choice': the same, but each expert takes its best tokens.",
+        "of all experts. 'dense': every expert reads every token, weighted by a softmax (Dense-MoA); with "
+        "num_experts=1 that is a single adapter, without router. 'top_k': the same, but only the best experts of each "
+        "token count. 'expert_choice': the same, but each expert takes its best tokens.",
     )
     num_experts: int = _option(7, "N, the number of experts (the paper says adapters) in each mixture.")
     num_slots: Optional[int] = _option(
@@ -94,8 +94,8 @@ class SoftMoAConfig(PeftConfig):
     )
     normalize: bool = _option(
         False,
-        "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. For routing "
-        "'soft'.",
+        "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. For "
+        "routing 'soft'.",
     )
     top_k: Optional[int] = _option(
         None,
@@ -115,8 +115,8 @@ class SoftMoAConfig(PeftConfig):
     expert_type: ExpertType = _option(
         "bottleneck",
         "What an expert is. 'bottleneck': down, activation, up. 'convolution': down, activation, depthwise "
-        "convolution, activation, up; it runs over neighbouring tokens or, with routing 'soft', over the slots of the expert, "
-        "so that it needs more than one slot to mix anything.",
+        "convolution, activation, up; it runs over neighbouring tokens or, with routing 'soft', over the slots of the "
+        "expert, so that it needs more than one slot to mix anything.",
     )
     kernel_size: Optional[int] = _option(
         None, "K, the odd size of the convolution's kernel. For expert type 'convolution', there 3 by default."
@@ -145,8 +145,8 @@ class SoftMoAConfig(PeftConfig):
         None,
         "The modules to adapt, as in LoraConfig: names, endings of names or one regular expression. Any linear layer, "
         "or any block that maps tokens (B, T, D) to (B, T, D'). Among names, 'fc1->fc2' is a block that begins in one "
-        "module and ends in another. Without it, placement chooses by the model's structure, and the choice is written "
-        "here.",
+        "module and ends in another. Without it, placement chooses by the model's structure, and the choice is "
+        "written here.",
         example="For example, ['attention'], ['fc1->fc2'] or '.*layers.(0|1).mlp'.",
     )
     exclude_modules: Modules = _option(None, "The modules not to adapt, in the same forms.")
@@ -169,8 +169,8 @@ class SoftMoAConfig(PeftConfig):
         None,
         "The classes of the classification head in modules_to_save, in the order of its outputs. Where the base "
         "model's head has other classes, the adapter gets a fresh head of its own, and the model's config names these "
-        "classes while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with 527, in pipeline() "
-        "too.",
+        "classes while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with 527, in "
+        "pipeline() too.",
     )
 
     def __post_init__(self) -> None:

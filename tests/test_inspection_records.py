@@ -9,7 +9,6 @@ from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer
 from peft_softmoa.inspection import find_layers, record_routing
-from peft_softmoa.method.mixture import add_mixture
 
 ROUTINGS = {
     "soft": {},
@@ -50,7 +49,8 @@ def test_a_record_is_what_the_mixture_does(tiny_ast, spectrograms, choices):
         model(spectrograms)
     assert [record.block for record in records] == [block.name for block in blocks]
     for block, record in zip(blocks, records):
-        router, experts = block.softmoa_mixture["default"].router, block.softmoa_mixture["default"].experts
+        mixture = block.softmoa_mixture["default"]
+        experts = mixture.experts
         tokens = seen[block.name]
         batch, length, width = tokens.shape
         number, slots = choices.get("num_experts", 3), choices.get("num_slots", 1)
@@ -66,14 +66,14 @@ def test_a_record_is_what_the_mixture_does(tiny_ast, spectrograms, choices):
                 for parameter, value in zip((experts.up_weight, experts.up_bias), up):
                     parameter.zero_()
                     parameter[expert] = value[expert]
-                alone, _ = add_mixture(torch.zeros(batch, length, width), tokens, router, experts, None, 2.0)
+                alone, _ = mixture(tokens, added_to=torch.zeros(batch, length, width), scaling=2.0)
             torch.testing.assert_close(record.norms[..., expert], alone.norm(dim=-1), rtol=1e-4, atol=1e-5)
         if choices.get("routing") is None and "expert_type" not in choices:
             with torch.no_grad():
                 experts.up_weight.copy_(up[0]), experts.up_bias.copy_(up[1])
                 read = torch.einsum("btnp,btd->bnpd", record.dispatch, tokens).flatten(1, 2)
                 added = 2.0 * torch.einsum("bts,bsd->btd", record.combine.flatten(2), experts(read))
-                whole, _ = add_mixture(torch.zeros(batch, length, width), tokens, router, experts, None, 2.0)
+                whole, _ = mixture(tokens, added_to=torch.zeros(batch, length, width), scaling=2.0)
             torch.testing.assert_close(added, whole, rtol=1e-4, atol=1e-5)
 
 

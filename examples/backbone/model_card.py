@@ -58,7 +58,7 @@ Not learnt, or hardly, that is less than 0.02 above chance: {unlearnt}.
 PROBE_TEMPLATE = """
 ## What it knows of recordings
 
-`python examples/backbone/probe.py path/to/{data}` measured the accuracy of logistic regression on the mean of all \
+`python -m examples.backbone.probe path/to/{data}` measured the accuracy of logistic regression on the mean of all \
 tokens, in {count}-fold cross-validation on the {clips} recordings of {classes} classes in that folder, with 95% \
 intervals from the folds:
 

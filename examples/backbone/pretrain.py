@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Pretrain a small Audio Spectrogram Transformer (AST) from scratch to tell the settings of synthesised scenes.
 
-    python examples/backbone/pretrain.py --output_dir examples/backbone/ast-small
+    python -m examples.backbone.pretrain --output_dir examples/backbone/ast-small
 
 On cores that other work shares, OMP_WAIT_POLICY=PASSIVE in the environment makes it several times faster, as threads
 then do not burn the time in which they wait for one another.
@@ -27,15 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from model_card import PRETRAINING, write_card
-from synthesis import KINDS, SCENE_BINS, SECONDS, SOURCE_BINS, draw_scene, labels
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ASTConfig, ASTFeatureExtractor, ASTModel, get_cosine_schedule_with_warmup
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmark"))
-from measure import processor
+from ..benchmark.measure import processor
+from .model_card import PRETRAINING, write_card
+from .scenes import SCENE_BINS, SOURCE_BINS, draw_scene, labels
+from .sources import KINDS, SECONDS
 
 PATCH = 16
 FRAMES = 512
@@ -303,7 +302,11 @@ def average_precision(scores: Tensor, target: Tensor) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.backbone.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -382,7 +385,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{name:>16}: {each['result']:.3f}, chance {each['chance']:.3f}")
     waiting = [f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"] if "OMP_WAIT_POLICY" in os.environ else []
     run = {
-        "command": shlex.join([*waiting, "python", *(sys.argv if argv is None else ["pretrain.py", *argv])]),
+        "command": shlex.join(
+            [*waiting, "python", "-m", "examples.backbone.pretrain", *(sys.argv[1:] if argv is None else argv)]
+        ),
         **vars(arguments),
         "output_dir": folder.name,
         "clips": -(-arguments.steps // arguments.echo) * arguments.batch_size,

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Ask how much a frozen transformer knows of recorded sounds: a linear probe, beside the same network untrained.
 
-    python examples/backbone/probe.py path/to/esc10
+    python -m examples.backbone.probe path/to/esc10
 
 The folder has a metadata.csv with the columns file_name, label and fold. A clip's embedding is the mean of all tokens
 behind the last layer norm. Logistic regression on it is trained on all folds but one, and tested on that one; how
@@ -12,23 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from model_card import PROBE, write_card
 from torch import Tensor
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel
 
 from peft_softmoa.training import decode_audio, load_rows
 
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-from comparison.intervals import interval  # noqa: E402
+from ..method_comparison.intervals import interval
+from .model_card import PROBE, write_card
 
+HERE = Path(__file__).parent
 DECAYS = tuple(10.0**power for power in range(-5, 2))
 
 
@@ -130,7 +127,11 @@ def untrained(folder: str | Path, seed: int) -> PreTrainedModel:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.backbone.probe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", help="with a metadata.csv, such as ESC-10's")
     parser.add_argument("--model", default=str(HERE / "ast-small"))
     parser.add_argument("--untrained_seeds", type=int, default=5)

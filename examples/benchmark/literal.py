@@ -50,12 +50,12 @@ class LiteralSoft(nn.Module):
         dispatch = logits.softmax(dim=1)
         combine = logits.flatten(2).softmax(dim=-1).view_as(logits)
         read = torch.einsum("btd,btnp->bnpd", tokens, dispatch)
-        answers = torch.stack([expert(read[:, n]) for n, expert in enumerate(self.experts)], dim=1)
-        return torch.einsum("bnpd,btnp->btd", answers, combine)
+        expert_outputs = torch.stack([expert(read[:, n]) for n, expert in enumerate(self.experts)], dim=1)
+        return torch.einsum("bnpd,btnp->btd", expert_outputs, combine)
 
 
 class LiteralDense(nn.Module):
-    """Dense-MoA, with the answers of all experts to all tokens, `(B, T, D, N)`, in one tensor.
+    """Dense-MoA, with the outputs of all experts for all tokens, `(B, T, D, N)`, in one tensor.
 
     Args:
         router (DenseRouter), experts (BottleneckExperts): the mixture whose weights it takes.
@@ -67,10 +67,10 @@ class LiteralDense(nn.Module):
         self.router = None if router.weight is None else linear(router.weight, router.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        answers = torch.stack([expert(tokens) for expert in self.experts], dim=-1)
+        expert_outputs = torch.stack([expert(tokens) for expert in self.experts], dim=-1)
         if self.router is None:
-            return answers.squeeze(-1)
-        return (answers * self.router(tokens).softmax(dim=-1).unsqueeze(2)).sum(dim=-1)
+            return expert_outputs.squeeze(-1)
+        return (expert_outputs * self.router(tokens).softmax(dim=-1).unsqueeze(2)).sum(dim=-1)
 
 
 LITERAL = {"soft": LiteralSoft, "dense": LiteralDense}
@@ -105,5 +105,6 @@ def write_literally(model: nn.Module, routing: str) -> None:
     """
     for name, layer in list(model.named_modules()):
         if isinstance(layer, SoftMoALayer):
-            mixture = LITERAL[routing](layer.softmoa_mixture["default"].router, layer.softmoa_mixture["default"].experts)
-            model.set_submodule(name, LiteralBlock(layer.base_layer, mixture))
+            mixture = layer.softmoa_mixture["default"]
+            literal = LITERAL[routing](mixture.router, mixture.experts)
+            model.set_submodule(name, LiteralBlock(layer.base_layer, literal))

@@ -28,7 +28,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "M
 def keep_memory() -> None:
     """Start this process again with an allocator that keeps what it has, once, where that is glibc's."""
     if platform.libc_ver()[0] == "glibc" and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **KEEP_MEMORY})
 
 
 def in_turn(
@@ -123,13 +123,7 @@ def import_seconds(rounds: int) -> list[float]:
 
 def environment(device: str) -> dict[str, Any]:
     """Hardware, versions, threads and commit."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    try:
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        changed = bool(subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True))
-    except (OSError, subprocess.CalledProcessError):
-        commit = changed = None  # a copy without its history
+    commit, changed = commit_of(Path(__file__).parent)
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cores": os.cpu_count(),
@@ -141,6 +135,25 @@ def environment(device: str) -> dict[str, Any]:
         "commit": commit,
         "uncommitted changes": changed,
     }
+
+
+def commit_of(folder: Path) -> tuple[Optional[str], Optional[bool]]:
+    """The commit of a folder's repository, and whether any file but results has changed since.
+
+    Args:
+        folder (Path): anywhere in the repository.
+
+    Returns:
+        tuple: both None in a copy without its history.
+    """
+    git = ["git", "-C", str(folder)]
+    # A comparison adds to results that are committed: they are no code.
+    but_results = [":(top)", ":(top,exclude)examples/*/results/*"]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        return commit, bool(subprocess.check_output([*git, "status", "--porcelain", "-uno", "--", *but_results]))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
 
 
 def processor() -> str:
@@ -156,3 +169,9 @@ def processor() -> str:
 def ratio(seconds: list[float], reference: list[float]) -> float:
     """The median over the rounds of one time as a multiple of another of the same round."""
     return statistics.median(one / other for one, other in zip(seconds, reference, strict=True))
+
+
+def note(name: str) -> None:
+    """Show what runs, where somebody looks."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{name}", end="\r", file=sys.stderr, flush=True)

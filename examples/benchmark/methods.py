@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from literal import write_literally
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -18,6 +17,8 @@ from transformers import (
 )
 
 from peft_softmoa import SoftMoAConfig
+
+from .literal import write_literally
 
 CLASSES = 50
 # What others are held to: in forward passes and in training steps.

@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Tables and pictures of a run's results.
 
-    python examples/benchmark/report.py examples/benchmark/results/amd-epyc-2-threads.json --readme README.md
+    python -m examples.benchmark.report examples/benchmark/results/amd-epyc-2-threads.json --readme README.md
 
 Writes the tables beside the file, as Markdown, draws the pictures into a folder of its name, and puts the main tables
 into a README.
@@ -17,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import ratio
-from methods import FLOOR, MODELS, PROBE
+from .measure import ratio
+from .methods import FLOOR, MODELS, PROBE
 
 # The swept value of each point, by the beginning of the sweep's name.
 AXES = {"experts": "num_experts", "slots": "num_slots", "tokens": "num_tokens", "batch": "batch_size"}
-BEGIN, END = "<!-- benchmark: written by examples/benchmark/report.py -->\n", "<!-- end of benchmark -->\n"
+BEGIN, END = "<!-- benchmark: written by python -m examples.benchmark.report -->\n", "<!-- end of benchmark -->\n"
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and a marker for each.
 STYLES = {
     "Soft-MoA": ("#0072B2", "o", "-"),
@@ -317,7 +316,11 @@ def draw_sweeps(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmark.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("results", type=Path)
     parser.add_argument("--readme", type=Path, help="a file with a place for the main tables")
     arguments = parser.parse_args()

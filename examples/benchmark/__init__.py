@@ -1,0 +1,1 @@
+"""What training and running Soft-MoA costs: `python -m examples.benchmark --help`."""

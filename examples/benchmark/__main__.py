@@ -1,0 +1,6 @@
+from .measure import keep_memory
+from .run import main
+
+if __name__ == "__main__":
+    keep_memory()
+    main()
