@@ -12,7 +12,7 @@ from train_audio_classification import main
 
 from peft_softmoa.training import AudioTrainer, begin_run, newest_checkpoint, note_run, whole_checkpoint
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # A run with all that is drawn at random: order, cuts, masks and dropout.
 RANDOM = {
     "max_length_seconds": 0.4,

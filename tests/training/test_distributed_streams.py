@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_tone
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 # Each clip has a class of its own, by which it is known.
 SCRIPT = """
 import json, os, sys
