@@ -42,7 +42,7 @@ from comparison.training import (
 from conftest import write_tone
 
 from peft_softmoa.inspection import expert_report
-from peft_softmoa.training.data import AudioError
+from peft_softmoa.training import AudioError
 
 RATES = ["0.001", "0.01"]
 COMMITTED = HERE / "comparison"

@@ -42,7 +42,7 @@ def test_imports_point_one_way():
 
 def test_imports_within_inspection_point_one_way():
     rank = {name: index for index, name in enumerate(
-        ["metrics", "records", "maps", "report", "callback", "plots", "page", "clips", "inspect_adapter"]
+        ["arguments", "metrics", "records", "maps", "report", "callback", "plots", "page", "clips", "inspect_adapter"]
     )}  # fmt: skip
     for name, position in rank.items():
         for node in ast.walk(ast.parse((PACKAGE / "inspection" / f"{name}.py").read_text())):

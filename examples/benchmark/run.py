@@ -39,7 +39,7 @@ from peft_softmoa.inspection.callback import utilization
 from peft_softmoa.inspection.report import Statistics
 from peft_softmoa.mixture import add_mixture, build_mixture
 from peft_softmoa.routing import soft_routing
-from peft_softmoa.training import AudioStream, ExtractFeatures, Survey, load_rows, make_loader
+from peft_softmoa.training import AudioStream, DatasetSummary, ExtractFeatures, load_rows, make_loader
 
 # The layer alone: AST-base's width, and a batch of 8 clips of 500 frames.
 WIDTH, BATCH, TOKENS = 768, 8, 590
@@ -241,7 +241,7 @@ def measure_input(rounds: int, arguments: argparse.Namespace) -> list[dict[str, 
         Path(folder, "metadata.csv").write_text("\n".join(lines))
         rows = load_rows(folder, "train")
         extract = ExtractFeatures(ASTFeatureExtractor(max_length=500), ["noise"])
-        stream = AudioStream(rows, extract, Survey(number, ("noise",), (number,)))
+        stream = AudioStream(rows, extract, DatasetSummary(number, ("noise",), (number,)))
         functions: dict[str, Callable[[], Any]] = {}
         samples = {}
         for workers in (0, 1, 2):
