@@ -13,7 +13,7 @@ test: .venv/installed
 
 # 2,000 made-up configs and 500 damaged files, instead of the few that `make test` takes.
 fuzz: .venv/installed
-	SOFTMOA_FUZZ=2000,500 $(BIN)/python -m pytest -s tests/test_loading.py
+	SOFTMOA_FUZZ=2000,500 $(BIN)/python -m pytest -s tests/saving/test_checks.py
 
 # Installs bitsandbytes and torchao in .venv, and tests adapters on models that they have quantised.
 quantization: .venv/installed

@@ -5,8 +5,8 @@
         --num_folds 5 --validation_folds 1 --output_dir esc50
 
 All other arguments are those of train_audio_classification.py. The folds are numbered from 1. With --validation_folds,
-the folds after the tested one choose the best checkpoint; without it, the last one is tested. Each fold has a folder
-of its own: what is finished is not trained again, and what was cut off goes on, when the same command is started again.
+the folds after the tested one choose the best checkpoint; without it, the last checkpoint is tested. Each fold has its
+own folder. Interrupted runs resume: run the same command again, and it skips the finished folds.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from train_audio_classification import DataArguments, ModelArguments, parse, settings_of
+from train_audio_classification import FLAGS, DataArguments, ModelArguments, parse, settings_of
 from train_audio_classification import main as train
 
-from peft_softmoa.training import load_rows, note_run, reads_single_columns, survey_rows
-from peft_softmoa.training.checkpoints import RUN
+from peft_softmoa.training import (
+    collect_options,
+    name_flags,
+    open_source,
+    read_run_state,
+    summarize_rows,
+    write_run_state,
+)
 
-# What says which checkpoint is tested, besides what has to stay the same in a run.
+# The arguments that determine which checkpoint is tested, besides those that must stay the same in a run.
 CHOICE = ("eval_strategy", "eval_steps")
 
 
+@name_flags(FLAGS)
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -52,8 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     is_main = int(os.environ.get("RANK", 0)) == 0
     settings = settings_of(*parsed) | {name: getattr(parsed[3], name) for name in CHOICE}
     settings |= {name: str(value) for name, value in vars(own).items() if name != "output_dir"}
-    noted = own.output_dir / RUN
-    before = json.loads(noted.read_text())["settings"] if noted.exists() else {}
+    before = (read_run_state(own.output_dir) or {"settings": {}})["settings"]
     settings = json.loads(json.dumps(settings))
     changed = [
         f"{name} was {value!r} and is {settings.get(name)!r}"
@@ -64,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     begun = any(own.output_dir.glob("fold-*/checkpoint-*")) or any(map(is_finished, own.output_dir.glob("fold-*")))
     if changed and begun:
         parser.error(
-            f"{own.output_dir} is of a cross-validation with other settings: {'; '.join(changed)}. Go on with its own, "
+            f"{own.output_dir} holds a cross-validation with other settings: {'; '.join(changed)}. Use its settings, "
             "or choose another --output_dir"
         )
     if not all(map(is_finished, folders.values())):
@@ -72,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if wrong:
             parser.error(wrong)
     if is_main:
-        note_run(own.output_dir, settings, finished=False)
+        write_run_state(own.output_dir, settings, finished=False)
     accuracies: dict[str, float] = {}
     for test, folder in folders.items():
         if not is_finished(folder):
@@ -93,21 +99,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def check_folds(own: argparse.Namespace, model_args: ModelArguments, data_args: DataArguments) -> str | None:
-    """What is wrong with the folds, before any is trained: each must have rows, and each row must be in one."""
+    """What is wrong with the folds, before training: each fold must have rows, and each row must be in a fold."""
     name, split = data_args.dataset_name, data_args.train_split_name
-    hub = {"revision": data_args.dataset_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
-    if not reads_single_columns(name, data_args.dataset_config_name, **hub):
+    source = open_source(name, split, collect_options(model_args, data_args))
+    if not source.reads_single_columns:
         return None  # it would read all of the audio
-    rows = load_rows(
-        name,
-        split,
-        audio_column=data_args.audio_column_name,
-        columns=[own.fold_column],
-        config_name=data_args.dataset_config_name,
-        streaming=data_args.streaming,
-        **hub,
-    )
-    present = set(survey_rows(rows, own.fold_column, f"{name} ({split})").labels)
+    present = set(summarize_rows(source.read([own.fold_column]), own.fold_column, f"{name} ({split})").labels)
     expected = {str(fold) for fold in range(1, own.num_folds + 1)}
     if present == expected:
         return None
@@ -119,7 +116,7 @@ def check_folds(own: argparse.Namespace, model_args: ModelArguments, data_args: 
 
 
 def fold_arguments(test: int, own: argparse.Namespace, split: str) -> list[str]:
-    """Which folds train, validate and are tested, as arguments of the training script."""
+    """The folds for training, validation and test, as arguments of the training script."""
     order = [(test - 1 + index) % own.num_folds + 1 for index in range(own.num_folds)]
     validation, training = order[1 : 1 + own.validation_folds], order[1 + own.validation_folds :]
     chosen = {"train": training, "eval": validation, "test": [test]}
@@ -131,8 +128,8 @@ def fold_arguments(test: int, own: argparse.Namespace, split: str) -> list[str]:
 
 
 def is_finished(folder: Path) -> bool:
-    run = folder / RUN
-    return run.is_file() and json.loads(run.read_text())["finished"] and (folder / "test_results.json").is_file()
+    state = read_run_state(folder)
+    return state is not None and state["finished"] and (folder / "test_results.json").is_file()
 
 
 if __name__ == "__main__":

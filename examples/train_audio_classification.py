@@ -10,9 +10,8 @@ For example, on ESC-50 with its fifth fold for evaluation:
         --num_train_epochs 10 --output_dir esc50-softmoa
 
 The arguments of `transformers.TrainingArguments` are taken too, and `accelerate launch` works. `--config FILE` reads
-arguments from a YAML file, as those in `examples/recipes/`; what the command line gives comes before it. It always
-trains, and evaluates unless `--eval_strategy no` is given. A run that was cut off goes on when the same command is
-started again.
+arguments from a YAML file, such as those in `examples/recipes/`; the command line overrides the file. It always
+trains, and evaluates unless `--eval_strategy no` is given. Interrupted runs resume: run the same command again.
 """
 
 from __future__ import annotations
@@ -45,12 +44,16 @@ from peft_softmoa.training import (
     AudioStream,
     AudioTrainer,
     LogRouterLoss,
-    begin_run,
-    check_apart,
+    check_no_shared_rows,
     classification_metrics,
+    collect_options,
+    flag_names,
     load_stream,
-    note_run,
-    patiently,
+    name_flags,
+    option,
+    retry,
+    start_or_resume,
+    write_run_state,
 )
 
 logger = logging.getLogger(__name__)
@@ -73,7 +76,7 @@ TRAINING_DEFAULTS = {
 }
 
 
-# What has to stay the same when a run goes on: how it is trained, besides the model, the data and the adapter.
+# The training arguments that must stay the same when a run resumes, besides the model, the data and the adapter.
 SETTINGS = (
     "seed",
     "data_seed",
@@ -102,13 +105,13 @@ SETTINGS = (
     "num_train_epochs",
     "max_steps",
 )
-# And what may differ: it changes nothing in what is trained.
+# The other arguments that may change: they do not affect the training.
 OTHER = ("token", "cache_dir", "log_experts_steps", "eval_split_name", "eval_rows", "test_split_name", "test_rows")
 
 
 @dataclass
 class ModelArguments:
-    """Which base model is adapted."""
+    """The base model, and how the Hub is used."""
 
     model_name_or_path: str = field(
         default="MIT/ast-finetuned-audioset-10-10-0.4593",
@@ -120,26 +123,25 @@ class ModelArguments:
     )
     modules_to_save: list[str] = field(
         default_factory=lambda: ["classifier"],
-        metadata={"help": "Modules that are trained whole, besides the adapter."},
+        metadata={"help": "Modules that are trained in full, besides the adapter."},
     )
     log_experts_steps: int = field(
-        default=0, metadata={"help": "How often, in optimizer steps, to log how the experts are used. Default: never."}
+        default=0,
+        metadata={"help": "Optimizer steps between logs of how the experts are used. Default: no logs."},
     )
-    cache_dir: Optional[str] = field(default=None, metadata={"help": "Where downloads go."})
-    token: Optional[str] = field(
-        default=None, metadata={"help": "Access token for the Hub. Default: the one that is logged in."}
-    )
+    cache_dir: Optional[str] = option("cache_dir")
+    token: Optional[str] = option("token")
 
 
 @dataclass
 class DataArguments:
-    """Which audio it is trained and evaluated on."""
+    """The data for training, evaluation and test."""
 
     dataset_name: str = field(
         metadata={"help": "Id of a dataset on the Hub, a folder with a metadata.csv, or a folder with Parquet files."}
     )
-    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: Optional[str] = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    dataset_config_name: Optional[str] = option("config_name")
+    dataset_revision: Optional[str] = option("revision")
     train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split_name: str = field(default="validation", metadata={"help": "Split to evaluate on."})
     train_rows: Optional[str] = field(
@@ -154,31 +156,28 @@ class DataArguments:
     test_rows: Optional[str] = field(
         default=None, metadata={"help": "Rows to test it on, by the values of a column, such as fold=4."}
     )
-    audio_column_name: str = field(default="audio", metadata={"help": "Column with the audio."})
-    label_column_name: str = field(
-        default="label",
-        metadata={
-            "help": "Column with the labels, or several, such as action,object,location, that make one together."
-        },
-    )
-    max_length_seconds: Optional[float] = field(
-        default=None,
-        metadata={"help": "Longer clips are cut to this length: at a random place in training, else at the start."},
-    )
+    audio_column_name: str = option("audio_column")
+    label_column_name: str = option("label_column")
+    max_length_seconds: Optional[float] = option("max_length_seconds")
     mask_frequencies: int = field(
         default=0, metadata={"help": "SpecAugment: a band of up to so many mel bins is set to zero in training."}
     )
     mask_frames: int = field(
         default=0, metadata={"help": "SpecAugment: a span of up to so many frames is set to zero in training."}
     )
-    streaming: bool = field(default=True, metadata={"help": "Read while training instead of downloading first."})
-    shuffle_buffer_size: int = field(default=500, metadata={"help": "How many rows are held to draw from."})
-    on_bad_audio: Literal["skip", "raise"] = field(
-        default="skip",
-        metadata={"help": "Audio that cannot be used is skipped, counted and named in a warning, or is an error."},
-    )
+    streaming: bool = option("streaming")
+    shuffle_buffer_size: int = option("shuffle_buffer")
+    on_bad_audio: Literal["skip", "raise"] = option("on_bad_audio")
 
 
+# Errors of the library name Python arguments: what this script calls them.
+FLAGS = flag_names(ModelArguments, DataArguments, AdapterArguments, TrainingArguments) | {
+    "rows": "--train_rows, --eval_rows and --test_rows",
+    "needs_length=False": "--max_steps",
+}
+
+
+@name_flags(FLAGS)
 def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     model_args, data_args, adapter_args, training_args = parse(sys.argv[1:] if arguments is None else arguments)
 
@@ -186,7 +185,7 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     logging.getLogger().setLevel(logging.WARNING)
     transformers.logging.set_verbosity_warning()
     config = make_config(adapter_args, modules_to_save=model_args.modules_to_save)
-    if config.router_aux_loss_coef and training_args.label_smoothing_factor:
+    if config.choices()["router_aux_loss_coef"] and training_args.label_smoothing_factor:
         raise ValueError(
             "--label_smoothing_factor and --routing top_k do not go together: the Trainer computes a smoothed loss "
             "itself, without the load-balancing loss of the routers. Leave one out, or set --router_aux_loss_coef 0."
@@ -196,39 +195,40 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         parts["evaluation"] = (data_args.eval_split_name, data_args.eval_rows)
     if data_args.test_split_name:
         parts["test"] = (data_args.test_split_name, data_args.test_rows)
-    check_apart(parts)
+    check_no_shared_rows(parts)
     for name in ("save_only_model", "ignore_data_skip"):
         if getattr(training_args, name):
-            raise ValueError(f"With --{name} a run that was cut off would not go on as it was: leave it out.")
+            raise ValueError(f"With --{name} an interrupted run could not resume as it was: leave it out.")
     settings = settings_of(model_args, data_args, adapter_args, training_args)
     resume = training_args.resume_from_checkpoint
     if resume and str(resume).lower() in ("true", "false"):
         resume = str(resume).lower() == "true"
     is_main = training_args.process_index == 0
-    checkpoint = begin_run(
-        training_args.output_dir, settings, resume, longer=("num_train_epochs", "max_steps"), is_main=is_main
+    checkpoint = start_or_resume(
+        training_args.output_dir, settings, resume, may_change=("num_train_epochs", "max_steps"), is_main=is_main
     )
     set_seed(training_args.seed)
-    # Pushing is done here, at the end: the Trainer would write a card of its own over the adapter's, and a token into
-    # every checkpoint.
+    # This script pushes at the end: the Trainer would replace the adapter's card, and write the token into every
+    # checkpoint.
     push_to_hub, hub_token = training_args.push_to_hub, training_args.hub_token
     training_args.push_to_hub, training_args.hub_token = False, None
     repo_id = None
-    if push_to_hub and is_main:  # now, for what is not allowed should not show after training
-        repo_id = patiently(
+    if push_to_hub and is_main:  # before training, so that a missing permission shows now
+        repo_id = retry(
             HfApi(token=hub_token).create_repo,
             training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
             private=training_args.hub_private_repo,
             exist_ok=True,
         ).repo_id
 
-    feature_extractor = patiently(
+    feature_extractor = retry(
         AutoFeatureExtractor.from_pretrained,
         model_args.feature_extractor_name or model_args.model_name_or_path,
         revision=model_args.model_revision,
         cache_dir=model_args.cache_dir,
         token=model_args.token,
     )
+    options = collect_options(model_args, data_args, training_args)
     streams: dict[str, AudioStream] = {}
     label_names = None
     for part, (split, rows) in parts.items():
@@ -236,25 +236,15 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
             data_args.dataset_name,
             split,
             feature_extractor,
+            options,
             rows=rows,
             label_names=label_names,
-            audio_column=data_args.audio_column_name,
-            label_column=data_args.label_column_name,
-            config_name=data_args.dataset_config_name,
-            streaming=data_args.streaming,
             training=part == "training",
             needs_length=part == "training" and training_args.max_steps <= 0,
-            max_length_seconds=data_args.max_length_seconds,
-            on_bad_audio=data_args.on_bad_audio,
-            shuffle_buffer=data_args.shuffle_buffer_size,
-            seed=training_args.seed,
-            revision=data_args.dataset_revision,
-            token=model_args.token,
-            cache_dir=model_args.cache_dir,
         )
-        label_names = list(streams[part].extract.label_ids)
+        label_names = streams[part].label_names
 
-    model = patiently(
+    model = retry(
         AutoModelForAudioClassification.from_pretrained,
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -276,14 +266,14 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         mask_frequencies=data_args.mask_frequencies,
         mask_frames=data_args.mask_frames,
     )
-    if config.router_aux_loss_coef:
+    if config.choices()["router_aux_loss_coef"]:
         trainer.add_callback(LogRouterLoss(trainer))
     if model_args.log_experts_steps:
         trainer.add_callback(ExpertUtilizationCallback(trainer, every=model_args.log_experts_steps))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():  # what a run that was cut off has left of it could not be read
+    if trainer.is_world_process_zero():  # an interrupted run may leave a broken one
         Path(training_args.output_dir, "all_results.json").unlink(missing_ok=True)
     trainer.save_metrics("train", result.metrics)
     for part, prefix in (("evaluation", "eval"), ("test", "test")):
@@ -304,7 +294,7 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     if trainer.is_world_process_zero():
         if repo_id:
             push(training_args.output_dir, repo_id, hub_token)
-        note_run(training_args.output_dir, settings, finished=True)
+        write_run_state(training_args.output_dir, settings, finished=True)
     trainer.accelerator.wait_for_everyone()
     return trainer
 
@@ -315,7 +305,7 @@ def settings_of(
     adapter_args: AdapterArguments,
     training_args: TrainingArguments,
 ) -> dict[str, Any]:
-    """What has to stay the same when a run goes on."""
+    """The settings that must stay the same when a run resumes."""
     settings = {
         **{name: value for part in (model_args, data_args, adapter_args) for name, value in asdict(part).items()},
         **{name: getattr(training_args, name, None) for name in SETTINGS},
@@ -326,7 +316,7 @@ def settings_of(
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:
-    """Arguments of the command line and, before it, of the YAML file that `--config` names."""
+    """Arguments of the command line, which override those of the YAML file that `--config` names."""
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", metavar="FILE", help="YAML file with arguments, as in examples/recipes/")
     parser = HfArgumentParser(
@@ -352,7 +342,7 @@ def read_config(path: str, parser: HfArgumentParser) -> list[str]:
     arguments = []
     for name, value in given.items():
         if value is False and "no" in map(str, known[name].choices or ()):
-            value = "no"  # which YAML takes for False
+            value = "no"  # YAML reads it as False
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         if value is not None:
             arguments += [f"--{name}", *map(str, values)]
@@ -362,9 +352,9 @@ def read_config(path: str, parser: HfArgumentParser) -> list[str]:
 def push(folder: str, repo_id: str, token: Optional[str]) -> None:
     """Upload the adapter, its card and its feature extractor, without checkpoints and pickles."""
     ignored = ["*checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"]
-    patiently(HfApi(token=token).upload_folder, repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
+    retry(HfApi(token=token).upload_folder, repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
 
 
 if __name__ == "__main__":
-    # Ends what several processes have between them, which may abort one that ends before.
+    # Ends the process group: a process that ends before may be aborted otherwise.
     main().accelerator.end_training()

@@ -5,13 +5,15 @@
         --train_rows fold=1,2,3,4 --eval_split_name train --eval_rows fold=5 --output_dir esc50-softmoa
 
 It does what train_audio_classification.py does, with the same data, the same optimisation and the same checkpoints, and
-runs under `accelerate launch`, which also chooses the precision. The same command goes on with a run that was cut off.
+runs under `accelerate launch`, which also chooses the precision. Interrupted runs resume: run the same command again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +24,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
     EvalPrediction,
+    HfArgumentParser,
     get_cosine_schedule_with_warmup,
 )
 from transformers.trainer_pt_utils import get_parameter_names
@@ -30,50 +33,65 @@ from transformers.trainer_utils import rotate_checkpoints
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
-    begin_run,
-    check_apart,
+    atomic_checkpoint,
+    check_no_shared_rows,
     checkpoint_only_adapters,
     classification_metrics,
+    collect_options,
+    flag_names,
     load_stream,
     make_eval_loader,
     make_loader,
-    note_run,
-    patiently,
+    name_flags,
+    option,
+    retry,
     spec_augment,
-    whole_checkpoint,
+    start_or_resume,
+    write_run_state,
 )
 
-# What has to stay the same when a run goes on, besides the arguments.
+# What must stay the same when a run resumes, besides the arguments.
 SETTINGS = ("num_processes", "mixed_precision", "distributed_type")
+# The arguments that may change: they do not affect the training.
+OTHER = ("eval_split_name", "eval_rows", "save_steps", "report_to", "output_dir")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", default="MIT/ast-finetuned-audioset-10-10-0.4593")
-    parser.add_argument("--dataset_name", required=True, help="id on the Hub, or folder")
-    parser.add_argument("--train_split_name", default="train")
-    parser.add_argument("--eval_split_name", default="validation")
-    parser.add_argument("--train_rows", help="such as fold=1,2,3,4")
-    parser.add_argument("--eval_rows", help="such as fold=5")
-    parser.add_argument("--audio_column_name", default="audio")
-    parser.add_argument("--label_column_name", default="label")
-    parser.add_argument("--max_length_seconds", type=float)
-    parser.add_argument("--shuffle_buffer_size", type=int, default=500)
-    parser.add_argument("--mask_frequencies", type=int, default=0, help="of SpecAugment, in mel bins")
-    parser.add_argument("--mask_frames", type=int, default=0, help="of SpecAugment")
-    parser.add_argument("--per_device_train_batch_size", type=int, default=32)
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    parser.add_argument("--dataloader_num_workers", type=int, default=0)
-    parser.add_argument("--learning_rate", type=float, default=5e-3)
-    parser.add_argument("--num_train_epochs", type=int, default=3)
-    parser.add_argument("--save_steps", type=int, help="between checkpoints; once an epoch, if it is not given")
-    parser.add_argument("--report_to", help="where to track the run, such as tensorboard or wandb")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", required=True)
-    return parser.parse_args(argv)
+@dataclass
+class Arguments:
+    """The arguments of the script."""
+
+    dataset_name: str = field(metadata={"help": "Id of a dataset on the Hub, or folder."})
+    output_dir: str = field(metadata={"help": "Folder for the adapter and the checkpoints."})
+    model_name_or_path: str = "MIT/ast-finetuned-audioset-10-10-0.4593"
+    train_split_name: str = "train"
+    eval_split_name: str = "validation"
+    train_rows: Optional[str] = field(default=None, metadata={"help": "Rows to train on, such as fold=1,2,3,4."})
+    eval_rows: Optional[str] = field(default=None, metadata={"help": "Rows to evaluate on, such as fold=5."})
+    audio_column_name: str = option("audio_column")
+    label_column_name: str = option("label_column")
+    max_length_seconds: Optional[float] = option("max_length_seconds")
+    shuffle_buffer_size: int = option("shuffle_buffer")
+    mask_frequencies: int = field(default=0, metadata={"help": "Greatest width of SpecAugment's band, in mel bins."})
+    mask_frames: int = field(default=0, metadata={"help": "Greatest length of SpecAugment's span, in frames."})
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    dataloader_num_workers: int = 0
+    learning_rate: float = 5e-3
+    num_train_epochs: int = 3
+    save_steps: Optional[int] = field(
+        default=None, metadata={"help": "Optimizer steps between checkpoints. Default: a checkpoint after each epoch."}
+    )
+    report_to: Optional[str] = field(
+        default=None, metadata={"help": "Where to track the run, such as tensorboard or wandb."}
+    )
+    seed: int = option("seed", default=42)
 
 
-@torch.random.fork_rng(devices=[])  # a run that goes on does not evaluate again, and needs the same random numbers
+# Errors of the library name Python arguments: what this script calls them.
+FLAGS = flag_names(Arguments) | {"rows": "--train_rows and --eval_rows"}
+
+
+@torch.random.fork_rng(devices=[])  # a resumed run does not repeat it, and needs the same random numbers
 def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
     model.eval()
     outputs = []
@@ -85,43 +103,38 @@ def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
     return classification_metrics(EvalPrediction(logits, labels))
 
 
+@name_flags(FLAGS)
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    args = parse(argv)
+    parser = HfArgumentParser(Arguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    [args] = parser.parse_args_into_dataclasses(argv)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_dir=args.output_dir,
     )
     evaluation = (args.eval_split_name, args.eval_rows)
-    check_apart({"training": (args.train_split_name, args.train_rows), "evaluation": evaluation})
-    other = ("eval_split_name", "eval_rows", "save_steps", "report_to", "output_dir")
-    settings = {name: value for name, value in vars(args).items() if name not in other}
+    check_no_shared_rows({"training": (args.train_split_name, args.train_rows), "evaluation": evaluation})
+    settings = {name: value for name, value in vars(args).items() if name not in OTHER}
     settings.update({name: str(getattr(accelerator, name)) for name in SETTINGS})
-    checkpoint = begin_run(args.output_dir, settings, is_main=accelerator.is_main_process)
+    checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
     set_seed(args.seed)
 
-    extractor = patiently(AutoFeatureExtractor.from_pretrained, args.model_name_or_path)
-    data = {
-        "audio_column": args.audio_column_name,
-        "label_column": args.label_column_name,
-        "max_length_seconds": args.max_length_seconds,
-        "shuffle_buffer": args.shuffle_buffer_size,
-        "seed": args.seed,
-    }
-    train_stream = load_stream(args.dataset_name, args.train_split_name, extractor, rows=args.train_rows, **data)
-    label_names = list(train_stream.extract.label_ids)
+    extractor = retry(AutoFeatureExtractor.from_pretrained, args.model_name_or_path)
+    options = collect_options(args)
+    train_stream = load_stream(args.dataset_name, args.train_split_name, extractor, options, rows=args.train_rows)
+    label_names = train_stream.label_names
     eval_stream = load_stream(
         args.dataset_name,
         args.eval_split_name,
         extractor,
+        options,
         rows=args.eval_rows,
         label_names=label_names,
         training=False,
         needs_length=False,
-        **data,
     )
 
-    model = patiently(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path)
+    model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path)
     config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
     model = get_peft_model(model, config)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
@@ -169,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             accelerator.log({"loss": loss.item(), "learning_rate": scheduler.get_last_lr()[0]}, step)
             if step % (args.save_steps or steps_per_epoch) == 0:
                 name, is_main = f"checkpoint-{step}", accelerator.is_main_process
-                with whole_checkpoint(args.output_dir, name, is_main, accelerator.wait_for_everyone) as folder:
+                with atomic_checkpoint(args.output_dir, name, is_main, accelerator.wait_for_everyone) as folder:
                     accelerator.save_state(folder)
                 if is_main:
                     rotate_checkpoints(args.output_dir, save_total_limit=2)
@@ -185,7 +198,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         extractor.save_pretrained(args.output_dir)
         split = f"{args.eval_split_name} ({args.eval_rows})" if args.eval_rows else args.eval_split_name
         add_results(args.output_dir, metrics, dataset=args.dataset_name, split=split)
-        note_run(args.output_dir, settings, finished=True)
+        write_run_state(args.output_dir, settings, finished=True)
     accelerator.end_training()
     return metrics
 

@@ -32,30 +32,6 @@ class TargetsArguments:
     )
 
 
-@dataclass
-class InspectArguments:
-    """What an adapter is looked at with."""
-
-    audio: Optional[str] = field(default=None, metadata={"help": "A file with a clip, to see where the slots read it."})
-    dataset: Optional[str] = field(
-        default=None, metadata={"help": "Dataset to see the experts over: an id on the Hub or a folder."}
-    )
-    dataset_config_name: Optional[str] = field(default=None, metadata={"help": "Configuration of the dataset."})
-    split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    rows: Optional[str] = field(default=None, metadata={"help": "Which rows of it, such as fold=5. Default: all."})
-    audio_column_name: str = field(default="audio", metadata={"help": "Its column with the audio."})
-    label_column_name: Optional[str] = field(
-        default=None, metadata={"help": "Its column with the labels. Default: label, if there is one."}
-    )
-    max_length_seconds: float = field(default=30.0, metadata={"help": "How much of a clip is read, from its start."})
-    max_clips: Optional[int] = field(default=None, metadata={"help": "How many clips of the dataset. Default: all."})
-    batch_size: int = field(default=8, metadata={"help": "Clips in a batch."})
-    revision: Optional[str] = field(default=None, metadata={"help": "Branch, tag or commit of the adapter."})
-    output_dir: str = field(
-        default="inspection", metadata={"help": "Where report.html, report.json and the pictures are written."}
-    )
-
-
 def main(arguments: Optional[list[str]] = None) -> None:
     """Run a command: `peft-softmoa targets MODEL` or `peft-softmoa inspect ADAPTER`.
 
@@ -97,27 +73,27 @@ def inspect(arguments: list[str]) -> None:
     Args:
         arguments (list[str]): the words after `inspect`.
     """
-    # Only here, as it loads matplotlib and datasets.
+    # Only here, because they load matplotlib and datasets.
+    from .inspection.arguments import InspectArguments
     from .inspection.inspect_adapter import inspect_adapter
+    from .training.options import collect_options, flag_names, name_flags
 
     parser = HfArgumentParser(InspectArguments, prog="peft-softmoa inspect")  # type: ignore[arg-type]
     parser.add_argument("adapter", help="Id on the Hub or folder of the adapter.")
-    options, rest = parser.parse_args_into_dataclasses(arguments)
-    page = inspect_adapter(
-        rest.adapter,
-        options.output_dir,
-        audio=options.audio,
-        dataset=options.dataset,
-        split=options.split,
-        rows=options.rows,
-        audio_column=options.audio_column_name,
-        label_column=options.label_column_name,
-        config_name=options.dataset_config_name,
-        revision=options.revision,
-        max_seconds=options.max_length_seconds,
-        max_clips=options.max_clips,
-        batch_size=options.batch_size,
-    )
+    given, rest = parser.parse_args_into_dataclasses(arguments)
+    with name_flags(flag_names(InspectArguments)):
+        page = inspect_adapter(
+            rest.adapter,
+            given.output_dir,
+            audio=given.audio,
+            dataset=given.dataset,
+            split=given.split,
+            rows=given.rows,
+            options=collect_options(given),
+            revision=given.revision,
+            max_clips=given.max_clips,
+            batch_size=given.batch_size,
+        )
     print(f"The report is in {page}")
 
 

@@ -31,7 +31,7 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import record_routing
 from peft_softmoa.inspection.callback import utilization
 from peft_softmoa.inspection.report import Statistics
-from peft_softmoa.training import AudioStream, ExtractFeatures, Survey, load_rows, make_loader
+from peft_softmoa.training import AudioStream, DatasetSummary, ExtractFeatures, load_rows, make_loader
 
 from .layer import DTYPES, measure_layer, sweeps
 from .measure import count_flops, environment, import_seconds, in_turn, memory_of, note
@@ -235,7 +235,7 @@ def measure_input(rounds: int, arguments: argparse.Namespace) -> list[dict[str, 
         Path(folder, "metadata.csv").write_text("\n".join(lines))
         rows = load_rows(folder, "train")
         extract = ExtractFeatures(ASTFeatureExtractor(max_length=500), ["noise"])
-        stream = AudioStream(rows, extract, Survey(number, ("noise",), (number,)))
+        stream = AudioStream(rows, extract, DatasetSummary(number, ("noise",), (number,)))
         functions: dict[str, Callable[[], Any]] = {}
         samples = {}
         for workers in (0, 1, 2):

@@ -26,8 +26,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import expert_report
-from peft_softmoa.training import ExtractFeatures, load_rows
-from peft_softmoa.training.data import class_names, label_name
+from peft_softmoa.training import DataOptions, ExtractFeatures, class_names, load_rows
+from peft_softmoa.training.rows import label_name
 
 from ..benchmark.measure import memory_of, synchronize
 from ..benchmark.methods import train_adapter, train_all, train_head
@@ -106,7 +106,10 @@ def load_data(
         ValueError: if a column is missing, or there are fewer than three folds.
     """
     columns = [audio_column, label_column, fold_column]
-    stream = load_rows(name, split, config_name=config_name, audio_column=audio_column, columns=columns)
+    options = DataOptions(
+        audio_column=audio_column, label_column=label_column, config_name=config_name, on_bad_audio="raise"
+    )
+    stream = load_rows(name, split, options, columns=columns)
     names = {column: class_names(stream, column) for column in columns[1:]}
     rows = list(tqdm(stream, desc=f"Reading {name}", unit=" rows", leave=False))
     labels, folds = ([label_name(row[column], names[column], name) for row in rows] for column in columns[1:])
@@ -121,14 +124,7 @@ def load_data(
     label_names = sorted(set(labels))
     path = features_path(cache, digest.hexdigest()[:16])
     if not path.exists():
-        extract = ExtractFeatures(
-            extractor,
-            label_names,
-            audio_column=audio_column,
-            label_column=label_column,
-            class_names=names[label_column],
-            on_bad_audio="raise",
-        )
+        extract = ExtractFeatures(extractor, label_names, options, class_names=names[label_column])
         parts = [
             extract({column: [row[column]] for column in columns[:2]})["input_values"][0]
             for row in tqdm(rows, desc="Extracting features", unit=" clips", leave=False)

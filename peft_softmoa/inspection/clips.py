@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -20,7 +21,7 @@ from ..method import PatchGrid
 from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
-from ..training.data import AudioError, decode_audio
+from ..training.audio import AudioError, decode_audio
 from .maps import ReadingMap, reading_map
 from .plots import Clip
 from .records import Record, record_routing
@@ -39,7 +40,7 @@ class ClipReading(NamedTuple):
     records: tuple[Record, ...]
     maps: tuple[Optional[ReadingMap], ...]  # one for each record, or none
     without_map: tuple[str, ...]  # why there is none
-    answer: Optional[str]  # the most likely class, if the model finds classes
+    prediction: Optional[str]  # the most likely class, if the model is a classifier
 
 
 def load_adapter(adapter: str, revision: Optional[str] = None) -> tuple[PeftModel, Any]:
@@ -79,14 +80,14 @@ def load_adapter(adapter: str, revision: Optional[str] = None) -> tuple[PeftMode
     return model.eval().to(PartialState().default_device), feature_extractor
 
 
-def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds: float) -> ClipReading:
+def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds: Optional[float] = None) -> ClipReading:
     """Run a model on one clip, and find where in it the slots read.
 
     Args:
         model (PeftModel): the model with its adapter.
         feature_extractor (SequenceFeatureExtractor): its feature extractor.
         audio (str): path or URL of the file.
-        max_seconds (float): how much of it is read, from its start.
+        max_seconds (float, optional): how much of the file is read, from its start. Default: all.
 
     Returns:
         ClipReading: what each block did.
@@ -97,12 +98,12 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     rate = feature_extractor.sampling_rate
     # Some feature extractors fill every clip up to one length, and cut longer ones, at times anywhere.
     filled = getattr(feature_extractor, "n_samples", None) or getattr(feature_extractor, "nb_max_samples", None)
-    samples = decode_audio(audio, rate, min(max_seconds, filled / rate) if filled else max_seconds)
+    samples = decode_audio(audio, rate, min(max_seconds or math.inf, filled / rate) if filled else max_seconds)
     seconds = len(samples) / rate
     try:
         inputs = dict(feature_extractor(samples, sampling_rate=rate, return_tensors="pt"))
         with record_routing(model) as records, torch.no_grad():
-            output = model(**next(complete(model, [inputs])))
+            output = model(**next(prepare_batches(model, [inputs])))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise AudioError(
             audio,
@@ -130,16 +131,16 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
         tuple(records),
         tuple(maps),
         tuple(elsewhere.values()),
-        _answer(model, output),
+        _predicted_class(model, output),
     )
 
 
-def complete(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Give batches of audio the model's device and dtype and, where a model writes text, the first token of an answer.
+def prepare_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Move batches of audio to the model's device and dtype, and add the first token that a model of text needs.
 
     Args:
         model (nn.Module): the model with its adapter.
-        batches (iterable of mappings): inputs of its encoder.
+        batches (iterable of mappings): inputs of the encoder.
 
     Yields:
         dict[str, Any]: inputs of the model.
@@ -200,7 +201,7 @@ def _declared_seconds(audio: str) -> float:
         return file.frames / file.samplerate
 
 
-def _answer(model: PeftModel, output: Any) -> Optional[str]:
+def _predicted_class(model: PeftModel, output: Any) -> Optional[str]:
     logits = getattr(output, "logits", None)
     names = getattr(model.config, "id2label", None) or {}
     several = getattr(model.config, "problem_type", None) == "multi_label_classification"

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Optional
@@ -16,9 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
-from ..training.data import load_rows
-from ..training.streams import load_stream
-from .clips import FRAME_SECONDS, ClipReading, complete, load_adapter, read_clip
+from ..training.load import stream_source
+from ..training.options import DataOptions
+from ..training.source import open_source
+from .clips import FRAME_SECONDS, ClipReading, load_adapter, prepare_batches, read_clip
 from .maps import ReadingMap
 from .page import Picture, Section, Table, write_page
 from .plots import plot_classes, plot_load, plot_reading, png
@@ -26,23 +28,20 @@ from .report import ExpertReport, expert_report
 
 # Of how many blocks the page shows classes: of those that tell most of them. All are in the JSON file.
 CLASS_PICTURES = 3
-# The column with the labels, if it is not given.
-LABELS = "label"
+# The label column is `label`, if there is one.
+DEFAULT_OPTIONS = DataOptions(label_column=None, max_length_seconds=30.0)
 
 
 def inspect_adapter(
     adapter: str,
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike[str],
     *,
     audio: Optional[str] = None,
     dataset: Optional[str] = None,
     split: str = "train",
     rows: Optional[str] = None,
-    audio_column: str = "audio",
-    label_column: Optional[str] = None,
-    config_name: Optional[str] = None,
+    options: DataOptions = DEFAULT_OPTIONS,
     revision: Optional[str] = None,
-    max_seconds: float = 30.0,
     max_clips: Optional[int] = None,
     batch_size: int = 8,
 ) -> Path:
@@ -58,31 +57,26 @@ def inspect_adapter(
             over its clips, or else those of the one clip.
         split (str): of the dataset. Default: `"train"`.
         rows (str, optional): which rows of it, such as `"fold=5"`. Default: all.
-        audio_column (str): its column with the audio. Default: `"audio"`.
-        label_column (str, optional): its column with the labels. Default: `"label"`, if there is one.
-        config_name (str, optional): its configuration.
+        options (DataOptions): how the dataset is read, and how much of a clip, from its start. With `label_column=None`
+            the labels are in the column `label`, if there is one. Default: that, and 30 seconds of each clip.
         revision (str, optional): branch, tag or commit of the adapter.
-        max_seconds (float): how much of a clip is read, from its start. Default: 30.0.
-        max_clips (int, optional): how many clips of the dataset are read. Default: all.
-        batch_size (int): clips in a batch. Default: 8.
+        max_clips (int, optional): number of clips of the dataset that are read. Default: all.
+        batch_size (int): number of clips in a batch. Default: 8.
 
     Returns:
-        Path: the page.
+        Path: the page, `report.html`.
 
     Raises:
         ValueError: if there is neither clip nor dataset, the adapter is of another method, or a clip cannot be used.
         OSError: if the adapter or its base model cannot be read.
     """
     if audio is None and dataset is None:
-        raise ValueError("There is nothing to look at: give a clip with --audio, a dataset with --dataset, or both.")
-    if not max_seconds > 0 or batch_size < 1 or (max_clips is not None and max_clips < 1):
-        raise ValueError(
-            "--max_length_seconds, --batch_size and --max_clips must be positive, got "
-            f"{max_seconds}, {batch_size} and {max_clips}."
-        )
+        raise ValueError("There is nothing to look at: give a clip with `audio`, a dataset with `dataset`, or both.")
+    if batch_size < 1 or (max_clips is not None and max_clips < 1):
+        raise ValueError(f"`batch_size` and `max_clips` must be positive, got {batch_size} and {max_clips}.")
     model, feature_extractor = load_adapter(adapter, revision)
     config = model.active_peft_config
-    reading = None if audio is None else read_clip(model, feature_extractor, audio, max_seconds)
+    reading = None if audio is None else read_clip(model, feature_extractor, audio, options.max_length_seconds)
     # The page may be sent to others, whom folders of this computer do not concern.
     adapter_name, base_name, dataset_name = (
         Path(name).resolve().name if name and os.path.isdir(name) else name
@@ -95,40 +89,30 @@ def inspect_adapter(
     }
     notes = []
     if dataset is not None:
-        if label_column is None:
-            given = load_rows(dataset, split, audio_column=audio_column, config_name=config_name)
-            label_column = LABELS if LABELS in (given.column_names or next(iter(given), {})) else None
-        stream = load_stream(
-            dataset,
-            split,
-            feature_extractor,
-            rows=rows,
-            audio_column=audio_column,
-            label_column=label_column,
-            config_name=config_name,
-            training=False,
-            needs_length=False,
-            max_length_seconds=max_seconds,
-        )
-        total = max_clips or (len(stream) if stream.survey else None)
+        source = open_source(dataset, split, options)
+        if options.label_column is None and "label" in source.columns:
+            options = replace(options, label_column="label")
+        stream = stream_source(source, feature_extractor, options, rows=rows, training=False, needs_length=False)
+        total = max_clips or (len(stream) if stream.summary else None)
         clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total)
         batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))
-        label_names = list(stream.extract.label_ids)
-        report = expert_report(model, complete(model, batches), label_names=label_names, show_progress=False)
+        report = expert_report(
+            model, prepare_batches(model, batches), label_names=stream.label_names, show_progress=False
+        )
         facts["Dataset"] = f"{dataset_name}, {split}{f', {rows}' if rows else ''}: {report.num_clips} clips"
         if stream.extract.skipped:
             notes.append(f"Clips that cannot be used: {'; '.join(stream.extract.skipped)}.")
     elif reading is not None:
-        report = expert_report(model, complete(model, [reading.inputs]), show_progress=False)
-        notes.append("These are numbers of one clip. What holds of the adapter, a dataset shows (--dataset).")
+        report = expert_report(model, prepare_batches(model, [reading.inputs]), show_progress=False)
+        notes.append("These are numbers of one clip. A dataset shows what holds for the adapter in general.")
     if report.without_classes:
-        notes.append(f"There is nothing about classes: {report.without_classes} (--dataset, --label_column_name).")
+        notes.append(f"There is nothing about classes: {report.without_classes}.")
     sections = [_load(report), *_classes(report)]
     sound = None
     if reading is not None:
         facts["Clip"] = f"{reading.clip.name}, {reading.duration:.2f} s"
-        if reading.answer:
-            facts["The model says"] = reading.answer
+        if reading.prediction:
+            facts["The model says"] = reading.prediction
         notes += _left_out(reading)
         sections.append(_reading(report, reading))
         sound = _wav(reading)
@@ -181,7 +165,7 @@ def _load(report: ExpertReport) -> Section:
     )
     text = (
         "An expert that hardly any token reads is idle. If all have the same share, all are used; how alike is what "
-        "they read is another question, which their similarity answers, and how alike their answers are, none of this."
+        "they read is another question, which their similarity answers. None of this says how alike their outputs are."
     )
     return Section("Who is used", text, [picture])
 
@@ -197,7 +181,7 @@ def _classes(report: ExpertReport) -> list[Section]:
             png(plot_classes(report, block)),
             f"A matrix of classes and experts for the block {block.block}. The expert that a token reads tells "
             f"{block.scalars['class_information']:.3f} bits of the class.",
-            "Each row is a class and adds up to 100%: from which experts the tokens of its clips get their answers.",
+            "Each row is a class and adds up to 100%: from which experts the tokens of its clips get their outputs.",
         )
         for block in blocks
     ]
@@ -296,7 +280,7 @@ def _clip_to_dict(reading: ClipReading) -> dict[str, Any]:
         "name": reading.clip.name,
         "duration": reading.duration,
         "seconds": reading.clip.seconds,
-        "answer": reading.answer,
+        "prediction": reading.prediction,
         "blocks": [
             {
                 "block": record.block,
@@ -319,9 +303,7 @@ def _left_out(reading: ClipReading) -> list[str]:
     notes = list(dict.fromkeys(reading.without_map))
     seconds = len(reading.clip.samples) / reading.clip.sampling_rate
     if reading.duration > seconds + FRAME_SECONDS:
-        notes.append(
-            f"Of the clip's {reading.duration:.4g} s only the first {seconds:.4g} s are read (--max_length_seconds)."
-        )
+        notes.append(f"Of the clip's {reading.duration:.4g} s only the first {seconds:.4g} s are read.")
     if seconds > reading.clip.seconds + FRAME_SECONDS:
         notes.append(f"The model takes the first {reading.clip.seconds:.4g} s of a clip, and no more.")
     if reading.clip.seconds > seconds + FRAME_SECONDS:

@@ -1,25 +1,25 @@
 """Audio streams, metrics, checkpoints and callbacks, for the Hugging Face Trainer and for loops of one's own."""
 
+from .audio import AudioError, decode_audio
 from .augment import spec_augment
 from .callbacks import LogRouterLoss
-from .checkpoints import begin_run, checkpoint_only_adapters, newest_checkpoint, note_run, whole_checkpoint
-from .data import (
-    AudioError,
-    ExtractFeatures,
-    Survey,
-    check_apart,
-    class_names,
-    decode_audio,
-    load_rows,
-    parse_selection,
-    reads_single_columns,
-    select_rows,
-    survey_metadata,
-    survey_rows,
+from .checkpoints import (
+    atomic_checkpoint,
+    checkpoint_only_adapters,
+    newest_checkpoint,
+    read_run_state,
+    start_or_resume,
+    write_run_state,
 )
+from .features import ExtractFeatures
+from .load import load_stream
+from .loaders import make_eval_loader, make_loader
 from .metrics import Accuracy, MacroF1, classification_metrics
-from .network import patiently
-from .streams import AudioStream, load_stream, make_eval_loader, make_loader
+from .network import retry
+from .options import DataOptions, collect_options, flag_names, name_flags, option
+from .rows import DatasetSummary, check_no_shared_rows, class_names, parse_selection, select_rows, summarize_rows
+from .source import Source, load_rows, open_source
+from .streams import AudioStream
 from .trainer import AudioTrainer
 
 __all__ = [
@@ -27,28 +27,34 @@ __all__ = [
     "AudioError",
     "AudioStream",
     "AudioTrainer",
+    "DataOptions",
+    "DatasetSummary",
     "ExtractFeatures",
     "LogRouterLoss",
     "MacroF1",
-    "Survey",
-    "begin_run",
-    "check_apart",
+    "Source",
+    "atomic_checkpoint",
+    "check_no_shared_rows",
     "checkpoint_only_adapters",
     "class_names",
     "classification_metrics",
+    "collect_options",
     "decode_audio",
+    "flag_names",
     "load_rows",
     "load_stream",
     "make_eval_loader",
     "make_loader",
+    "name_flags",
     "newest_checkpoint",
-    "note_run",
+    "open_source",
+    "option",
     "parse_selection",
-    "patiently",
-    "reads_single_columns",
+    "read_run_state",
+    "retry",
     "select_rows",
     "spec_augment",
-    "survey_metadata",
-    "survey_rows",
-    "whole_checkpoint",
+    "start_or_resume",
+    "summarize_rows",
+    "write_run_state",
 ]

@@ -14,8 +14,8 @@ from ..calls.router_losses import used_router_aux_loss
 class LogRouterLoss(TrainerCallback):
     """Logs `router_aux_loss`, the part of the training loss that balances the experts of `routing="top_k"`.
 
-    The model adds it to its loss by itself; this only shows it apart, as a mean over the batches and processes since
-    the last time, whenever the Trainer logs the loss. What is not in any loss is not logged.
+    The model itself adds it to its loss. This callback logs it separately whenever the Trainer logs the loss, as a mean
+    over the batches and processes since the last entry. It logs nothing if the loss has no such part.
 
         trainer.add_callback(LogRouterLoss(trainer))
 
@@ -31,18 +31,18 @@ class LogRouterLoss(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what an earlier run has left."""
+        """Forget the sums of an earlier run."""
         self.total, self.count = 0.0, 0
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the loss of a batch after which no optimizer step comes."""
-        self._note(kwargs.get("model"))
+        """Add the loss of a batch that is not followed by an optimizer step."""
+        self._add(kwargs.get("model"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the loss of a batch, and log."""
-        self._note(kwargs.get("model"))
+        """Add the loss of a batch, and log."""
+        self._add(kwargs.get("model"))
         self._log(control)
 
     def on_epoch_end(
@@ -51,7 +51,7 @@ class LogRouterLoss(TrainerCallback):
         """Log, if the Trainer logs once per epoch."""
         self._log(control)
 
-    def _note(self, model: Optional[torch.nn.Module]) -> None:
+    def _add(self, model: Optional[torch.nn.Module]) -> None:
         loss = None if model is None else used_router_aux_loss(model)
         if loss is not None:
             self.total, self.count = self.total + loss, self.count + 1
@@ -61,4 +61,4 @@ class LogRouterLoss(TrainerCallback):
             mean = self.trainer.accelerator.gather(torch.as_tensor(self.total / self.count)).mean()
             self.total, self.count = 0.0, 0
             self.trainer.log({"router_aux_loss": mean.item()})
-            control.should_log = True  # `log` has taken it back, and the Trainer's own entry comes after this one
+            control.should_log = True  # `log` has reset it, but the Trainer's own entry comes after this one

@@ -1,4 +1,4 @@
-"""Calls over a network, again after an outage."""
+"""Calls over a network that are repeated after an outage."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds
 Result = TypeVar("Result")
 
 
-def patiently(call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """Call something that uses the Hub, again after 1, 2, 4, 8 and 16 seconds while the network or the server fails.
+def retry(call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """Call a function that uses the Hub; retry after 1, 2, 4, 8 and 16 seconds while the network or the server fails.
 
-    The Hub's clients try many of their requests again by themselves, but not those that a run begins and ends with.
+    The Hub's clients retry many of their requests, but not the first and the last requests of a run.
 
     Args:
-        call (callable): what is called.
-        args, kwargs: its arguments.
+        call (callable): the function.
+        args, kwargs: arguments of the function.
 
     Returns:
-        what the call returns.
+        what the function returns.
 
     Raises:
-        Exception: what the call raises, at once if it is no outage, such as a repository that does not exist.
+        Exception: what the function raises; at once if it is no outage, such as a repository that does not exist.
     """
     for pause in PAUSES:
         try:
@@ -40,7 +40,7 @@ def patiently(call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
 
 
 def _is_outage(error: Optional[BaseException]) -> bool:
-    # Libraries that use the Hub's client raise errors of their own, which say something else.
+    # Libraries that use the Hub's client raise other errors, with the client's error as their cause.
     while error is not None:
         if isinstance(error, httpx.TransportError) or (
             isinstance(error, HfHubHTTPError) and error.response.status_code >= 500
@@ -51,25 +51,26 @@ def _is_outage(error: Optional[BaseException]) -> bool:
 
 
 def read_url(url: str) -> bytes:
-    """Read what is behind a URL, again after 1, 2, 4, 8 and 16 seconds if that fails.
+    """Read a URL; retry after 1, 2, 4, 8 and 16 seconds if that fails.
 
     Args:
-        url (str): in any form that fsspec knows.
+        url (str): the URL, in any form that fsspec knows.
 
     Returns:
         bytes: the content.
 
     Raises:
-        FileNotFoundError: if there is nothing.
+        FileNotFoundError: if the URL does not exist.
         ConnectionError: if it cannot be read.
     """
     for pause in (*PAUSES, 0.0):
         try:
             with fsspec.open(url, "rb") as file:
-                return file.read()
+                content: bytes = file.read()
+                return content
         except FileNotFoundError:
             raise
-        except Exception as error:  # noqa: BLE001 - each client has errors of its own
+        except Exception as error:  # noqa: BLE001 - each client has its own errors
             failure = error
             time.sleep(pause)
     raise ConnectionError(f"{url} could not be read after {len(PAUSES) + 1} tries: {failure!r}") from failure

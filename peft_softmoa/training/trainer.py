@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer for audio streams on many processes, and for runs that are cut off."""
+"""The Hugging Face Trainer for audio streams on many processes, and for runs that are interrupted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .augment import spec_augment
-from .checkpoints import whole_checkpoint
-from .streams import AudioStream, make_eval_loader, make_loader
+from .checkpoints import atomic_checkpoint
+from .loaders import make_eval_loader, make_loader
+from .streams import AudioStream
 
 
 class AudioTrainer(Trainer):
     """A Trainer with three differences.
 
-    Each process reads its own part of a training set that is an `AudioStream`; SpecAugment runs on the batch, on its
-    device, in training only; and a checkpoint appears in the output folder when it is whole, so that the newest one
-    can always be resumed from.
+    Each process reads its own part of a training set that is an `AudioStream`. SpecAugment runs on the batch, on its
+    device, in training only. A checkpoint appears in the output folder only when it is complete, so training can always
+    resume from the newest one.
 
     Args:
         args, kwargs: as for `transformers.Trainer`.
@@ -38,9 +39,15 @@ class AudioTrainer(Trainer):
         self._checkpoint_folder: Optional[str] = None  # while a checkpoint is written
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as `transformers.Trainer` does, but no step more if the checkpoint has all of them.
+        """Train as `transformers.Trainer` does, but without a further step if the checkpoint has all of them.
 
-        Under FSDP and DeepSpeed, which load a model's parts after it was prepared for training, there is a step more.
+        FSDP and DeepSpeed load the parts of a model after it was prepared for training; they take one further step.
+
+        Args:
+            resume_from_checkpoint, args, kwargs: as for `transformers.Trainer.train`.
+
+        Returns:
+            TrainOutput: number of steps, mean loss and metrics.
         """
         if isinstance(resume_from_checkpoint, str) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
@@ -55,13 +62,13 @@ class AudioTrainer(Trainer):
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """The batches of this process."""
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches of this process."""
         if not isinstance(self.train_dataset, AudioStream):
             return super().get_train_dataloader()
         if self.args.dataloader_drop_last:
             raise ValueError(
-                "An AudioStream keeps its last batches, also small ones: leave out --dataloader_drop_last."
+                "An AudioStream keeps its last batches, even small ones: leave out `dataloader_drop_last`."
             )
         options = self._loader_options()
         if self.args.dataloader_num_workers:
@@ -69,8 +76,8 @@ class AudioTrainer(Trainer):
             options["prefetch_factor"] = self.args.dataloader_prefetch_factor
         return make_loader(self.train_dataset, self._train_batch_size, self.accelerator, **options)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The batches of evaluation."""
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The evaluation batches."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(dataset, AudioStream):
             return super().get_eval_dataloader(eval_dataset)
@@ -84,19 +91,19 @@ class AudioTrainer(Trainer):
         }
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and leave the generator of training's masks and dropout as it is."""
+        """Evaluate without a change of the generator that training uses for masks and dropout."""
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
-    def num_examples(self, dataloader: DataLoader) -> int:
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Number of rows of a dataset, in all processes together."""
         dataset = dataloader.dataset
-        if isinstance(dataset, AudioStream) and dataset.survey:
-            return dataset.survey.num_rows
+        if isinstance(dataset, AudioStream) and dataset.summary:
+            return dataset.summary.num_rows
         return super().num_examples(dataloader)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """A step on a batch, with SpecAugment if it was asked for."""
+        """Take a step on a batch, with SpecAugment if `mask_frequencies` or `mask_frames` is set."""
         if self.mask_frequencies or self.mask_frames:
             inputs = self._prepare_inputs(inputs)
             spectrograms = inputs.get("input_values")
@@ -108,7 +115,7 @@ class AudioTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, name = self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"
-        with whole_checkpoint(folder, name, self.args.should_save, self.accelerator.wait_for_everyone) as path:
+        with atomic_checkpoint(folder, name, self.args.should_save, self.accelerator.wait_for_everyone) as path:
             self._checkpoint_folder = os.path.dirname(path)
             try:
                 super()._save_checkpoint(model, trial)
@@ -117,7 +124,7 @@ class AudioTrainer(Trainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = os.path.join(folder, name)
             if self.args.should_save:
-                # Once more, for where the best checkpoint will be.
+                # Once more, with the final place of the best checkpoint.
                 self.state.save_to_json(os.path.join(path, TRAINER_STATE_NAME))
         if self.args.should_save:
             rotate_checkpoints(

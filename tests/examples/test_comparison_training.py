@@ -21,7 +21,7 @@ from examples.method_comparison.training import (
     validation_fold,
 )
 from peft_softmoa.inspection import expert_report
-from peft_softmoa.training.data import AudioError
+from peft_softmoa.training import AudioError
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard
 from sounds import SOUNDS, synthesise
 from train_audio_classification import main, parse
 
-from peft_softmoa.training import AudioError, streams
+from peft_softmoa.training import AudioError, load, open_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAIN = EXAMPLES / "train_audio_classification.py"
@@ -103,12 +104,12 @@ def test_bad_audio_is_named_once(base_folder, tones_folder, tmp_path):
         ({"eval_rows": "fold=1"}, "share rows: choose different ones with --train_rows, --eval_rows"),
         ({"eval_rows": "fold=7"}, "No rows are left of .*fold=7"),
         ({"eval_split_name": "validation"}, "its only split is 'train', not 'validation'"),
-        ({"num_experts": 0}, "`num_experts` must be an integer from 1 to 65536, got 0"),
+        ({"num_experts": 0}, "--num_experts must be an integer from 1 to 65536, got 0"),
         ({"routing": "top_k", "label_smoothing_factor": 0.1}, "label_smoothing_factor and --routing top_k do not go"),
-        ({"routing": "dense", "num_slots": 2}, "`num_slots` must be left out unless routing='soft'"),
+        ({"routing": "dense", "num_slots": 2}, "--num_slots must be left out unless routing='soft'"),
         ({"placement": "everywhere"}, "invalid choice: 'everywhere'"),
         ({"on_bad_audio": "ignore"}, "invalid choice: 'ignore'"),
-        ({"shuffle_buffer_size": -5}, "`shuffle_buffer` must not be negative, got -5"),
+        ({"shuffle_buffer_size": -5}, "--shuffle_buffer_size must not be negative, got -5"),
     ],
 )
 def test_bad_input(base_folder, tones_folder, tmp_path, capsys, arguments, message):
@@ -159,7 +160,7 @@ def test_a_test_split(base_folder, tones_folder, tmp_path):
 def test_a_dataset_that_does_not_say_how_many_rows_it_has(base_folder, tones_folder, tmp_path, monkeypatch):
     """Where labels cannot be read without the audio, the rows are not counted in passing."""
     dataset = write_parquet(tmp_path / "parquet", tones_folder)
-    monkeypatch.setattr(streams, "reads_single_columns", lambda *args, **kwargs: False)
+    monkeypatch.setattr(load, "open_source", lambda *args: replace(open_source(*args), reads_single_columns=False))
     options = training_options(base_folder, dataset, tmp_path / "out", eval_strategy="no")
     with pytest.raises(
         ValueError, match="parquet \\(train, fold=1\\) does not say how many rows it has.*with --max_steps"

@@ -107,7 +107,7 @@ def test_urbansound_8k(base_folder, tmp_path, monkeypatch, capsys):
 
     def load(*args, **kwargs):
         stream = load_stream(*args, **kwargs)
-        read.append((kwargs["rows"], stream.survey.num_rows))
+        read.append((kwargs["rows"], stream.summary.num_rows))
         return stream
 
     monkeypatch.setattr(train_audio_classification, "load_stream", load)
@@ -147,8 +147,8 @@ def test_speech_commands(base_folder, tmp_path):
     trainer = main(
         options_of("speech_commands", base_folder, dataset, output_dir=tmp_path / "out", on_bad_audio="raise")
     )
-    assert list(trainer.train_dataset.extract.label_ids) == sorted(words)
-    assert trainer.train_dataset.survey.num_rows == 6
+    assert trainer.train_dataset.label_names == sorted(words)
+    assert trainer.train_dataset.summary.num_rows == 6
     assert {"eval_accuracy", "test_accuracy"} <= set(json.loads((tmp_path / "out" / "all_results.json").read_text()))
 
 
@@ -164,7 +164,7 @@ def test_fluent_speech_commands(base_folder, tmp_path):
         (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     options = options_of("fluent_speech_commands", base_folder, tmp_path / "data", output_dir=tmp_path / "out")
     trainer = main(options)
-    assert list(trainer.train_dataset.extract.label_ids) == sorted(map(" ".join, intents))
+    assert trainer.train_dataset.label_names == sorted(map(" ".join, intents))
     assert "test_accuracy" in json.loads((tmp_path / "out" / "all_results.json").read_text())
 
 

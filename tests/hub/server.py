@@ -1,6 +1,6 @@
 """As much of the Hub's HTTP interface as it takes to stream a dataset and to push and load a model.
 
-The answers hold what `huggingface_hub` reads of them. Large files are served like small ones: no LFS, Xet or CDN.
+The responses hold what `huggingface_hub` reads of them. Large files are served like small ones: no LFS, Xet or CDN.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Fault:
     """What goes wrong with some requests.
 
     Args:
-        kind (int or str): the status of the answer; `"reset"` closes the connection without an answer, by RST;
-            `"truncated"` closes it after half of the body; `"slow"` waits before the right answer.
+        kind (int or str): the status of the response; `"reset"` closes the connection without a response, by RST;
+            `"truncated"` closes it after half of the body; `"slow"` waits before the right response.
         matches (Callable[[Request], bool]): whether a request is one of them.
         times (int, optional): how often for each method and path. Default: always.
         seconds (float): how long `"slow"` waits. Default: 1.5.
@@ -77,7 +77,7 @@ class Fault:
 
 
 class HubError(Exception):
-    """An answer that is an error: its status, the code by which the clients tell one from another, and a message."""
+    """A response that is an error: its status, the code by which the clients tell one from another, and a message."""
 
 
 class Hub(ThreadingHTTPServer):
@@ -102,7 +102,7 @@ class Hub(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may leave before the answer is sent
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may leave before the response is sent
             super().handle_error(request, client_address)
 
     def environment(self, home: Union[str, os.PathLike]) -> dict[str, str]:
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass
 
-    def answer(self) -> None:
+    def respond(self) -> None:
         """Answer a request of any method."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
@@ -179,17 +179,17 @@ class Handler(BaseHTTPRequestHandler):
                 kind, name, what, revision, path = (part and unquote(part) for part in match.groups())
                 name = f"datasets/{name}" if kind == "datasets" else name
                 self.server.check_access(name, token, reads_files=what == "resolve")
-                self.answer_repo(name, what, revision or "main", path, body)
+                self.respond_for_repo(name, what, revision or "main", path, body)
             else:
-                self.answer_account(request, body)
+                self.respond_for_account(request, body)
         except HubError as error:
             status, code, message = error.args
             headers = {"X-Error-Code": code, "X-Error-Message": message}
             self.send(status, json.dumps({"error": message}).encode(), **headers)
 
-    do_GET = do_HEAD = do_POST = answer
+    do_GET = do_HEAD = do_POST = respond
 
-    def answer_account(self, request: Request, body: bytes) -> None:
+    def respond_for_account(self, request: Request, body: bytes) -> None:
         """What is not about a repository that there is."""
         if request.path == "/api/validate-yaml":
             self.send_json({"errors": [], "warnings": []})
@@ -205,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             raise HubError(404, "", "No such page")
 
-    def answer_repo(self, name: str, what: Optional[str], revision: str, path: Optional[str], body: bytes) -> None:
+    def respond_for_repo(self, name: str, what: Optional[str], revision: str, path: Optional[str], body: bytes) -> None:
         """What is about a revision of a repository."""
         commit, files = self.server.revision(name, revision)
         if what in (None, "revision"):

@@ -13,14 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import training_options, write_parquet
-from hub import Fault, loopback_hub
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 from safetensors.torch import load, save
 from transformers import AutoModelForAudioClassification
 
-TRAIN = Path(__file__).parent.parent / "examples" / "train_audio_classification.py"
+from hub import Fault, loopback_hub
+
+TRAIN = Path(__file__).parents[2] / "examples" / "train_audio_classification.py"
 TOKEN = "hf_secret"
 WEIGHTS = "adapter_model.safetensors"
 SHARDS = [f"data/train-{index:05d}-of-00004.parquet" for index in range(4)]

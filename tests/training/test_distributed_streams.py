@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_tone
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 # Each clip has a class of its own, by which it is known.
 SCRIPT = """
 import json, os, sys
@@ -20,7 +20,7 @@ import torch, transformers
 from conftest import FRAMES, MEL_BINS, tiny_ast_config
 from peft import get_peft_model
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.training import AudioStream, AudioTrainer, ExtractFeatures, load_rows, survey_rows
+from peft_softmoa.training import AudioStream, AudioTrainer, ExtractFeatures, load_rows, summarize_rows
 
 dataset, output, rank = sys.argv[2], sys.argv[3], int(os.environ["RANK"])
 
@@ -34,14 +34,14 @@ class Epochs(transformers.TrainerCallback):
         trainer.seen.append([])
 
 rows = load_rows(dataset, "train", columns=["audio", "label"])
-survey = survey_rows(rows, "label")
+summary = summarize_rows(rows, "label")
 feature_extractor = transformers.ASTFeatureExtractor(max_length=FRAMES, num_mel_bins=MEL_BINS)
 results = {}
 for workers in (0, 2):
-    extract = ExtractFeatures(feature_extractor, survey.labels)
-    stream = AudioStream(rows, extract, survey, shuffle_buffer=4)
+    extract = ExtractFeatures(feature_extractor, summary.labels)
+    stream = AudioStream(rows, extract, summary, shuffle_buffer=4)
     torch.manual_seed(0)
-    model = transformers.ASTForAudioClassification(tiny_ast_config(num_labels=len(survey.labels)))
+    model = transformers.ASTForAudioClassification(tiny_ast_config(num_labels=len(summary.labels)))
     model = get_peft_model(model, SoftMoAConfig())
     arguments = transformers.TrainingArguments(
         output, num_train_epochs=2, per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to="none",

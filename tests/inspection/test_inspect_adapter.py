@@ -20,7 +20,7 @@ from peft_softmoa.inspection.clips import ClipReading, mel_frequencies
 from peft_softmoa.inspection.inspect_adapter import find_peaks, inspect_adapter
 from peft_softmoa.inspection.plots import Clip
 from peft_softmoa.targets.architectures import find_patch_grid
-from peft_softmoa.training import ExtractFeatures, decode_audio
+from peft_softmoa.training import DataOptions, ExtractFeatures, decode_audio
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +105,8 @@ def test_a_clip_alone(adapter, clip, tmp_path):
     found = report_of(tmp_path / "out")
     assert found["num_clips"] == 1 and found["label_names"] is None
     assert found["left_out"][:2] == [
-        "These are numbers of one clip. What holds of the adapter, a dataset shows (--dataset).",
-        "There is nothing about classes: the dataset has no labels (--dataset, --label_column_name).",
+        "These are numbers of one clip. A dataset shows what holds for the adapter in general.",
+        "There is nothing about classes: the dataset has no labels.",
     ]
     assert "LABEL_" in found["facts"]["The model says"] and page == tmp_path / "out" / "report.html"
 
@@ -122,7 +122,7 @@ def test_a_dataset_without_labels(adapter, tones_folder, tmp_path):
     [note] = found["left_out"]
     assert note.startswith("There is nothing about classes: the dataset has no labels")
     with pytest.raises(ValueError, match="has no column 'label'; its columns are: "):
-        inspect_adapter(str(adapter), tmp_path / "out", dataset=str(folder), label_column="label")
+        inspect_adapter(str(adapter), tmp_path / "out", dataset=str(folder), options=DataOptions())
     assert not list((tmp_path / "out").glob("classes-*.png"))
 
 
@@ -247,7 +247,7 @@ def test_a_model_that_writes_text_and_fills_clips_up(clip, tmp_path):
     adapter = save(*FAMILIES["Whisper, speech to text"].config(), tmp_path, extractor)
     inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
     found = report_of(tmp_path / "out")["clip"]
-    assert found["seconds"] == 1.0 and found["duration"] == 0.5 and found["answer"] is None
+    assert found["seconds"] == 1.0 and found["duration"] == 0.5 and found["prediction"] is None
 
 
 def test_a_model_of_windows_has_no_map(clip, tmp_path):
@@ -272,16 +272,19 @@ def test_only_the_start_of_an_hour_is_read(adapter, tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(samples) == 2.5 * SAMPLING_RATE and peak < whole / 100
-    extract = ExtractFeatures(ASTFeatureExtractor(max_length=FRAMES), [], label_column=None, max_length_seconds=2.5)
+    extract = ExtractFeatures(
+        ASTFeatureExtractor(max_length=FRAMES), [], DataOptions(label_column=None, max_length_seconds=2.5)
+    )
     tracemalloc.start()
     assert len(extract({"audio": [str(path)]})["input_values"]) == 1
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < whole / 100
-    inspect_adapter(str(adapter), tmp_path / "out", audio=str(path), max_seconds=2.5)
+    options = DataOptions(max_length_seconds=2.5)
+    inspect_adapter(str(adapter), tmp_path / "out", audio=str(path), options=options)
     found = report_of(tmp_path / "out")
     assert found["clip"]["duration"] == 3700
-    assert "Of the clip's 3700 s only the first 2.5 s are read (--max_length_seconds)." in found["left_out"]
+    assert "Of the clip's 3700 s only the first 2.5 s are read." in found["left_out"]
     assert "The model takes the first 0.64 s of a clip, and no more." in found["left_out"]
 
 
@@ -308,7 +311,10 @@ def test_what_cannot_be_inspected(adapter, base_folder, clip, tmp_path):
         soundfile.write(tmp_path / "short.wav", np.full(samples, 0.1), SAMPLING_RATE)
         says = refused(adapter, "--audio", tmp_path / "short.wav", *out)
         assert "short.wav: the model does not take its 0.0" in says and "shorter than what one token reads" in says
-    assert "must be positive" in refused(adapter, "--audio", clip, "--max_length_seconds", "0", *out)
+    says = refused(adapter, "--audio", clip, "--max_length_seconds", "0", *out)
+    assert says == "peft-softmoa: --max_length_seconds must be positive, got 0.0."
+    says = refused(adapter, "--audio", clip, "--batch_size", "0", *out)
+    assert says == "peft-softmoa: --batch_size and --max_clips must be positive, got 0 and None."
     assert not (tmp_path / "out").exists()
 
 

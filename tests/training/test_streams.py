@@ -4,6 +4,7 @@ import collections
 import io
 import itertools
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,18 +12,18 @@ import soundfile
 import torch
 from accelerate import Accelerator
 from conftest import SAMPLING_RATE, write_parquet
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from torch.utils.data import DataLoader, default_collate
 
 from peft_softmoa.training import (
     AudioStream,
+    DataOptions,
+    DatasetSummary,
     ExtractFeatures,
-    Survey,
     load_stream,
     make_loader,
-    reads_single_columns,
-    survey_metadata,
-    survey_rows,
+    open_source,
+    summarize_rows,
 )
 
 
@@ -61,13 +62,13 @@ def _clips(parts, bad):
 
 def batches_of(rows, num_processes, num_workers, batch_size, epoch=0, shuffle_buffer=0):
     """The clips of each batch, in each process, as a DataLoader gives them."""
-    survey = survey_rows(rows, "label")
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), survey, shuffle_buffer=shuffle_buffer)
+    summary = summarize_rows(rows, "label")
+    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summary, shuffle_buffer=shuffle_buffer)
     stream.set_epoch(epoch)
     given = []
     for process in range(num_processes):
         loader = DataLoader(
-            stream.part(process, num_processes, batch_size, num_workers), batch_size, num_workers=num_workers
+            stream.for_process(process, num_processes, batch_size, num_workers), batch_size, num_workers=num_workers
         )
         batches = [(batch["input_values"][:, 0] - 100).tolist() for batch in loader]
         assert len(batches) == len(loader)
@@ -129,14 +130,14 @@ def test_a_part_has_the_batches_that_it_was_counted_with():
     [batches] = batches_of(rows, 1, 0, 2)
     assert batches[:3] == [[0, 1], [4, 5], [6, 7]] and batches[3:] == [[0, 1]]
     # Without a part, as in evaluation, nothing is used again.
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), survey_rows(rows, "label"))
+    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summarize_rows(rows, "label"))
     assert len(list(stream)) == 6 and len(stream) == 8
 
 
 def test_fewer_rows_than_readers():
-    stream = AudioStream(shards((3,)), ExtractFeatures(Length(), ["x"]), Survey(3, ("x",), (3,)))
+    stream = AudioStream(shards((3,)), ExtractFeatures(Length(), ["x"]), DatasetSummary(3, ("x",), (3,)))
     with pytest.raises(ValueError, match="has 3 rows, fewer than its 4 readers: 2 processes with 2 workers"):
-        stream.part(0, 2, 1, 2)
+        stream.for_process(0, 2, 1, 2)
 
 
 def test_a_stream_without_length():
@@ -157,7 +158,7 @@ def test_random_cuts_repeat_with_the_seed_the_epoch_and_the_row():
     ramp = io.BytesIO()
     soundfile.write(ramp, np.linspace(0, 1, 16_000), SAMPLING_RATE, format="WAV", subtype="FLOAT")
     rows = IterableDataset.from_generator(lambda: iter([{"audio": ramp.getvalue(), "label": "x"}] * 10))
-    extract = ExtractFeatures(Samples(), ["x"], max_length_seconds=0.01, random_crop=True)
+    extract = ExtractFeatures(Samples(), ["x"], DataOptions(max_length_seconds=0.01), random_crop=True)
 
     def starts(epoch, seed=0):
         stream = AudioStream(rows, extract, seed=seed)
@@ -172,7 +173,7 @@ def test_random_cuts_repeat_with_the_seed_the_epoch_and_the_row():
 def test_the_loader_is_prepared_once():
     accelerator = Accelerator(cpu=True)
     rows = shards((5,))
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), survey_rows(rows, "label"), shuffle_buffer=5)
+    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summarize_rows(rows, "label"), shuffle_buffer=5)
     loader = make_loader(stream, 2, accelerator, collate_fn=default_collate)
     assert accelerator.prepare(loader) is loader and len(loader) == 3
     epochs = [torch.cat([batch["input_values"] for batch in loader]).flatten().tolist() for _ in range(2)]
@@ -182,23 +183,29 @@ def test_the_loader_is_prepared_once():
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_learn_of_the_epoch(persistent):
     rows = shards((6,))
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), survey_rows(rows, "label"), shuffle_buffer=6)
+    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summarize_rows(rows, "label"), shuffle_buffer=6)
     loader = make_loader(stream, 6, Accelerator(cpu=True), num_workers=1, persistent_workers=persistent)
     epochs = [list(loader)[0]["input_values"].flatten().tolist() for _ in range(2)]
     assert epochs[0] != epochs[1]
 
 
-def test_what_datasets_say_of_themselves(tmp_path, tones_folder):
-    rows = Dataset.from_dict({"label": [0, 1, 1]}).to_iterable_dataset()
-    assert survey_metadata(rows, "label") is None
-    assert reads_single_columns(str(tones_folder))
+def test_what_datasets_declare(tmp_path, tones_folder):
+    source = open_source(str(tones_folder), "train")
+    assert source.reads_single_columns and source.columns == ("file_name", "label", "fold", "audio")
+    assert source.declared_summary("label") is None
+    source = open_source(str(write_parquet(tmp_path / "parquet", tones_folder)), "train")
+    assert source.reads_single_columns and source.columns == ("audio", "label", "fold")
+    assert source.classes == {"label": ["high", "low"]} and source.declared_summary("label") is None
+    assert replace(source, num_rows=16).declared_summary("label") == (16, ("high", "low"), None)
+    assert replace(source, num_rows=16).declared_summary("fold") is None
     # A tar file has to be read whole.
     with tarfile.open(tmp_path / "train.tar", "w") as file:
         for name, content in (("0.wav", clip(3)), ("0.cls", b"1"), ("1.wav", clip(4)), ("1.cls", b"0")):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             file.addfile(entry, io.BytesIO(content))
-    assert not reads_single_columns(str(tmp_path))
+    (tmp_path / "parquet" / "train.parquet").unlink()
+    assert not open_source(str(tmp_path), "train").reads_single_columns
 
 
 def test_labels_that_are_chosen_are_the_classes(tones_folder, tmp_path):
@@ -211,13 +218,33 @@ def test_labels_that_are_chosen_are_the_classes(tones_folder, tmp_path):
         (None, ["high", "low"]),
     ):
         stream = load_stream(folder, "train", Length(), rows=chosen)
-        assert list(stream.extract.label_ids) == names and set(stream.survey.labels) <= set(names)
+        assert stream.label_names == names and set(stream.summary.labels) <= set(names)
 
 
 def test_labels_of_several_columns(tones_folder, tmp_path):
     folder = str(write_parquet(tmp_path / "parquet", tones_folder))
-    stream = load_stream(folder, "train", Length(), label_column="label,fold", training=False)
-    assert list(stream.extract.label_ids) == ["high 1", "high 2", "low 1", "low 2"]
+    options = DataOptions(label_column="label,fold")
+    stream = load_stream(folder, "train", Length(), options, training=False)
+    assert stream.label_names == ["high 1", "high 2", "low 1", "low 2"]
     assert [example["labels"] for example in stream] == [2] * 4 + [0] * 4 + [3] * 4 + [1] * 4
     with pytest.raises(ValueError, match="labels that are none of the classes low 1: high 1, high 2, low 2"):
-        load_stream(folder, "train", Length(), label_column="label,fold", label_names=["low 1"])
+        load_stream(folder, "train", Length(), options, label_names=["low 1"])
+
+
+def seed_of_worker(rows):
+    return torch.initial_seed()
+
+
+def test_the_seed_of_a_stream_is_the_seed_of_its_workers():
+    """And the generator of the training, which draws the dropout, is not used."""
+    rows = shards((2,))
+    before = torch.get_rng_state()
+
+    def seeds(seed):
+        stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), DatasetSummary(2, ("x",), (2,)), seed=seed)
+        loader = make_loader(stream, 2, Accelerator(cpu=True), num_workers=1, collate_fn=seed_of_worker)
+        return [batch for _ in range(2) for batch in loader]
+
+    first = seeds(0)
+    assert first == seeds(0) and len(set(first)) == 2 and not set(first) & set(seeds(1))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -10,9 +10,9 @@ import torch
 from conftest import FRAMES, training_options
 from train_audio_classification import main
 
-from peft_softmoa.training import AudioTrainer, begin_run, newest_checkpoint, note_run, whole_checkpoint
+from peft_softmoa.training import AudioTrainer, atomic_checkpoint, newest_checkpoint, start_or_resume, write_run_state
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # A run with all that is drawn at random: order, cuts, masks and dropout.
 RANDOM = {
     "max_length_seconds": 0.4,
@@ -152,14 +152,14 @@ def test_a_run_with_other_settings_does_not_go_on(base_folder, tones_folder, tmp
 
 def test_when_a_run_goes_on(tmp_path):
     folder = tmp_path / "out"
-    assert begin_run(folder, {"seed": 1}) is None
+    assert start_or_resume(folder, {"seed": 1}) is None
     (folder / "checkpoint-9").mkdir()
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-best").mkdir()
-    assert newest_checkpoint(folder) == begin_run(folder, {"seed": 1}) == str(folder / "checkpoint-10")
+    assert newest_checkpoint(folder) == start_or_resume(folder, {"seed": 1}) == str(folder / "checkpoint-10")
     # Back to an earlier one: those after it do not get in its way, nor are they lost.
     earlier = str(folder / "checkpoint-9")
-    assert begin_run(folder, {"seed": 1}, earlier) == earlier
+    assert start_or_resume(folder, {"seed": 1}, earlier) == earlier
     assert {path.name for path in folder.glob("*checkpoint-*")} == {
         "checkpoint-9",
         "checkpoint-best",
@@ -168,47 +168,47 @@ def test_when_a_run_goes_on(tmp_path):
     (folder / "checkpoint-10").mkdir()
     # The same command, started again, goes on from where it was.
     for again in (earlier, f"{earlier}/", f"{folder}/../out/checkpoint-9"):
-        assert begin_run(folder, {"seed": 1}, again) == str(folder / "checkpoint-10")
+        assert start_or_resume(folder, {"seed": 1}, again) == str(folder / "checkpoint-10")
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
-        begin_run(folder, {"seed": 2})
+        start_or_resume(folder, {"seed": 2})
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
-        begin_run(folder, {"seed": 2}, True)
+        start_or_resume(folder, {"seed": 2}, True)
     with pytest.raises(ValueError, match="There is no checkpoint .*checkpoint-11"):
-        begin_run(folder, {"seed": 1}, str(folder / "checkpoint-11"))
+        start_or_resume(folder, {"seed": 1}, str(folder / "checkpoint-11"))
     for other in (tmp_path / "other" / "checkpoint-1", folder / "checkpoint-best"):
         with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
-            begin_run(folder, {"seed": 1}, str(other))
+            start_or_resume(folder, {"seed": 1}, str(other))
     # A setting that another version does not know is no other one.
-    assert begin_run(folder, {"seed": 1, "new": 5})
+    assert start_or_resume(folder, {"seed": 1, "new": 5})
     with pytest.raises(ValueError, match="already holds a model"):
-        begin_run(folder, {"seed": 1}, False)
-    note_run(folder, {"seed": 1, "epochs": 2}, finished=True)
+        start_or_resume(folder, {"seed": 1}, False)
+    write_run_state(folder, {"seed": 1, "epochs": 2}, finished=True)
     with pytest.raises(ValueError, match="epochs was 2 and is 3"):
-        begin_run(folder, {"seed": 1, "epochs": 3}, longer=["epochs"])
-    assert begin_run(folder, {"seed": 1, "epochs": 3}, True, longer=["epochs"])
-    note_run(folder, {"seed": 1}, finished=True)
+        start_or_resume(folder, {"seed": 1, "epochs": 3}, may_change=["epochs"])
+    assert start_or_resume(folder, {"seed": 1, "epochs": 3}, True, may_change=["epochs"])
+    write_run_state(folder, {"seed": 1}, finished=True)
     with pytest.raises(ValueError, match="is finished"):
-        begin_run(folder, {"seed": 1})
-    assert begin_run(folder, {"seed": 1}, True) == str(folder / "checkpoint-10")
+        start_or_resume(folder, {"seed": 1})
+    assert start_or_resume(folder, {"seed": 1}, True) == str(folder / "checkpoint-10")
     noted = json.loads((folder / "run.json").read_text())
     assert noted == {"finished": False, "resume": True, "settings": {"seed": 1}}
-    assert begin_run(tmp_path / "new", {"seed": 1}, None) is None
+    assert start_or_resume(tmp_path / "new", {"seed": 1}, None) is None
     with pytest.raises(ValueError, match="There is no checkpoint in .*new"):
-        begin_run(tmp_path / "new", {"seed": 1}, True)
+        start_or_resume(tmp_path / "new", {"seed": 1}, True)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path):
-    with whole_checkpoint(tmp_path, "checkpoint-1") as path:
+    with atomic_checkpoint(tmp_path, "checkpoint-1") as path:
         Path(path, "file").write_text("1")
         assert newest_checkpoint(tmp_path) is None
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "1"
-    with pytest.raises(ValueError, match="other"), whole_checkpoint(tmp_path, "checkpoint-2") as path:
+    with pytest.raises(ValueError, match="other"), atomic_checkpoint(tmp_path, "checkpoint-2") as path:
         Path(path, "file").write_text("2")
         raise ValueError("other")
     message = "checkpoint-2 could not be saved.*cannot write.*checkpoint-1"
-    with pytest.raises(OSError, match=message), whole_checkpoint(tmp_path, "checkpoint-2"):
+    with pytest.raises(OSError, match=message), atomic_checkpoint(tmp_path, "checkpoint-2"):
         raise RuntimeError("cannot write")
-    with whole_checkpoint(tmp_path, "checkpoint-1") as path:  # what a killed run has left does not matter
+    with atomic_checkpoint(tmp_path, "checkpoint-1") as path:  # what a killed run has left does not matter
         Path(path, "file").write_text("3")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / "file").read_text() == "3"
@@ -258,7 +258,7 @@ def test_a_run_that_lacks_only_its_end_trains_no_more(base_folder, tones_folder,
 
 @pytest.mark.parametrize("name", ["save_only_model", "ignore_data_skip"])
 def test_what_a_run_needs_to_go_on_is_not_left_out(base_folder, tones_folder, tmp_path, name):
-    with pytest.raises(ValueError, match=f"With --{name} a run that was cut off would not go on"):
+    with pytest.raises(ValueError, match=f"With --{name} an interrupted run could not resume"):
         main(run_of(base_folder, tones_folder, tmp_path / "out", **{name: True}))
 
 

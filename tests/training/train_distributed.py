@@ -1,6 +1,6 @@
 """Trains tiny models with the Trainer, alone or as one of two processes: what `test_distributed.py` starts.
 
-    python tests/train_distributed.py FOLDER CASE [CASE ...]
+    PYTHONPATH=tests python tests/training/train_distributed.py FOLDER CASE [CASE ...]
 
 Each case gets a folder of its own in FOLDER, with the adapter, the loss of each step and the trained model's logits.
 Each of two processes has half a batch, so that their optimizer steps see the same samples as those of one alone.

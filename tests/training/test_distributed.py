@@ -1,5 +1,6 @@
 """Training in several processes: two of them on a CPU do what one alone does."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from peft_softmoa import SoftMoAConfig
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 WAYS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}
 STEPS_LOGGED = train_distributed.STEPS // 2
 TRAINED = ("ast", "wav2vec2", "balanced", "resumed")
@@ -32,7 +33,8 @@ def run(folder, *cases, way=None):
         return folder
     config = ["--config_file", str(CONFIGS / f"{way}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, train_distributed.__file__, str(folder)]
-    done = subprocess.run([*command, *cases], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # where the tests' own modules are
+    done = subprocess.run([*command, *cases], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 

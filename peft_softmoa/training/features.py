@@ -1,0 +1,113 @@
+"""From undecoded rows to the inputs of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import numpy as np
+from transformers import SequenceFeatureExtractor
+
+from .audio import AudioError, decode_audio, name_and_content
+from .options import DataOptions
+from .rows import label_name
+
+logger = logging.getLogger(__name__)
+
+
+class ExtractFeatures:
+    """From a batch of undecoded rows to a batch of model inputs, without the rows whose audio cannot be used.
+
+    Args:
+        feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
+        label_names (Sequence[str]): the classes, in the order of the model's outputs.
+        options (DataOptions, optional): the columns, the greatest length of a clip, and what happens to audio that
+            cannot be used. Default: the defaults of `DataOptions`.
+        class_names (Sequence[str], optional): names of the classes, if the labels are indices.
+        random_crop (bool): cut long clips at a random place, as in training, and not at the start. Default: False.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: SequenceFeatureExtractor,
+        label_names: Sequence[str],
+        options: Optional[DataOptions] = None,
+        *,
+        class_names: Optional[Sequence[str]] = None,
+        random_crop: bool = False,
+    ) -> None:
+        self.feature_extractor: Any = feature_extractor
+        self.label_ids = {name: index for index, name in enumerate(label_names)}
+        self.options = options or DataOptions()
+        self.class_names = class_names
+        self.random_crop = random_crop
+        self.skipped: list[str] = []
+        self._warned: set[str] = set()
+
+    def __call__(self, rows: dict[str, list[Any]], generator: Optional[np.random.Generator] = None) -> dict[str, Any]:
+        """Decode the audio and extract the features.
+
+        Args:
+            rows (dict[str, list]): a batch with the columns.
+            generator (np.random.Generator, optional): draws the places of random cuts. Default: a new one.
+
+        Returns:
+            dict[str, list]: the model's inputs and, if there is a label column, `labels`.
+
+        Raises:
+            AudioError: for audio that cannot be used, if `on_bad_audio="raise"`.
+            ValueError: for a label that is not among the classes.
+        """
+        generator = generator or np.random.default_rng()
+        audio_column, label_column = self.options.audio_column, self.options.label_column
+        batch: dict[str, list[Any]] = {self.feature_extractor.model_input_names[0]: []}
+        if label_column is not None:
+            batch["labels"] = []
+        for index, audio in enumerate(rows[audio_column]):
+            if audio is not None and not isinstance(audio, (str, bytes, dict)):
+                raise ValueError(
+                    f"Column '{audio_column}' holds {type(audio).__name__}, but audio is a path, the content of a "
+                    "file, or a dict with both."
+                )
+            name, _ = name_and_content(audio)
+            label = None
+            if label_column is not None:
+                label = label_name(rows[label_column][index], self.class_names, name)
+                if label not in self.label_ids:
+                    raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
+            try:
+                inputs = self._extract(audio, name, generator)
+            except AudioError as error:
+                if self.options.on_bad_audio == "raise":
+                    raise
+                self.skipped.append(str(error))
+                continue
+            for key, features in inputs.items():
+                batch.setdefault(key, []).append(features[0])
+            if label is not None:
+                batch["labels"].append(self.label_ids[label])
+        return batch
+
+    def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Any:
+        rate, seconds = self.feature_extractor.sampling_rate, self.options.max_length_seconds
+        waveform = decode_audio(audio, rate, None if self.random_crop else seconds)
+        if seconds is not None and len(waveform) > round(seconds * rate):
+            length = round(seconds * rate)
+            start = int(generator.integers(len(waveform) - length + 1)) if self.random_crop else 0
+            waveform = waveform[start : start + length]
+        try:
+            return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
+        except (ValueError, AssertionError) as error:  # torchaudio asserts a minimum length
+            raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
+
+    def warn_of_skipped(self, num_rows: Optional[int] = None) -> None:
+        """Name the audio that this pass has skipped in one warning, unless earlier warnings have named all of it.
+
+        Args:
+            num_rows (int, optional): number of all rows, if it is known.
+        """
+        if not self._warned.issuperset(self.skipped):
+            count = f"{len(self.skipped)}{'' if num_rows is None else f' of {num_rows}'}"
+            logger.warning(f"Skipped {count} audio files that cannot be used: {'; '.join(self.skipped)}")
+        self._warned.update(self.skipped)

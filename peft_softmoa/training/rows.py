@@ -1,0 +1,184 @@
+"""Rows of a dataset: choose some of them, name their labels, and count them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+from datasets import ClassLabel, IterableDataset
+from tqdm.auto import tqdm
+
+
+class DatasetSummary(NamedTuple):
+    """Size and labels of a dataset.
+
+    Args:
+        num_rows (int): number of rows.
+        labels (tuple[str, ...]): names of the labels, in order.
+        rows_per_shard (tuple[int, ...], optional): number of rows of each shard, if they were counted.
+    """
+
+    num_rows: int
+    labels: tuple[str, ...]
+    rows_per_shard: Optional[tuple[int, ...]] = None
+
+
+def select_rows(rows: IterableDataset, selection: str, name: str = "the dataset") -> IterableDataset:
+    """Select the rows in which a column has one of some values, as for cross-validation by folds.
+
+    Args:
+        rows (IterableDataset): all rows.
+        selection (str): column and values, such as `"fold=1,2,3"`.
+        name (str): name of the dataset, for errors. Default: `"the dataset"`.
+
+    Returns:
+        IterableDataset: the rows whose value, as a string or as the name of its class, is one of the values.
+
+    Raises:
+        ValueError: if the selection has another form or names a column that does not exist.
+    """
+    column, values = parse_selection(selection)
+    check_columns(column_names(rows), [column], name)
+    names = class_names(rows, column)
+    return rows.filter(_has_value, input_columns=[column], fn_kwargs={"values": values, "names": names})
+
+
+def parse_selection(selection: str) -> tuple[str, tuple[str, ...]]:
+    """Split `"fold=1,2,3"` into the column and its values.
+
+    Args:
+        selection (str): column and values.
+
+    Returns:
+        tuple[str, tuple[str, ...]]: the column and the values, as strings.
+
+    Raises:
+        ValueError: if the selection has another form.
+    """
+    column, equals, values = selection.partition("=")
+    selected = tuple(value.strip() for value in values.split(",") if value.strip())
+    if not (column.strip() and equals and selected):
+        raise ValueError(f"A selection of rows has the form column=value,value, such as fold=1,2,3; got '{selection}'.")
+    return column.strip(), selected
+
+
+def check_no_shared_rows(parts: Mapping[str, tuple[str, Optional[str]]]) -> None:
+    """Check that no row has two uses, such as training and evaluation.
+
+    Args:
+        parts (mapping): the split and the selection of rows, if there is one, by the name of their use.
+
+    Raises:
+        ValueError: if two uses read the same split and do not select different rows.
+    """
+    for one, other in itertools.combinations(parts, 2):
+        (split, rows), (other_split, other_rows) = parts[one], parts[other]
+        column, values = parse_selection(rows) if rows else (None, ())
+        other_column, other_values = parse_selection(other_rows) if other_rows else (None, ())
+        if split != other_split or (None not in (column, other_column) and column != other_column):
+            continue
+        if None in (column, other_column) or set(values) & set(other_values):
+            raise ValueError(
+                f"{one.capitalize()} and {other} both read the split '{split}' and share rows: choose different ones "
+                f"with `rows` (now {rows} and {other_rows})."
+            )
+
+
+def class_names(rows: IterableDataset, label_column: str) -> Optional[list[str]]:
+    """Names of the classes that a dataset declares for a column.
+
+    Args:
+        rows (IterableDataset): the rows.
+        label_column (str): name of the column with the labels.
+
+    Returns:
+        list[str], optional: the names, in order; None if the labels are plain values.
+    """
+    feature = (rows.features or {}).get(label_column)
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
+    """Name of a label.
+
+    Args:
+        value: the value in the label column.
+        names (Sequence[str], optional): names of the classes, if the values are indices.
+        where (str): what has the label, for errors.
+
+    Returns:
+        str: the name.
+
+    Raises:
+        ValueError: if there is no label, or it is not the index of a class.
+    """
+    if names is None:
+        if value in (None, ""):
+            raise ValueError(f"{where}: a row has no label.")
+        return str(value)
+    if value is None or not 0 <= value < len(names):
+        raise ValueError(f"{where}: label {value} is no index of the {len(names)} classes {', '.join(names)}.")
+    return names[value]
+
+
+def summarize_rows(rows: IterableDataset, label_column: str, name: str = "the dataset") -> DatasetSummary:
+    """Count the rows and collect their labels in one pass, without reading audio.
+
+    Args:
+        rows (IterableDataset): the rows, preferably without their audio.
+        label_column (str): name of the column with the labels.
+        name (str): name of the dataset, for the progress bar and errors. Default: `"the dataset"`.
+
+    Returns:
+        DatasetSummary: the number of rows, the sorted names of the labels that occur, and the rows of each shard.
+
+    Raises:
+        ValueError: if the column is missing or there are no rows.
+    """
+    check_columns(column_names(rows), [label_column], name)
+    names = class_names(rows, label_column)
+    labels = set()
+    rows_per_shard = []
+    with tqdm(desc=f"Reading labels of {name}", unit=" rows", leave=False) as progress:
+        for index in range(rows.num_shards):
+            before = progress.n
+            for row in rows.shard(rows.num_shards, index).select_columns([label_column]):
+                labels.add(label_name(row[label_column], names, name))
+                progress.update()
+            rows_per_shard.append(progress.n - before)
+    if not labels:
+        raise ValueError(f"No rows are left of {name}: check the split and the selection of rows.")
+    return DatasetSummary(sum(rows_per_shard), tuple(sorted(labels)), tuple(rows_per_shard))
+
+
+def column_names(rows: IterableDataset) -> list[str]:
+    """Names of the columns. A mapped stream knows them only from its first row; without rows it has none.
+
+    Args:
+        rows (IterableDataset): the rows.
+
+    Returns:
+        list[str]: the names.
+    """
+    return list(rows.column_names or next(iter(rows), []))
+
+
+def check_columns(present: Collection[str], columns: Sequence[str], name: str) -> None:
+    """Check that a dataset has some columns.
+
+    Args:
+        present (Collection[str]): the columns of the dataset; empty if it has no rows, and then all is well.
+        columns (Sequence[str]): the columns that it should have.
+        name (str): name of the dataset, for errors.
+
+    Raises:
+        ValueError: if a column is missing.
+    """
+    for column in columns if present else ():
+        if column not in present:
+            raise ValueError(f"{name} has no column '{column}'; its columns are: {', '.join(present)}.")
+
+
+def _has_value(value: Any, values: Sequence[str], names: Optional[Sequence[str]]) -> bool:
+    return str(value) in values or (names is not None and 0 <= value < len(names) and names[value] in values)

@@ -1,0 +1,59 @@
+"""The options of a dataset, and how scripts take them and name them."""
+
+from dataclasses import dataclass, fields
+from typing import Optional
+
+import pytest
+from transformers import HfArgumentParser
+
+from peft_softmoa.training import DataOptions, collect_options, flag_names, name_flags, option
+
+
+@dataclass
+class Arguments:
+    label_column_name: Optional[str] = option("label_column", default="category")
+    shuffle_buffer_size: int = option("shuffle_buffer")
+    streaming: bool = option("streaming")
+    output_dir: str = "out"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_length_seconds": 0}, "`max_length_seconds` must be positive, got 0"),
+        ({"on_bad_audio": "ignore"}, "`on_bad_audio` must be 'skip' or 'raise', got 'ignore'"),
+        ({"shuffle_buffer": -1}, "`shuffle_buffer` must not be negative, got -1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        DataOptions(**options)
+
+
+def test_each_option_is_explained():
+    assert all(entry.metadata["help"].endswith(".") for entry in fields(DataOptions))
+
+
+def test_arguments_of_a_script_become_options(capsys):
+    parser = HfArgumentParser(Arguments)
+    [arguments] = parser.parse_args_into_dataclasses(["--shuffle_buffer_size", "7", "--streaming", "False"])
+    assert collect_options(arguments) == DataOptions(label_column="category", shuffle_buffer=7, streaming=False)
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--help"])
+    [entry] = [entry for entry in fields(DataOptions) if entry.name == "streaming"]
+    assert entry.metadata["help"] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "message, wanted",
+    [
+        ("`shuffle_buffer` must not be negative.", "--shuffle_buffer_size must not be negative."),
+        ("Give `streaming=False`, or another `output_dir`.", "Give --streaming False, or another --output_dir."),
+        ("The number of `rows` is `needs_length=False`.", "The number of `rows` is --max_steps."),
+    ],
+)
+def test_errors_name_the_flags_of_a_script(message, wanted):
+    flags = flag_names(Arguments) | {"needs_length=False": "--max_steps"}
+    with pytest.raises(ValueError) as caught, name_flags(flags):
+        raise ValueError(message)
+    assert str(caught.value) == wanted
