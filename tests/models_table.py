@@ -66,7 +66,7 @@ def table(outcomes: Outcomes) -> str:
 
 def main() -> None:
     outcomes = Outcomes()
-    files = [str(HERE / "test_families.py"), str(HERE / "test_checkpointing.py")]
+    files = [str(HERE / "test_families.py"), str(HERE / "calls" / "test_checkpointing.py")]
     status = pytest.main([*files, "-q", "-k", " or ".join(TESTS)], plugins=[outcomes])
     if status:
         sys.exit(status)

@@ -69,10 +69,10 @@ def test_between_its_steps_nothing_is_recorded(tmp_path):
     trainer = make_trainer(tmp_path)
     layer = next(iter(find_layers(trainer.model)))
     recorded = []
-    layer.register_forward_hook(lambda *args: recorded.append(bool(layer.recorders)))
+    layer.register_forward_hook(lambda *args: recorded.append(bool(layer.forward_passes.recorders)))
     trainer.add_callback(ExpertUtilizationCallback(trainer, every=3))
     trainer.train()
-    assert recorded == [True, False, False, True, False] and not layer.recorders
+    assert recorded == [True, False, False, True, False] and not layer.forward_passes.recorders
 
 
 def test_the_losses_are_the_same_without_it(tmp_path):

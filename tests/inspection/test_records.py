@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ASTForAudioClassification
 
-from peft_softmoa import SoftMoAConfig, SoftMoALayer
+from peft_softmoa import SoftMoAConfig
+from peft_softmoa.calls.forward_pass import find_passes
 from peft_softmoa.inspection import find_layers, record_routing
 
 ROUTINGS = {
@@ -110,7 +111,7 @@ def test_padded_tokens_are_known_under_every_routing(placement, choices):
     for record in records:
         assert record.mask.sum(1).tolist() == lengths and lengths[0] < record.mask.shape[1]
         assert record.dispatch[0, lengths[0] :].eq(0).all()
-    assert hooks(model) == before and not any(layer.recorders for layer in find_layers(model))
+    assert hooks(model) == before and not any(passes.recorders for passes in find_passes(model))
 
 
 def test_an_error_leaves_nothing_behind():
@@ -118,7 +119,7 @@ def test_an_error_leaves_nothing_behind():
     before = hooks(model)
     with pytest.raises(RuntimeError, match="on purpose"), record_routing(model):
         raise RuntimeError("on purpose")
-    assert hooks(model) == before and not any(layer.recorders for layer in find_layers(model))
+    assert hooks(model) == before and not any(passes.recorders for passes in find_passes(model))
     with record_routing(model) as records, torch.no_grad():
         model(**FAMILIES["Wav2Vec2"].inputs([204, 400]))
     assert len(records) == 2
@@ -210,4 +211,4 @@ def test_recording_within_recording(tiny_ast, spectrograms):
             model(spectrograms)
         model(spectrograms)
     assert len(outer) == 6 and len(inner) == 2 and torch.equal(outer[2].combine, inner[0].combine)
-    assert not any(module.recorders for module in model.modules() if isinstance(module, SoftMoALayer))
+    assert not any(passes.recorders for passes in find_passes(model))
