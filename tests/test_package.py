@@ -2,7 +2,12 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import peft_softmoa
 
@@ -76,6 +81,37 @@ def test_imports_within_inspection_point_one_way():
 def test_version_is_the_one_of_the_project():
     version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
     assert peft_softmoa.__version__ == version
+
+
+def imported(*folders):
+    """The distributions that the files of some folders import, without what is their own and Python's."""
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    names = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    own = {"peft_softmoa"} | {path.stem for path in paths} | {path.parent.name for path in paths}
+    distributions = packages_distributions()
+    return {
+        canonicalize_name(distributions.get(name, [name])[0]) for name in names - own - set(sys.stdlib_module_names)
+    }
+
+
+def declared(requirements):
+    return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
+
+
+def test_what_is_imported_is_declared():
+    """The package needs its dependencies, and two extras for sound and plots; tests and examples may use them all."""
+    tomllib = pytest.importorskip("tomllib", reason="Python reads TOML since 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: declared(requirements) for name, requirements in project["optional-dependencies"].items()}
+    needed = declared(project["dependencies"])
+    assert imported(PACKAGE) <= needed | extras["audio"] | extras["plot"]
+    assert imported(ROOT / "tests", ROOT / "examples") <= needed.union(*extras.values())
 
 
 def test_is_typed():
