@@ -191,7 +191,7 @@ class SoftMoAConfig(PeftConfig):
             self._check(name, "True or False", lambda value: isinstance(value, bool))
         for name, choices in (("routing", Routing), ("expert_type", ExpertType), ("placement", Placement)):
             options = get_args(choices)
-            self._check(name, f"one of {', '.join(options)}", lambda value, options=options: value in options)
+            self._check(name, f"one of {', '.join(options)}", options.__contains__)
         self._check("activation", f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
         for name in ("num_experts", "r"):
             self._check(name, SIZE, _is_size)
@@ -202,7 +202,7 @@ class SoftMoAConfig(PeftConfig):
         for name, (choice, wanted, default) in DEPENDENT_FIELDS.items():
             if getattr(self, choice) != wanted:
                 allowed = f"left out unless {choice}='{wanted}' (here {choice}='{getattr(self, choice)}')"
-                self._check(name, allowed, lambda value, default=default: value is None or value is default is False)
+                self._check(name, allowed, [None, *([False] if default is False else [])].__contains__)
         experts, given = self.num_experts, self.resolved_fields()
         if self.routing in ("top_k", "expert_choice"):
             allowed = f"at least 2 with routing='{self.routing}'; a single adapter is routing='dense'"

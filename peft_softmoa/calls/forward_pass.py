@@ -106,9 +106,10 @@ class ForwardPasses(threading.local):
         Returns:
             ForwardPass, optional: the pass, if it ends with it.
         """
-        if self.open and self.open[-1].calls.pop(key, None) and not self.open[-1].calls:
-            return self.open.pop()
-        return None
+        if not self.open or key not in self.open[-1].calls:
+            return None
+        del self.open[-1].calls[key]
+        return None if self.open[-1].calls else self.open.pop()
 
     def tell_tokens(self, key: CallKey, module: str, tokens: Any) -> None:
         """Keep what a module is called with in which a block begins.

@@ -9,7 +9,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +96,13 @@ def find_layers(model: nn.Module) -> dict[SoftMoALayer, nn.Module]:
 
 @torch.no_grad()
 def _record(records: list[Record], layer: SoftMoALayer, adapter: str, tokens: Tensor, mask: Optional[Tensor]) -> None:
-    mixture = layer.softmoa_mixture[adapter]
+    mixture: Any = layer.softmoa_mixture[adapter]
     was_training = mixture.training
     try:
         mixture.eval()  # dropout would draw random numbers that the model's own pass then misses
-        weights = mixture.record(tokens.detach(), mask, layer.scaling[adapter])
+        dispatch, combine, norms = mixture.record(tokens.detach(), mask, layer.scaling[adapter])
     finally:
         mixture.train(was_training)
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    records.append(Record(layer.name, adapter, *weights, mask, isinstance(mixture.router, SoftRouter)))
+    records.append(Record(layer.name, adapter, dispatch, combine, norms, mask, isinstance(mixture.router, SoftRouter)))

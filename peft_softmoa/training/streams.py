@@ -64,7 +64,7 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.process_index, self.num_processes, self.num_workers = 0, 1, 0
         self.batch_size: Optional[int] = None
         # Shared, for workers that live for several epochs.
-        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
     def label_names(self) -> list[str]:
