@@ -54,15 +54,21 @@ class ForwardPass:
         self.calls: dict[CallKey, LayerCall] = {}  # those that have begun and not ended
 
 
+class RouterLoss:
+    """The load-balancing loss of the latest pass in training, and whether anybody has added it to another."""
+
+    def __init__(self) -> None:
+        self.value: Optional[Tensor] = None
+        self.is_used = False
+
+
 class ForwardPasses(threading.local):
     """The forward passes of one model, each thread's own; copies of the model begin without any."""
 
     def __init__(self) -> None:
         self.open: list[ForwardPass] = []
         self.recorders: tuple[Recorder, ...] = ()
-        # The load-balancing loss of the latest pass in training, and whether anybody has added it to another.
-        self.router_loss: Optional[Tensor] = None
-        self.router_loss_is_used = False
+        self.router_loss = RouterLoss()
         # A mixed batch is for passes that are not within another one: how many were open when it began.
         self._mixed_batch: Optional[MixedBatch] = None
         self._depth = 0

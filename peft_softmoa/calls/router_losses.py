@@ -38,10 +38,10 @@ def router_aux_loss(
         in evaluation, or without an active adapter with `routing="top_k"`.
     """
     passes = _find_passes_with_loss(model)
-    if passes is None or passes.router_loss is None:
+    if passes is None or passes.router_loss.value is None:
         return None
-    passes.router_loss_is_used = True
-    return _share_of_step(labels, num_items_in_batch) * passes.router_loss
+    passes.router_loss.is_used = True
+    return _share_of_step(labels, num_items_in_batch) * passes.router_loss.value
 
 
 def used_router_aux_loss(model: nn.Module) -> Optional[Tensor]:
@@ -54,13 +54,13 @@ def used_router_aux_loss(model: nn.Module) -> Optional[Tensor]:
         Tensor, optional: scalar, detached; None if there is none, or if nobody has added it to another loss.
     """
     passes = _find_passes_with_loss(model)
-    if passes is None or passes.router_loss is None or not passes.router_loss_is_used:
+    if passes is None or passes.router_loss.value is None or not passes.router_loss.is_used:
         return None
-    return passes.router_loss.detach()
+    return passes.router_loss.value.detach()
 
 
 def _find_passes_with_loss(model: nn.Module) -> Optional[ForwardPasses]:
-    return next((passes for passes in find_passes(model) if passes.router_loss is not None), None)
+    return next((passes for passes in find_passes(model) if passes.router_loss.value is not None), None)
 
 
 def begin_router_losses(passes: ForwardPasses, model: nn.Module) -> None:
@@ -70,13 +70,14 @@ def begin_router_losses(passes: ForwardPasses, model: nn.Module) -> None:
         passes (ForwardPasses): the passes of the model.
         model (nn.Module): the model.
     """
-    if passes.router_loss is not None and not passes.router_loss_is_used:
+    latest = passes.router_loss
+    if latest.value is not None and not latest.is_used:
         warnings.warn(
             "The load-balancing loss of the latest training pass was not used: the model returned no loss to which it "
             "could be added. Add peft_softmoa.router_aux_loss(model) to the loss that is computed outside.",
             stacklevel=4,
         )
-    passes.router_loss, passes.router_loss_is_used = None, False
+    latest.value, latest.is_used = None, False
     passes.current.router_losses = [] if model.training else None
 
 
@@ -106,9 +107,9 @@ def add_router_losses(passes: ForwardPasses, ended: ForwardPass, kwargs: dict[st
     total = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
     loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
     if not isinstance(loss, Tensor) or loss.ndim != 0:
-        passes.router_loss = total
+        passes.router_loss.value = total
         return output
-    passes.router_loss, passes.router_loss_is_used = total.detach(), True
+    passes.router_loss.value, passes.router_loss.is_used = total.detach(), True
     share = _share_of_step(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
     loss = loss + (share * total).to(loss.device, loss.dtype)
     if isinstance(output, tuple):

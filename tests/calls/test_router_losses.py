@@ -87,7 +87,7 @@ def test_it_is_absent_while_the_adapter_is_off(spectrograms):
 def test_other_routers_have_none(spectrograms, routing):
     model = make(routing)
     model(spectrograms, labels=LABELS)
-    assert router_aux_loss(model) is None and find_passes(model)[0].router_loss is None
+    assert router_aux_loss(model) is None and find_passes(model)[0].router_loss.value is None
 
 
 def test_checkpointing_counts_it_once(spectrograms):
@@ -179,7 +179,6 @@ def test_copies_of_the_model(spectrograms, tmp_path):
 def test_two_adapters(spectrograms):
     model = make()
     model.add_adapter("second", SoftMoAConfig(routing="top_k", router_aux_loss_coef=0.5, placement="ffn"))
-    assert len(model.get_base_model()._forward_hooks) == 1
     model(spectrograms, labels=LABELS)
     first = router_aux_loss(model)
     model.base_model.set_adapter(["default", "second"])
@@ -193,14 +192,15 @@ def test_two_adapters(spectrograms):
     torch.testing.assert_close(router_aux_loss(model), first)
 
 
-def test_deleting_the_last_adapter_that_needs_them_takes_the_hooks_back():
+def test_deleting_an_adapter_takes_its_hooks_back():
     model = make()
     model.add_adapter("soft", SoftMoAConfig())
     model.add_adapter("second", SoftMoAConfig(routing="top_k"))
+    base = model.get_base_model()
+    assert len(base._forward_hooks) == len(base._forward_pre_hooks) == 3
     model.delete_adapter("default")
-    assert model.get_base_model()._forward_hooks
     model.delete_adapter("second")
-    assert find_passes(model)[0].router_loss is None and not model.get_base_model()._forward_pre_hooks
+    assert len(base._forward_hooks) == len(base._forward_pre_hooks) == 1
 
 
 def test_unload_takes_the_hooks_back(spectrograms):
@@ -279,7 +279,7 @@ def shares_of_experts(model):
     for router in routers(model):
 
         def note(router, args, output):
-            gates = dense_routing(args[1], router.weight, router.bias)
+            gates = dense_routing(args[0], router.weight, router.bias)
             chosen = top_k_routing(gates, router.top_k)[1]
             shares.append(torch.bincount(chosen.flatten(), minlength=gates.shape[-1]) / chosen.numel())
 
