@@ -2,18 +2,19 @@
 
 from .calls.router_losses import router_aux_loss
 from .config import SoftMoAConfig
-from .layer import SoftMoALayer
+from .layer import SoftMoALayer, rescale_adapter_scale
 from .model import SoftMoAModel
 from .registration import register, rename_first_containers
 from .targets.description import count_parameters, describe_targets
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "SoftMoAConfig",
     "SoftMoALayer",
     "SoftMoAModel",
     "count_parameters",
     "describe_targets",
+    "rescale_adapter_scale",
     "router_aux_loss",
 ]
 

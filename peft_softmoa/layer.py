@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Optional, TypeGuard
 
 import torch
@@ -332,3 +333,29 @@ def is_adapted(module: nn.Module) -> TypeGuard[SoftMoALayer]:
         bool: whether it is.
     """
     return isinstance(module, BaseTunerLayer) and module.adapter_layer_names == SoftMoALayer.adapter_layer_names
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """A context in which all adapters of a model are stronger or weaker: `F(x) + multiplier · scaling · mixture(x)`.
+
+    It is `peft.helpers.rescale_adapter_scale`, which is for LoRA alone.
+
+    Args:
+        model (nn.Module): a model with adapters.
+        multiplier (float): the factor.
+
+    Raises:
+        ValueError: if the model has no Soft-MoA adapter.
+    """
+    layers = [module for module in model.modules() if is_adapted(module)]
+    if not layers:
+        raise ValueError(f"The {type(model).__name__} has no Soft-MoA adapter whose strength could be changed.")
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling = {name: multiplier * scaling for name, scaling in layer.scaling.items()}
+        yield
+    finally:
+        for layer, scaling in zip(layers, before):
+            layer.scaling = scaling

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from operations import Operations
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_softmoa import SoftMoAConfig, SoftMoALayer
+from peft_softmoa import SoftMoAConfig, SoftMoALayer, rescale_adapter_scale
 from peft_softmoa.calls.forward_pass import ForwardPasses
+from peft_softmoa.layer import is_adapted
 from peft_softmoa.method import PatchGrid
 from peft_softmoa.targets.choice import Target
 from peft_softmoa.targets.probes import block_widths
@@ -192,3 +194,36 @@ def test_fresh_layer_is_an_exact_no_op():
     layer = make(Attention(), SoftMoAConfig(num_experts=3, r=4))
     tokens = torch.randn(2, 5, 6)
     assert torch.equal(layer(tokens)[0], layer.base_layer(tokens)[0])
+
+
+def test_strength_is_set_and_restored_as_for_lora():
+    layer = make(nn.Linear(6, 6))
+    tokens = torch.randn(2, 5, 6)
+    base, full = layer.base_layer(tokens), layer(tokens)
+
+    def added():
+        return (layer(tokens) - base) / (full - base)
+
+    layer.set_scale("default", 0.5)
+    torch.testing.assert_close(added().mean(), torch.tensor(0.5), rtol=1e-3, atol=0)
+    layer.scale_layer(4.0)
+    torch.testing.assert_close(added().mean(), torch.tensor(2.0), rtol=1e-3, atol=0)
+    layer.unscale_layer(2.0)
+    torch.testing.assert_close(layer(tokens), full)
+    layer.scale_layer(3.0)
+    layer.unscale_layer()
+    assert torch.equal(layer(tokens), full)
+    layer.set_scale("no adapter of it", 2.0)
+    with rescale_adapter_scale(layer, 0.0):
+        assert torch.equal(layer(tokens), base)
+    assert torch.equal(layer(tokens), full)
+    with pytest.raises(ValueError, match="Linear has no Soft-MoA adapter"), rescale_adapter_scale(nn.Linear(2, 2), 2.0):
+        pass
+
+
+def test_what_is_made_by_another_import_of_the_package_is_known():
+    """As after `importlib.reload` in a notebook."""
+    layer = make(nn.Linear(6, 6))
+    other = type("SoftMoALayer", (nn.Module, BaseTunerLayer), {"adapter_layer_names": layer.adapter_layer_names})()
+    assert is_adapted(layer) and is_adapted(other)
+    assert not is_adapted(nn.Linear(6, 6))

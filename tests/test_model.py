@@ -803,3 +803,9 @@ def test_mixed_models_are_refused(tiny_ast):
     model = get_peft_model(tiny_ast, LoraConfig(target_modules=["q_proj"]), mixed=True)
     with pytest.raises(ValueError, match="SOFTMOA.*not compatible"):
         model.add_adapter("mixture", SoftMoAConfig(placement="ffn"))
+
+
+def test_combining_adapters_as_lora_does_says_what_it_is_called_here(tiny_ast):
+    model = get_peft_model(tiny_ast, SoftMoAConfig())
+    with pytest.raises(ValueError, match="average_adapters"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")

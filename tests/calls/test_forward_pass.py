@@ -217,3 +217,24 @@ def test_a_copy_of_the_model_within_a_call():
     assert find_passes(copied)[0].open == [] and find_passes(copied)[0] is not find_passes(model)[0]
     copied.get_base_model().encoder.layers[0].feed_forward._forward_hooks.clear()
     assert torch.equal(encode("Wav2Vec2", copied, batch), wanted)
+
+
+def replicate(model):
+    """What `torch.nn.DataParallel` makes of a model for one of its threads, on one device."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        replica._parameters = dict(module._parameters)
+        replica._modules = {name: child and replicas[child] for name, child in module._modules.items()}
+    return replicas[model]
+
+
+def test_replicas_in_threads():
+    model, batches = adapted("Wav2Vec2", "ffn"), clips("Wav2Vec2")[:2]
+    wanted = [encode("Wav2Vec2", model, batch) for batch in batches]
+    barrier = threading.Barrier(2)
+    layer = model.get_base_model().encoder.layers[0].feed_forward
+    layer.intermediate_act_fn.register_forward_hook(lambda *_: (barrier.wait(20), None)[1])
+    replicas = [replicate(model), replicate(model)]
+    with ThreadPoolExecutor(2) as pool:
+        given = list(pool.map(lambda part: encode("Wav2Vec2", *part), zip(replicas, batches)))
+    assert all(torch.equal(one, other) for one, other in zip(given, wanted))
