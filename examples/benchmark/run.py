@@ -35,8 +35,8 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTModel
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import record_routing
+from peft_softmoa.inspection.blocks import Statistics
 from peft_softmoa.inspection.callback import utilization
-from peft_softmoa.inspection.report import Statistics
 from peft_softmoa.mixture import add_mixture, build_mixture
 from peft_softmoa.routing import soft_routing
 from peft_softmoa.training import AudioStream, DatasetSummary, ExtractFeatures, load_rows, make_loader

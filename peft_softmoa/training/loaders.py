@@ -48,7 +48,7 @@ def make_loader(
         put_on_device=accelerator.device_placement,
         dispatch_batches=False,
     )
-    loader._is_accelerate_prepared = True  # type: ignore[attr-defined]
+    loader._is_accelerate_prepared = True
     return loader
 
 
