@@ -68,7 +68,10 @@ def test_the_method_knows_neither_peft_nor_models():
 
 def test_imports_within_inspection_point_one_way():
     rank = {name: index for index, name in enumerate(
-        ["arguments", "metrics", "records", "maps", "report", "callback", "plots", "page", "clips", "inspect_adapter"]
+        [
+            "arguments", "metrics", "records", "blocks", "maps", "report", "callback", "figures", "clip_plots", "plots",
+            "page", "clips", "sections", "inspect_adapter",
+        ]
     )}  # fmt: skip
     for name, position in rank.items():
         for node in ast.walk(ast.parse((PACKAGE / "inspection" / f"{name}.py").read_text())):
@@ -125,3 +128,15 @@ def test_public_names_have_docstrings():
     for module in (peft_softmoa, peft_softmoa.training, peft_softmoa.inspection):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name
+
+
+def test_only_the_command_names_flags():
+    """An error of the library is also read by those who call it from Python."""
+    found = {
+        f"{path.name}: {flag}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and path.name != "cli.py"
+        for flag in re.findall(r"--[a-z]\w+", node.value)
+    }
+    assert not found

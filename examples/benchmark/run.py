@@ -29,8 +29,8 @@ from transformers import ASTFeatureExtractor
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import record_routing
+from peft_softmoa.inspection.blocks import Statistics
 from peft_softmoa.inspection.callback import utilization
-from peft_softmoa.inspection.report import Statistics
 from peft_softmoa.training import AudioStream, DatasetSummary, ExtractFeatures, load_rows, make_loader
 
 from .layer import DTYPES, measure_layer, sweeps

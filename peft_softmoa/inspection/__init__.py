@@ -1,5 +1,6 @@
 """What the experts of a mixture do: records, metrics, reports; pictures are in `inspection.plots`."""
 
+from .blocks import BlockReport
 from .callback import ExpertUtilizationCallback
 from .maps import ReadingMap, reading_map
 from .metrics import (
@@ -15,7 +16,7 @@ from .metrics import (
     slot_similarity,
 )
 from .records import Record, find_layers, record_routing
-from .report import BlockReport, ExpertReport, Finding, expert_report
+from .report import ExpertReport, Finding, expert_report
 
 __all__ = [
     "BlockReport",

@@ -1,4 +1,4 @@
-"""What the experts do while a model is trained, as a callback for the Hugging Face Trainer."""
+"""A callback for the Hugging Face Trainer that logs what the experts do during training."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .blocks import BlockReport, Statistics
 from .records import Record, record_routing
-from .report import BlockReport, Statistics, short_names
+from .report import short_names
 
 METRICS = ("normalized_entropy", "effective_number", "coefficient_of_variation", "idle_experts", "effective_tokens")
 
 
 class ExpertUtilizationCallback(TrainerCallback):
-    """Logs how a model uses its experts in every so many optimizer steps, to whatever `report_to` names.
+    """Logs how a model uses its experts, every few optimizer steps, to the trackers that `report_to` names.
 
         trainer.add_callback(ExpertUtilizationCallback(trainer))
 
     An entry of the log has `experts/<block>/<metric>` for each adapted block and `experts/<metric>`, the mean over
     blocks, with the metrics `normalized_entropy`, `effective_number` and `coefficient_of_variation` of the experts'
-    load, the number of `idle_experts`, and `effective_tokens`, from how many tokens a slot reads. They are those of
-    all batches and processes of the step, as the model trains; `metrics.py` defines them. The steps between cost
-    nothing.
+    load, the number of `idle_experts`, and `effective_tokens`, the number of tokens that a slot reads. They cover all
+    batches and processes of the step; `metrics.py` defines them. The other steps cost nothing.
 
     Args:
         trainer (Trainer): the Trainer, whose `log` is called.
-        every (int): number of optimizer steps from one entry to the next; the first one is that of the first step.
+        every (int): number of optimizer steps from one entry to the next; the first step has the first entry.
             Default: 100.
 
     Raises:
@@ -47,41 +47,41 @@ class ExpertUtilizationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what an earlier run that an error has ended has left."""
+        """Forget the records of an earlier run that ended with an error."""
         self._stop()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start to record, if it is this step's turn."""
+        """Start to record, if this step is to be logged."""
         if state.global_step % self.every == 0:
-            # With what may be around the model, such as its compiled form.
+            # The wrapped model, which may be compiled.
             self.records = self.recording.enter_context(record_routing(self.trainer.model_wrapped))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add up what a batch did after which no optimizer step comes."""
-        self._add_up()
+        """Add the records of a batch that is not followed by an optimizer step."""
+        self._add_records()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log what was recorded."""
+        """Log the metrics of the step."""
         if self.records is None:
             return
-        self._add_up()
+        self._add_records()
         own = self.statistics
         self._stop()
-        # As objects: where layers are dropped, not all processes have the same blocks.
+        # As objects: with layer dropout, the processes may have different blocks.
         total: dict[tuple[str, str], Statistics] = {}
         for key, each in gather_object(list(own.items())):
             total.setdefault(key, Statistics()).merge(each)
         if not total:
-            return  # no adapter is active, or all layers are dropped
+            return  # no adapter is active, or all layers were dropped
         should_log = control.should_log
         self.trainer.log(utilization([each.result(*key) for key, each in total.items()]))
-        control.should_log = should_log  # which `log` has taken back
+        control.should_log = should_log  # `log` has reset it
 
-    def _add_up(self) -> None:
+    def _add_records(self) -> None:
         for record in self.records or ():
             self.statistics.setdefault((record.block, record.adapter), Statistics()).update(record)
         if self.records:
@@ -93,7 +93,7 @@ class ExpertUtilizationCallback(TrainerCallback):
 
 
 def utilization(blocks: list[BlockReport]) -> dict[str, float]:
-    """The entry of a log that tells how experts are used.
+    """Make a log entry of how the experts are used.
 
     Args:
         blocks (list[BlockReport]): the metrics of each block.

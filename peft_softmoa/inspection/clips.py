@@ -15,18 +15,19 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
-from transformers.utils import FEATURE_EXTRACTOR_NAME, cached_file
+from transformers.utils import FEATURE_EXTRACTOR_NAME
+from transformers.utils.hub import cached_file
 
 from ..method import PatchGrid
 from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
 from ..training.audio import AudioError, decode_audio
+from .clip_plots import Clip
 from .maps import ReadingMap, reading_map
-from .plots import Clip
 from .records import Record, record_routing
 
-# Of the spectrograms that models of patches read: Kaldi's, from 20 Hz on, ten milliseconds from frame to frame.
+# Spectrograms of models that read patches are those of Kaldi: from 20 Hz on, with a frame every ten milliseconds.
 LOWEST_FREQUENCY, FRAME_SECONDS = 20.0, 0.01
 
 
@@ -34,12 +35,12 @@ class ClipReading(NamedTuple):
     """One clip, and what each block did with it."""
 
     clip: Clip
-    duration: float  # of the whole file, in seconds
-    inputs: dict[str, Tensor]  # the model's, in a batch of one
+    duration: float  # duration of the whole file, in seconds
+    inputs: dict[str, Tensor]  # inputs of the model, in a batch of one
     grid: Optional[PatchGrid]  # how the model's tokens lie in time and frequency
     records: tuple[Record, ...]
     maps: tuple[Optional[ReadingMap], ...]  # one for each record, or none
-    without_map: tuple[str, ...]  # why there is none
+    without_map: tuple[str, ...]  # why blocks have no map
     prediction: Optional[str]  # the most likely class, if the model is a classifier
 
 
@@ -76,12 +77,13 @@ def load_adapter(adapter: str, revision: Optional[str] = None) -> tuple[PeftMode
     )
     own = cached_file(adapter, FEATURE_EXTRACTOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     where = (adapter, revision) if own else (base, base_revision)
-    feature_extractor = AutoFeatureExtractor.from_pretrained(where[0], revision=where[1])
+    extractors: Any = AutoFeatureExtractor
+    feature_extractor = extractors.from_pretrained(where[0], revision=where[1])
     return model.eval().to(PartialState().default_device), feature_extractor
 
 
 def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds: Optional[float] = None) -> ClipReading:
-    """Run a model on one clip, and find where in it the slots read.
+    """Run a model on one clip, and find where in the clip the slots read.
 
     Args:
         model (PeftModel): the model with its adapter.
@@ -93,10 +95,10 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
         ClipReading: what each block did.
 
     Raises:
-        AudioError: if the file is no audio that can be used, or the model does not take it.
+        AudioError: if the audio cannot be used, or the model does not take it.
     """
     rate = feature_extractor.sampling_rate
-    # Some feature extractors fill every clip up to one length, and cut longer ones, at times anywhere.
+    # Some feature extractors pad every clip to one length and cut longer clips, some of them at a random place.
     filled = getattr(feature_extractor, "n_samples", None) or getattr(feature_extractor, "nb_max_samples", None)
     samples = decode_audio(audio, rate, min(max_seconds or math.inf, filled / rate) if filled else max_seconds)
     seconds = len(samples) / rate
@@ -161,28 +163,28 @@ def prepare_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> I
 
 
 def _blocks_without_place(model: PeftModel, records: list[Record]) -> dict[str, str]:
-    """The blocks whose tokens do not follow each other in the time of a clip, and why."""
+    """The blocks whose tokens have no place in the time of a clip, with the reason."""
     if any(len(record.dispatch) > 1 for record in records):
         why = "takes clips in parts, such as windows, whose place in the clip is not known"
         return {record.block: f"The block '{record.block}' has no map: the model {why}." for record in records}
     try:
         encoder = [f"{layer.name}." for layer in find_encoder(model.get_base_model())]
     except ValueError:
-        return {}  # a model that is not in layers
+        return {}  # the model has no layers
     return {
         record.block: f"The block '{record.block}' has no map: it is not in the audio encoder."
         for record in records
-        # A layer may be a block itself, and what is in no layer, such as a projection in front of them, is no decoder.
+        # A layer may itself be a block. A module in no layer, such as a projection in front of them, is no decoder.
         if not f"{record.block}.".startswith(tuple(encoder)) and any(map(str.isdigit, record.block.split(".")))
     }
 
 
 def mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
-    """The centres of the bins of a spectrogram.
+    """Centres of the bins of a mel spectrogram.
 
     Args:
-        bins (int): how many there are.
-        sampling_rate (int): of the clip, in Hz.
+        bins (int): number of bins.
+        sampling_rate (int): sampling rate of the clip, in Hz.
 
     Returns:
         np.ndarray: `(bins,)`, in Hz.
@@ -192,13 +194,14 @@ def mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
 
 
 def _declared_seconds(audio: str) -> float:
-    """How long a file says that it is."""
+    """Duration that the header of a file declares."""
     import soundfile
 
     if "://" in audio:
         return 0.0
     with soundfile.SoundFile(audio) as file:
-        return file.frames / file.samplerate
+        seconds: float = file.frames / file.samplerate
+        return seconds
 
 
 def _predicted_class(model: PeftModel, output: Any) -> Optional[str]:

@@ -23,7 +23,7 @@ class ReadingMap(NamedTuple):
     # Shares of what each slot reads: (N, P, bins, frames) of the spectrogram, as far as patches reach, or (N, P, 1, T)
     # where tokens follow each other in time.
     shares: Tensor
-    elsewhere: Tensor  # (N, P): the share of tokens that lie nowhere, such as class tokens
+    elsewhere: Tensor  # (N, P): the share of tokens without a place, such as class tokens
     uniform: Tensor  # (bins, frames) or (1, T): the shares of a slot that reads all real tokens alike
 
 
@@ -53,7 +53,7 @@ def reading_map(record: Record, grid: Optional[PatchGrid] = None) -> ReadingMap:
     real = record.mask[0].cpu().to(torch.float64)
     weights = record.dispatch[0].cpu().to(torch.float64).movedim(0, -1) * real
     experts, slots, num_tokens = weights.shape
-    # One more map, of what reads all alike.
+    # With one more map: of a slot that reads all tokens alike.
     maps = torch.cat([weights.flatten(0, 1), (real / real.sum().clamp_min(1)).unsqueeze(0)])
     elsewhere = maps.new_zeros(len(maps))
     if grid is not None and num_tokens == grid.class_tokens + grid.height * grid.width:
@@ -63,7 +63,10 @@ def reading_map(record: Record, grid: Optional[PatchGrid] = None) -> ReadingMap:
         maps = F.conv_transpose2d(on_grid, kernel, stride=(grid.frequency_stride, grid.time_stride)).squeeze(1)
     else:
         maps = maps.unsqueeze(1)
-    by_slot = (experts, slots)
     return ReadingMap(
-        record.block, record.adapter, maps[:-1].unflatten(0, by_slot), elsewhere[:-1].unflatten(0, by_slot), maps[-1]
+        record.block,
+        record.adapter,
+        maps[:-1].reshape(experts, slots, *maps.shape[1:]),
+        elsewhere[:-1].reshape(experts, slots),
+        maps[-1],
     )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Share of an equal load below which an expert is called idle.
+# An expert is idle if its load is below this share of an equal load.
 IDLE = 0.1
 
 
@@ -62,7 +62,7 @@ def normalized_entropy(load: Tensor) -> Tensor:
 
 
 def effective_number(load: Tensor) -> Tensor:
-    """As many equal experts would be as diverse: `exp(-Σ_n load[n] log load[n])`, from 1 to N.
+    """Number of equal experts that would be as diverse: `exp(-Σ_n load[n] log load[n])`, from 1 to N.
 
     Args:
         load (Tensor): `(..., N)`, shares with sum one.
@@ -86,7 +86,7 @@ def coefficient_of_variation(load: Tensor) -> Tensor:
 
 
 def idle_experts(load: Tensor, threshold: float = IDLE) -> list[int]:
-    """Experts that hardly any token reads: `load[n] < threshold / N`.
+    """Find the experts from which tokens read next to nothing: `load[n] < threshold / N`.
 
     Args:
         load (Tensor): `(N,)`, shares with sum one.
@@ -99,7 +99,7 @@ def idle_experts(load: Tensor, threshold: float = IDLE) -> list[int]:
 
 
 def effective_tokens(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """From how many tokens each slot reads, as a mean over samples.
+    """Number of tokens that each slot reads, as a mean over samples.
 
         number = exp(-Σ_t d[t] log d[t]),  d[t] = dispatch[t] / Σ_u dispatch[u]
 
@@ -118,7 +118,7 @@ def effective_tokens(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
 
 
 def reading_slots(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """In which samples each slot reads any token at all.
+    """Find the samples in which each slot reads any token.
 
     Args:
         dispatch (Tensor): `(B, T, N, P)`, dispatch weights.
@@ -132,7 +132,7 @@ def reading_slots(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
 
 
 def slot_similarity(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """How alike two slots read: the cosine of their dispatch weights over tokens, mean over samples.
+    """Similarity of slots: the cosine of their dispatch weights over tokens, mean over samples.
 
     Args:
         dispatch (Tensor): `(B, T, N, P)`, dispatch weights.
@@ -148,7 +148,7 @@ def slot_similarity(dispatch: Tensor, mask: Optional[Tensor] = None) -> Tensor:
 
 
 def combine_similarity(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """How alike the tokens of a sample read: the mean cosine of the combine weights of two, over all pairs and samples.
+    """Similarity of the tokens of a sample: the mean cosine of the combine weights of two, over all pairs and samples.
 
     Args:
         combine (Tensor): `(B, T, N, P)`, combine weights.
@@ -165,7 +165,7 @@ def combine_similarity(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor
 
 
 def reading_pairs(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-    """Over how many pairs of tokens of one sample `combine_similarity` is a mean: of those that read anything.
+    """Number of pairs over which `combine_similarity` is a mean: pairs of tokens of one sample that read anything.
 
     Args:
         combine (Tensor): `(B, T, N, P)`, combine weights.
@@ -180,7 +180,7 @@ def reading_pairs(combine: Tensor, mask: Optional[Tensor] = None) -> Tensor:
 
 
 def class_information(loads: Tensor) -> Tensor:
-    """What the expert that is read tells of the class: their mutual information, in bits.
+    """Mutual information of the expert that a token reads and the class, in bits.
 
         I = Σ_{c,n} q[c, n] log2(q[c, n] / (q[c] q[n])),  q[c, n] = loads[c, n] / C,  each class counting the same
 
@@ -210,4 +210,5 @@ def _shares(values: Tensor) -> Tensor:
 
 
 def _entropy(shares: Tensor) -> Tensor:
-    return torch.special.entr(shares).sum(-1)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy

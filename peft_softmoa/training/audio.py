@@ -89,7 +89,8 @@ def decode_audio(
         raise AudioError(name, "no samples")
     if not np.isfinite(samples).all():
         raise AudioError(name, "samples that are not finite")
-    return soxr.resample(samples.mean(axis=1), source_rate, sampling_rate)
+    resampled: npt.NDArray[np.float32] = soxr.resample(samples.mean(axis=1), source_rate, sampling_rate)
+    return resampled
 
 
 def name_and_content(

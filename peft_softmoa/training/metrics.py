@@ -58,4 +58,6 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
         dict[str, float]: `accuracy` and `f1_macro`.
     """
     metrics = evaluate.combine([Accuracy(), MacroF1()])
-    return metrics.compute(predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids)
+    predicted = np.argmax(prediction.predictions, axis=-1)
+    values: dict[str, float] = metrics.compute(predictions=predicted, references=prediction.label_ids)
+    return values

@@ -119,7 +119,8 @@ def label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
         return str(value)
     if value is None or not 0 <= value < len(names):
         raise ValueError(f"{where}: label {value} is no index of the {len(names)} classes {', '.join(names)}.")
-    return names[value]
+    name: str = names[value]
+    return name
 
 
 def summarize_rows(rows: IterableDataset, label_column: str, name: str = "the dataset") -> DatasetSummary:

@@ -64,7 +64,8 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.process_index, self.num_processes, self.num_workers = 0, 1, 0
         self.batch_size: Optional[int] = None
         # Shared, for workers that live for several epochs.
-        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
+        epoch: Any = torch.zeros((), dtype=torch.int64)
+        self._epoch = epoch.share_memory_()
 
     @property
     def label_names(self) -> list[str]:
@@ -198,7 +199,8 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if readers == 1:
             return True
         if self.batch_size is None:
-            return self.rows.num_shards >= readers
+            num_shards: int = self.rows.num_shards
+            return num_shards >= readers
         shards = self.summary.rows_per_shard if self.summary else None
         if shards is None or len(shards) < readers:
             return False

@@ -17,8 +17,9 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.cli import main
 from peft_softmoa.inspection import Record, expert_report, reading_map
 from peft_softmoa.inspection.clips import ClipReading, mel_frequencies
-from peft_softmoa.inspection.inspect_adapter import find_peaks, inspect_adapter
+from peft_softmoa.inspection.inspect_adapter import inspect_adapter
 from peft_softmoa.inspection.plots import Clip
+from peft_softmoa.inspection.sections import find_peaks
 from peft_softmoa.targets.architectures import find_patch_grid
 from peft_softmoa.training import DataOptions, ExtractFeatures, decode_audio
 

@@ -10,7 +10,8 @@ from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import Record, expert_report, find_layers, reading_map, record_routing
-from peft_softmoa.inspection.report import ExpertReport, Statistics, short_names
+from peft_softmoa.inspection.blocks import Statistics
+from peft_softmoa.inspection.report import ExpertReport, short_names
 from peft_softmoa.method import PatchGrid
 from peft_softmoa.targets.architectures import find_patch_grid
 
@@ -89,7 +90,7 @@ def test_the_class_matrix_finds_the_planted_class():
     ]
     report = expert_report(model, batches, label_names=CLASSES, show_progress=False)
     [block] = report.blocks
-    assert report.num_clips == 7 and report.without_classes is None
+    assert report.num_clips == 7 and report.no_classes_reason is None
     assert block.class_loads.argmax(1).tolist() == list(range(EXPERTS))
     assert block.class_loads.argmax(0).tolist() == list(range(EXPERTS))
     torch.testing.assert_close(block.class_loads.sum(1), torch.ones(EXPERTS, dtype=torch.float64))
@@ -156,10 +157,10 @@ def test_weights_of_tokens_are_no_choice_of_slots():
     for layer in find_layers(model):
         layer.softmoa_mixture["default"].router.weight.data.zero_()
     report = expert_report(model, spread(range(EXPERTS)), show_progress=False)
-    assert {finding.kind for finding in report.findings} == {"twins"}
+    assert {finding.kind for finding in report.findings} == {"similar"}
     assert "have the same weights for all tokens (similarity 1.00). 1 of 7 would do." in report.findings[0].text
     few = replace(report.blocks[0], num_tokens=7.0)
-    assert not few.twins and not few.broad and report.blocks[0].twins
+    assert not few.similar and not few.uniform and report.blocks[0].similar
 
 
 def test_twins_that_read_in_some_samples_only():
@@ -170,7 +171,7 @@ def test_twins_that_read_in_some_samples_only():
         statistics = Statistics()
         statistics.update(record)
     block = statistics.result("a", "b")
-    assert block.twins == [(0, 1)] and block.effective_tokens.flatten().tolist() == pytest.approx([5, 5])
+    assert block.similar == [(0, 1)] and block.effective_tokens.flatten().tolist() == pytest.approx([5, 5])
 
 
 def spread(*contents):
@@ -190,9 +191,9 @@ def test_a_balanced_mixture_gives_no_finding():
 def test_an_idle_expert_and_twins_are_named():
     report = expert_report(planted([0, 1, None, 2, 3, 1, 2]), spread(range(EXPERTS)), show_progress=False)
     [block] = report.blocks
-    assert block.idle == [2] and block.twins == [(1, 5), (3, 6)]
+    assert block.idle == [2] and block.similar == [(1, 5), (3, 6)]
     assert [(finding.kind, finding.experts) for finding in report.findings] == [
-        ("idle", (2,)), ("twins", (1, 5)), ("twins", (3, 6)),
+        ("idle", (2,)), ("similar", (1, 5)), ("similar", (3, 6)),
     ]  # fmt: skip
     texts = [finding.text for finding in report.findings]
     assert texts[0].startswith("layers.0.attention: expert 2 is idle (0.0% of the load; equal were 14.3%)")
@@ -207,7 +208,7 @@ def test_slots_that_do_not_choose_are_no_twins():
         next(iter(find_layers(model))).softmoa_mixture["default"].router.slots[:, :2] = 0.0
     report = expert_report(model, spread(range(EXPERTS)), show_progress=False)
     [finding] = report.findings
-    assert finding.kind == "broad" and finding.experts == (0, 1)
+    assert finding.kind == "uniform" and finding.experts == (0, 1)
     assert "experts 0 and 1 read all tokens nearly alike (as if 100% of them)" in finding.text
 
 
@@ -220,7 +221,7 @@ def test_neighbours_in_a_chain_are_no_group():
     statistics.update(record)
     block = statistics.result("a", "b")
     assert block.expert_similarity[0, 1] > 0.95 > block.expert_similarity[0, 2]
-    assert block.twins == [(0, 1)]
+    assert block.similar == [(0, 1)]
 
 
 ROUTINGS = [{}, {"num_slots": 2}, {"routing": "dense"}, {"routing": "top_k"}, {"routing": "expert_choice"}]
@@ -297,7 +298,7 @@ def test_without_classes(tiny_ast, labels, why):
     batch = {"input_values": torch.randn(2, FRAMES, MEL_BINS)}
     batch = batch if labels is None else {**batch, "labels": labels}
     report = expert_report(model, [batch], show_progress=False)
-    assert report.without_classes == why and report.label_names is None
+    assert report.no_classes_reason == why and report.label_names is None
     assert report.blocks[0].class_loads is None and "class_information" not in report.blocks[0].scalars
 
 
