@@ -21,7 +21,7 @@ from .calls.hooks import Sources, follow_calls
 from .calls.mixed_batch import make_mixed_batch
 from .config import SoftMoAConfig
 from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted, scope_of
-from .registration import SOFTMOA, current_key
+from .registration import SOFTMOA, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
 from .targets.choice import Target, find_targets, is_target
 from .targets.description import mixture_options, mixture_shapes
@@ -95,7 +95,7 @@ class SoftMoAModel(BaseTuner):
             for target, shapes in zip(targets, blocks):
                 expected.update({f"{target}.softmoa_mixture.{tensor}": shape for tensor, shape in shapes.items()})
             check_shapes(
-                {current_key(name): shape for name, shape in loaded.items()}, expected, embedding_shapes(model)
+                {name_since_0_2(name): shape for name, shape in loaded.items()}, expected, embedding_shapes(model)
             )
 
     def _create_and_replace(
@@ -277,7 +277,7 @@ class SoftMoAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SoftMoAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        current = {current_key(key): tensor for key, tensor in state_dict.items()}
+        current = {name_since_0_2(key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, current)
         # Any other tensor would replace one of the base model's.
         base = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -74,7 +74,7 @@ def add_peft_type(name: str) -> PeftType:
 SOFTMOA = add_peft_type("SOFTMOA")
 
 
-def current_key(key: str) -> str:
+def name_since_0_2(key: str) -> str:
     """The name of a tensor of an adapter, also of one that a version before 0.2 has saved.
 
     Args:

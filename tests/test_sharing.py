@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import ASTForAudioClassification, AutoFeatureExtractor, AutoModelForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.registration import current_key
+from peft_softmoa.registration import name_since_0_2
 
 WAYS = {
     "PeftModel": "PeftModel.from_pretrained(AutoModelForAudioClassification.from_pretrained(base), adapter)",
@@ -129,7 +129,7 @@ def load_by_transformers(model, folder):
 def test_adapters_of_earlier_versions_still_load(folder, load):
     """The first one was written when there was no routing, expert type and the like to choose."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        saved = {current_key(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+        saved = {name_since_0_2(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
     model = load(known_model(), folder)
     assert list(model.config.id2label.values()) == ["cat", "dog", "owl"]
     loaded = get_peft_model_state_dict(model, adapter_name="default")

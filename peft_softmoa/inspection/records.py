@@ -97,12 +97,8 @@ def find_layers(model: nn.Module) -> dict[SoftMoALayer, nn.Module]:
 @torch.no_grad()
 def _record(records: list[Record], layer: SoftMoALayer, adapter: str, tokens: Tensor, mask: Optional[Tensor]) -> None:
     mixture: Any = layer.softmoa_mixture[adapter]
-    was_training = mixture.training
-    try:
-        mixture.eval()  # dropout would draw random numbers that the model's own pass then misses
-        dispatch, combine, norms = mixture.record(tokens.detach(), mask, layer.scaling[adapter])
-    finally:
-        mixture.train(was_training)
+    # Without dropout, which would draw random numbers that the model's own pass then misses.
+    dispatch, combine, norms = mixture.record(tokens.detach(), mask, layer.scaling[adapter])
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     records.append(Record(layer.name, adapter, dispatch, combine, norms, mask, isinstance(mixture.router, SoftRouter)))

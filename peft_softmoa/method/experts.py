@@ -71,13 +71,14 @@ class BottleneckExperts(nn.Module):
             uniform_(self.up_weight, fan_in=self.up_weight.shape[1])
             uniform_(self.up_bias, fan_in=self.up_weight.shape[1])
 
-    def forward(self, slots: Tensor) -> Tensor:
+    def forward(self, slots: Tensor, *, dropout: bool = True) -> Tensor:
         """Apply expert ⌊s/P⌋ to slot s.
 
             output[s] = expert_{⌊s/P⌋}(slots[s])
 
         Args:
             slots (Tensor): `(B, S, D)`.
+            dropout (bool): whether activations are dropped in training. Default: True.
 
         Returns:
             Tensor: expert outputs, `(B, S, D')`, in the dtype of the slots.
@@ -88,6 +89,7 @@ class BottleneckExperts(nn.Module):
         by_expert = slots.unflatten(1, (num_experts, num_slots)).transpose(0, 1).flatten(1, 2)
         hidden = torch.baddbmm(self.down_bias.to(dtype).unsqueeze(1), by_expert, self.down_weight.to(dtype))
         hidden = self._hidden(hidden.unflatten(1, (batch, num_slots)).permute(1, 2, 0, 3))
+        hidden = self.dropout(hidden) if dropout else hidden
         hidden = hidden.permute(2, 0, 1, 3).flatten(1, 2)
         outputs = torch.baddbmm(self.up_bias.to(dtype).unsqueeze(1), hidden, self.up_weight.to(dtype))
         return outputs.unflatten(1, (batch, num_slots)).transpose(0, 1).flatten(1, 2)
@@ -108,7 +110,7 @@ class BottleneckExperts(nn.Module):
             Tensor: `(B, T, D')`, in the dtype of `added_to`.
         """
         # The experts side by side, D -> N·R -> D', with the weights in between: nothing of size T·N·D'.
-        hidden = self._weighted(tokens, weights, mask)
+        hidden = self.dropout(self._all_hidden(tokens, mask)) * weights.unsqueeze(-1)
         # The biases of `up` are one more input for each expert.
         left = torch.cat([hidden.flatten(2), weights], dim=-1).flatten(0, 1).to(added_to.dtype)
         right = torch.cat([self.up_weight.flatten(0, 1), self.up_bias]).to(added_to.dtype)
@@ -120,32 +122,35 @@ class BottleneckExperts(nn.Module):
         return f"num_experts={num_experts}, {in_features}→{r}→{self.up_weight.shape[-1]}"
 
     def norms(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """The norms over D' of what each expert adds to each token: `‖weights[t, n] · expert_n(tokens)[t]‖`.
+        """The norms over D' of what each expert adds to each token, without dropout.
+
+            norms[t, n] = ‖weights[t, n] · expert_n(x)[t]‖
 
         Args:
-            tokens (Tensor): `(B, T, D)`.
+            tokens (Tensor): x, `(B, T, D)`.
             weights (Tensor): `(B, T, N)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
         Returns:
             Tensor: `(B, T, N)`.
         """
-        given = torch.cat([self._weighted(tokens, weights, mask), weights.unsqueeze(-1)], dim=-1)
+        hidden = self._all_hidden(tokens, mask) * weights.unsqueeze(-1)
+        given = torch.cat([hidden, weights.unsqueeze(-1)], dim=-1)
         up = torch.cat([self.up_weight, self.up_bias.unsqueeze(1)], dim=1).to(given.dtype)
         # By the products of its rows, as everywhere here: nothing of size T·N·D'.
         squares = torch.einsum("btnr,nrs,btns->btn", given, up @ up.mT, given)
         return squares.clamp_min(0).sqrt()
 
-    def _weighted(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor]) -> Tensor:
-        """The input of every expert's `up` for every token, times the weights: `(B, T, N, R)`."""
+    def _all_hidden(self, tokens: Tensor, mask: Optional[Tensor]) -> Tensor:
+        """The input of every expert's `up` for every token, before dropout: `(B, T, N, R)`."""
         num_experts, _, r = self.down_weight.shape
         down_weight = self.down_weight.to(tokens.dtype).mT.flatten(0, 1)
         projected = F.linear(tokens, down_weight, self.down_bias.to(tokens.dtype).flatten())
-        return self._hidden(projected.unflatten(-1, (num_experts, r)), mask) * weights.unsqueeze(-1)
+        return self._hidden(projected.unflatten(-1, (num_experts, r)), mask)
 
     def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """From the output of `down` to the input of `up`, both `(B, L, N, R)`."""
-        return self.dropout(self.activation(projected))
+        """From the output of `down` to the input of dropout and `up`, both `(B, L, N, R)`."""
+        return self.activation(projected)
 
 
 class PatchGrid(NamedTuple):
@@ -231,7 +236,7 @@ class ConvolutionExperts(BottleneckExperts):
             hidden = hidden.masked_fill(~mask[:, :, None, None], 0.0)
         num_experts, r = hidden.shape[2:]
         channels = self._convolve(hidden.flatten(2).mT).mT
-        return self.dropout(self.activation(channels.unflatten(-1, (num_experts, r))))
+        return self.activation(channels.unflatten(-1, (num_experts, r)))
 
     def _convolve(self, channels: Tensor) -> Tensor:
         """Convolve `(B, N·R, L)`, each channel with its own kernel."""

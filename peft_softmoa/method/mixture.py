@@ -111,7 +111,7 @@ class Mixture(nn.Module):
     def record(
         self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights of `forward`, and how much each expert adds.
+        """The weights of `forward`, and how much each expert adds without dropout.
 
             soft         norms[t, n] = ‖scaling · Σ_p combine[t, n, p] Ỹ[n, p]‖
             token-wise   dispatch[t, n] = weights[t, n] / Σ_u weights[u, n]    over the real tokens u
@@ -130,7 +130,7 @@ class Mixture(nn.Module):
             tokens = in_full_precision(tokens)
             if isinstance(self.router, SoftRouter):
                 dispatch, combine = self.router.weights(tokens, mask)
-                outputs = scaling * self.experts(dispatch.mT @ tokens)
+                outputs = scaling * self.experts(dispatch.mT @ tokens, dropout=False)
                 by_expert = (len(self.experts.up_weight), -1)
                 outputs, combine = outputs.unflatten(1, by_expert), combine.unflatten(-1, by_expert)
                 # The products of an expert's outputs: nothing of size T·N·D'.

@@ -78,6 +78,21 @@ def test_a_record_is_what_the_mixture_does(tiny_ast, spectrograms, choices):
             torch.testing.assert_close(added, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("choices", [{}, {"routing": "dense"}], ids=["soft", "dense"])
+def test_recording_never_switches_a_module_to_evaluation(spectrograms, choices, monkeypatch):
+    """Another thread may train the same modules; what is recorded has no dropout all the same."""
+    model = adapted(ASTForAudioClassification(tiny_ast_config()), dropout=0.9, **choices).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p != 0.9:
+            module.p = 0.0  # of the base model
+    monkeypatch.setattr(torch.nn.Module, "train", lambda *args: pytest.fail("a module was switched"))
+    with record_routing(model) as records, torch.no_grad():
+        model(spectrograms)
+        model(spectrograms)
+    first, again = records[0], records[2]
+    assert first.block == again.block and torch.equal(first.norms, again.norms)
+
+
 @pytest.mark.parametrize("choices", [{}, {"routing": "top_k", "top_k": 2}], ids=["soft", "top_k"])
 def test_recording_changes_nothing_of_a_training_step(spectrograms, choices):
     def train(record):
