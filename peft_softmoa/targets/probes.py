@@ -125,8 +125,7 @@ def _note_norms(module: nn.Module, name: str, blocks: set[str], width: int, foun
                     found[full] = norms[id(tokens)][0]
 
             child.register_forward_pre_hook(note, with_kwargs=True)
-    with torch.random.fork_rng(devices=[]):  # some draw numbers to drop layers
-        _run_on_shapes(copied, width)
+    _run_on_shapes(copied, width)
 
 
 def _meta_copy(module: nn.Module) -> nn.Module:
@@ -153,7 +152,7 @@ def _run_on_shapes(copied: nn.Module, width: int) -> Any:
     first, *others = inspect.signature(copied.forward).parameters.values()
     # Some layers insist on a mask.
     masks = {other.name: None for other in others if other.default is other.empty and "mask" in other.name}
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some draw numbers to drop layers
         if first.kind is first.KEYWORD_ONLY:
             return copied(hidden_states=tokens, **masks)
         return copied(tokens, **masks)

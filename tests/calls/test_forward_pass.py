@@ -1,6 +1,7 @@
 """What belongs to a call is seen by that call alone: other threads, calls within calls, and copies have their own."""
 
 import copy
+import os
 import pickle
 import sys
 import threading
@@ -17,6 +18,8 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.calls.forward_pass import CallKey, ForwardPasses, find_passes
 from peft_softmoa.inspection import record_routing
 
+# Of each of eight threads.
+CALLS = int(os.environ.get("SOFTMOA_CALLS", 25))
 THREADED = [
     ("Wav2Vec2", "ffn"),
     ("Whisper, classification", "ffn"),
@@ -67,9 +70,10 @@ def test_threads_do_not_see_each_others_calls(name, placement, eager_threads):
 
     wanted = [tokens(run(batch)) for batch in batches]
     with ThreadPoolExecutor(8) as pool:
-        given = list(pool.map(lambda number: tokens(run(batches[number % len(batches)])), range(8 * 25)))
-    for number, output in enumerate(given):  # another thread's clip would be far off, not by the order of a sum
-        torch.testing.assert_close(output, wanted[number % len(batches)], rtol=1e-4, atol=1e-5)
+        given = list(pool.map(lambda number: tokens(run(batches[number % len(batches)])), range(8 * CALLS)))
+    # In threads the frozen model's own products differ by a last bit in one of some thousand calls, with LoRA as well.
+    for number, output in enumerate(given):
+        torch.testing.assert_close(output, wanted[number % len(batches)], rtol=1e-5, atol=1e-6)
     assert find_passes(model)[0].open == []
 
 

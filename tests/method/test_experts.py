@@ -102,3 +102,22 @@ def test_activation_is_the_chosen_one():
     expected = torch.einsum("bnr,nrd->bnd", hidden.clamp(min=0), relu.up_weight) + relu.up_bias
     torch.testing.assert_close(relu(slots), expected)
     assert not torch.allclose(relu(slots), gelu(slots))
+
+
+def largest(parameter):
+    return parameter.abs().max().item()
+
+
+@pytest.mark.parametrize("identity", [True, False])
+def test_fresh_weights_are_drawn_as_linear_layers_draw_them(identity):
+    """From U(-1/√fan_in, 1/√fan_in): of many, the largest comes close to the bound and stays below it."""
+    torch.manual_seed(0)
+    width, r = 400, 25
+    experts = ConvolutionExperts(50, width, r, 90, kernel_size=9)
+    experts.reset_parameters(identity)
+    drawn = {"down_weight": width, "conv_weight": 9}
+    if not identity:
+        drawn |= {"down_bias": width, "up_weight": r, "up_bias": r, "conv_bias": 9}
+    for name, parameter in experts.named_parameters():
+        bound = drawn[name] ** -0.5 if name in drawn else 0.0
+        assert 0.98 * bound <= largest(parameter) <= bound, name

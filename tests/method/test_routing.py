@@ -2,6 +2,7 @@ import oracle
 import pytest
 import torch
 
+from peft_softmoa.method.routers import DenseRouter, SoftRouter
 from peft_softmoa.method.routing import expert_choice_routing, load_balancing_loss, soft_routing, top_k_routing
 
 SIZES = [(2, 5, 4, 3), (1, 1, 3, 2), (3, 7, 5, 1)]  # B, T, D, S
@@ -133,3 +134,20 @@ def test_load_balancing_loss_of_nothing_is_zero(shape):
     gates = torch.rand(shape)
     for mask in (None, torch.ones(shape[:2]).bool()):
         assert load_balancing_loss(gates, gates.topk(2).indices, mask) == 0
+
+
+def test_fresh_slots_give_unit_logits_for_unit_tokens():
+    torch.manual_seed(0)
+    router = SoftRouter(1024, 40, num_slots=2, normalize=True)
+    assert router.slots.std().item() == pytest.approx(1024**-0.5, rel=0.02)
+    assert router.slots.mean().abs() < 0.01 * 1024**-0.5
+    logits = torch.randn(500, 1024) @ router.slots
+    assert logits.std().item() == pytest.approx(1.0, rel=0.05)
+    assert router.scale.tolist() == [1.0]
+
+
+def test_fresh_routers_of_tokens_are_drawn_as_linear_layers():
+    torch.manual_seed(0)
+    router = DenseRouter(400, 2000)
+    for parameter in (router.weight, router.bias):
+        assert 0.98 / 20 <= parameter.abs().max().item() <= 1 / 20

@@ -3,7 +3,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.targets.layers import find_layers, find_module, is_norm
+from peft_softmoa.targets.layers import find_layers, find_module, is_norm, is_repeated
 
 D, F = 8, 20
 
@@ -179,3 +179,17 @@ def test_is_norm():
     assert is_norm(nn.LayerNorm(4)) and is_norm(nn.RMSNorm(4))
     assert not is_norm(nn.BatchNorm1d(4)) and not is_norm(nn.LayerNorm(4, elementwise_affine=False))
     assert not is_norm(nn.Linear(4, 4))
+
+
+def test_what_is_repeated():
+    """A list of modules of one class with parts of their own; plain linear layers are no blocks."""
+
+    def block():
+        return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    assert is_repeated(nn.ModuleList([block(), block()]))
+    assert not is_repeated(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+    assert not is_repeated(nn.ModuleList([block(), nn.Sequential()]))
+    assert not is_repeated(nn.ModuleList([block(), nn.Linear(2, 2)]))
+    assert not is_repeated(nn.ModuleList())
+    assert not is_repeated(nn.Sequential(block(), block()))

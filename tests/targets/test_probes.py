@@ -187,3 +187,27 @@ def test_a_block_without_a_norm():
         ValueError, match="does not find a normalization layer whose output the block 'layers.0.mlp.fc2' reads"
     ):
         norms_before(ASTModel(tiny_ast_config()), {"layers.0.mlp.fc2": 64})
+
+
+class Dropped(nn.Module):
+    """Draws a number whenever it runs, as layers do that are dropped at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.block = nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 6))
+
+    def forward(self, hidden_states):
+        torch.rand(1)
+        return self.block(self.norm(hidden_states))
+
+
+@pytest.mark.parametrize(
+    "probe", [lambda model: block_widths("model", model), lambda model: norms_before(model, {"block": 6})]
+)
+def test_a_probe_leaves_the_random_numbers_as_they_are(probe):
+    model = Dropped()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert probe(model)
+    assert torch.equal(torch.rand(1), expected)
