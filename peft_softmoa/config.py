@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Optional, Union, get_args
+from typing import Any, NamedTuple, Optional, Union
 
-import regex
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from peft.utils.constants import DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from transformers.activations import ACT2FN
 
+from .fields import DEPENDENT_FIELDS, ExpertType, Placement, Routing, check_fields, is_integer, resolve_fields
 from .registration import SOFTMOA
-
-Routing = Literal["soft", "dense", "top_k", "expert_choice"]
-ExpertType = Literal["bottleneck", "convolution"]
-Placement = Literal["attention", "ffn", "both"]
 
 # Names of modules, or one regular expression.
 Modules = Optional[Union[list[str], set[str], str]]
 
-# What is larger is a mistake, or meant to exhaust memory.
-LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_NAMES = 65_536, 1_023, 10_000, 256
-LARGEST_CONFIG = 2**20  # bytes
-SIZE = f"an integer from 1 to {LARGEST_SIZE}"
-
 # What PEFT adds to `modules_to_save` when it wraps a model for a task.
 TASK_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
 
-# The others have parameters of their own, which would be shared by all experts.
-ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
-
-# Fields that belong to one choice of another field: that field, the choice, and their default there.
-DEPENDENT_FIELDS: dict[str, tuple[str, str, Any]] = {
-    "num_slots": ("routing", "soft", 1),
-    "normalize": ("routing", "soft", False),
-    "top_k": ("routing", "top_k", 2),
-    "router_aux_loss_coef": ("routing", "top_k", 0.01),
-    "capacity_factor": ("routing", "expert_choice", 1.0),
-    "kernel_size": ("expert_type", "convolution", 3),
-    "patch_grid": ("expert_type", "convolution", False),
-}
+LARGEST_CONFIG = 2**20  # bytes
 
 
 class LoadedFrom(NamedTuple):
@@ -179,108 +154,17 @@ class SoftMoAConfig(PeftConfig):
         self._loaded_from: Optional[LoadedFrom] = None
         if isinstance(self.label_names, tuple):
             self.label_names = list(self.label_names)
-        self._check_types()
-        self._check_choices()
-        self._check_modules()
-
-    def _check_types(self) -> None:
-        for name in ("base_model_name_or_path", "revision", "peft_version"):
-            self._check(name, "None or a string", lambda value: value is None or isinstance(value, str))
-        self._check("auto_mapping", "None or a dictionary", lambda value: value is None or isinstance(value, dict))
-        for name in ("inference_mode", "normalize", "patch_grid", "train_norms", "init_weights"):
-            self._check(name, "True or False", lambda value: isinstance(value, bool))
-        for name, choices in (("routing", Routing), ("expert_type", ExpertType), ("placement", Placement)):
-            options = get_args(choices)
-            self._check(name, f"one of {', '.join(options)}", options.__contains__)
-        self._check("activation", f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
-        for name in ("num_experts", "r"):
-            self._check(name, SIZE, _is_size)
-        self._check("dropout", "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1)
-        self._check("scaling", "a finite number", _is_number)
-
-    def _check_choices(self) -> None:
-        for name, (choice, wanted, default) in DEPENDENT_FIELDS.items():
-            if getattr(self, choice) != wanted:
-                allowed = f"left out unless {choice}='{wanted}' (here {choice}='{getattr(self, choice)}')"
-                self._check(name, allowed, [None, *([False] if default is False else [])].__contains__)
-        experts, given = self.num_experts, self.resolved_fields()
-        if self.routing in ("top_k", "expert_choice"):
-            allowed = f"at least 2 with routing='{self.routing}'; a single adapter is routing='dense'"
-            self._check("num_experts", allowed, lambda value: value > 1)
-        if self.routing == "soft":
-            self._check("num_slots", SIZE, lambda value: value is None or _is_size(value))
-            self._check("patch_grid", "False with routing='soft', whose experts read slots", lambda value: not value)
-        if self.routing == "top_k":
-            allowed = f"an integer from 1 to `num_experts`, {experts}"
-            self._check("top_k", allowed, lambda _: _is_int(given["top_k"]) and 1 <= given["top_k"] <= experts)
-            self._check(
-                "router_aux_loss_coef",
-                "a number from 0",
-                lambda value: value is None or (_is_number(value) and value >= 0),
-            )
-            if self.top_k == 1:
-                allowed = "above 0 with top_k=1: nothing else would train the router"
-                self._check("router_aux_loss_coef", allowed, lambda value: value is None or value > 0)
-        if self.routing == "expert_choice":
-            allowed = f"a number from 0.001 to `num_experts`, {experts}"
-            share = given["capacity_factor"]
-            self._check("capacity_factor", allowed, lambda _: _is_number(share) and 0.001 <= share <= experts)
-        if self.expert_type == "convolution":
-            kernel = given["kernel_size"]
-            allowed = f"odd and positive, at most {LARGEST_KERNEL}"
-            self._check(
-                "kernel_size", allowed, lambda _: _is_int(kernel) and kernel % 2 and 0 < kernel <= LARGEST_KERNEL
-            )
-            if given.get("num_slots") == 1 and kernel != 1:
-                warnings.warn(
-                    "With routing='soft' and num_slots=1 a convolution has no neighbours to mix, and only the centre "
-                    f"of its kernel of {kernel} trains. Choose more slots, or another routing.",
-                    stacklevel=5,
-                )
-
-    def _check_modules(self) -> None:
+        check_fields(vars(self))
         for name in ("target_modules", "exclude_modules"):
-            allowed = f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters"
-            self._check(name, allowed, lambda value: _is_expression(value) or _are_names(value))
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))  # PEFT matches names against a set
-        # PEFT puts these names into regular expressions.
-        self._check("layers_pattern", "None, the name of a list of layers, or several", _are_paths)
-        allowed = f"None or a list of at most {MOST_NAMES} names"
-        self._check("modules_to_save", allowed, lambda value: not isinstance(value, str) and _are_paths(value))
-        self._check("layers_to_transform", "None, an index or a list of indices", _are_indices)
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                self._check(name, "None if `target_modules` is a regular expression", lambda value: value is None)
-        if self.layers_to_transform is None:
-            self._check("layers_pattern", "None unless `layers_to_transform` is given", lambda value: not value)
-        if self.label_names is not None:
-            self._check("label_names", "a list of distinct class names", _are_distinct_names)
-            self._check("modules_to_save", "the name of the head, if `label_names` is given", bool)
-
-    def _check(self, name: str, allowed: str, is_allowed: Callable[[Any], Any]) -> None:
-        value = getattr(self, name)
-        if not is_allowed(value):
-            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")
 
     def resolved_fields(self) -> dict[str, Any]:
-        """The fields that belong to the choices made, with their defaults where they were left out.
-
-        Returns:
-            dict[str, Any]: the values by the fields' names; the fields of other choices are not in it.
-        """
-        return {
-            name: default if getattr(self, name) is None else getattr(self, name)
-            for name, (choice, wanted, default) in DEPENDENT_FIELDS.items()
-            if getattr(self, choice) == wanted
-        }
+        """The fields that belong to the choices made, by name, with their defaults where they were left out."""
+        return resolve_fields(vars(self))
 
     def mixture_options(self) -> dict[str, Any]:
-        """The arguments of `method.Mixture` for these choices, but for its widths and the patch grid.
-
-        Returns:
-            dict[str, Any]: the arguments by name.
-        """
+        """The arguments of `method.Mixture` for these choices, by name, but for its widths and the patch grid."""
         options: dict[str, dict[str, Any]] = {"routing": {}, "expert_type": {}}
         for name, value in self.resolved_fields().items():
             if name != "patch_grid":
@@ -293,11 +177,7 @@ class SoftMoAConfig(PeftConfig):
         }
 
     def choices(self) -> dict[str, Any]:
-        """What is chosen here.
-
-        Returns:
-            dict[str, Any]: the fields of this class, defaults put in, and `modules_to_save` as a set.
-        """
+        """The fields of this class by name, defaults put in, and `modules_to_save` as a set."""
         given = {name: copy.copy(getattr(self, name)) for name in SoftMoAConfig.__annotations__}
         return {**given, **self.resolved_fields(), "modules_to_save": set(self.modules_to_save or ())}
 
@@ -320,7 +200,7 @@ class SoftMoAConfig(PeftConfig):
         """
         from .targets.description import largest_r  # which needs the config's class
 
-        if not (_is_int(parameters) and parameters > 0):
+        if not (is_integer(parameters) and parameters > 0):
             raise ValueError(f"`parameters` must be a positive integer, got {parameters!r}.")
         if "r" in fields:
             raise ValueError(f"`r` must be left out of `for_budget`, which finds it, got {fields['r']!r}.")
@@ -416,46 +296,3 @@ SoftMoAConfig.__doc__ = f"{SoftMoAConfig.__doc__}\n    Args:\n" + "\n".join(
     for entry in fields(SoftMoAConfig)
     if entry.name in SoftMoAConfig.__annotations__
 )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return (_is_int(value) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_size(value: Any) -> bool:
-    return _is_int(value) and 0 < value <= LARGEST_SIZE
-
-
-def _are_names(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
-    )
-
-
-def _are_paths(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    path = regex.compile(r"[\w-]+(\.[\w-]+)*")
-    return _are_names(names) and len(names or ()) <= MOST_NAMES and all(map(path.fullmatch, names or ()))
-
-
-def _is_expression(value: Any) -> bool:
-    # PEFT has one string that stands for no module.
-    if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION or value == DUMMY_TARGET_MODULES:
-        return False
-    try:
-        regex.compile(value)
-    except (regex.error, RecursionError):
-        return False
-    return True
-
-
-def _are_distinct_names(value: Any) -> bool:
-    return isinstance(value, list) and _are_names(value) and 0 < len(value) == len(set(value))
-
-
-def _are_indices(value: Any) -> bool:
-    return value is None or _is_int(value) or (isinstance(value, list) and all(_is_int(index) for index in value))

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .calls.forward_pass import MODEL, CallKey, ForwardPass, ForwardPasses, in_backward
+from .calls.forward_pass import CallKey, ForwardPass, ForwardPasses, in_backward
 from .calls.masks import CUMULATIVE_LENGTHS, Mask, argument_names, find_mask, find_tokens, is_mask, token_mask, unpack
 from .method import Mixture
 from .targets.choice import Target
@@ -79,14 +79,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, target, options, scaling)
 
     def update_layer(self, adapter_name: str, target: Target, options: Mapping[str, Any], scaling: float) -> None:
-        """Add an adapter to the block.
-
-        Args:
-            adapter_name (str): name of the new adapter.
-            target (Target): where it reads and adds, and D and D'.
-            options (mapping): the arguments of `Mixture`, but for D and D'.
-            scaling (float): the factor on what the mixture adds.
-        """
+        """Add an adapter to the block; the arguments are those of the class."""
         self.softmoa_mixture[adapter_name] = Mixture(target.in_features, target.out_features, **options)
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
         self.softmoa_targets[adapter_name] = target
@@ -95,31 +88,18 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the strength of an adapter, as a multiple of its config's `scaling`.
-
-        Args:
-            adapter (str): its name; nothing happens if the block has none of that name.
-            scale (float): the factor.
-        """
+        """Set the strength of an adapter, if the block has it, as a multiple of its config's `scaling`."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.initial_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the strength of the active adapters.
-
-        Args:
-            scale (float): the factor.
-        """
+        """Multiply the strength of the active adapters."""
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: Optional[float] = None) -> None:
-        """Divide the strength of the active adapters.
-
-        Args:
-            scale (float, optional): the divisor. Default: the strength becomes that of the adapters' configs.
-        """
+        """Divide the strength of the active adapters or, without a divisor, take it from their configs again."""
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = self.initial_scaling[name] if scale is None else self.scaling[name] / scale
@@ -212,7 +192,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         return self.forward_passes.read_mask(self._call_key(adapter_name), self.name) if target.masks else None
 
     def _call_key(self, adapter_name: str) -> CallKey:
-        return CallKey(adapter_name, scope_of(self.softmoa_targets[adapter_name]))
+        return CallKey(adapter_name, self.softmoa_targets[adapter_name].scope)
 
     def _take_tokens(self, adapter_name: str, output: Tensor) -> Tensor:
         entry = str(self.softmoa_targets[adapter_name].entry)
@@ -243,11 +223,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         return tokens
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter and its hooks.
-
-        Args:
-            adapter_name (str): its name.
-        """
+        """Delete an adapter and its hooks."""
         if adapter_name in self.softmoa_hooks:
             for handle in self.softmoa_hooks[adapter_name]:
                 handle.remove()
@@ -275,23 +251,11 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Impossible.
-
-        Args:
-            safe_merge (bool): not used.
-            adapter_names (list[str], optional): not used.
-
-        Raises:
-            ValueError: always; it says why.
-        """
+        """Impossible: a ValueError that says why."""
         raise ValueError(CANNOT_MERGE)
 
     def unmerge(self) -> None:
-        """Impossible.
-
-        Raises:
-            ValueError: always; it says why.
-        """
+        """Impossible: a ValueError that says why."""
         raise ValueError(CANNOT_MERGE)
 
     def __repr__(self) -> str:
@@ -303,35 +267,8 @@ def _by_sample(tokens: Tensor) -> Tensor:
     return tokens.unsqueeze(1) if tokens.ndim == 2 else tokens.flatten(1, -2)
 
 
-def scope_of(target: Target) -> str:
-    """The layer around a block or, if it is in none, what is around the modules where it begins and ends.
-
-    Args:
-        target (Target): the block.
-
-    Returns:
-        str: name of the module; `MODEL`, which is empty, for the model as a whole.
-    """
-    if target.layer is not None or target.entry is None:
-        return target.layer or MODEL
-    parts = zip(target.name.split(".")[:-1], target.entry.split(".")[:-1])
-    common: list[str] = []
-    for one, other in parts:
-        if one != other:
-            break
-        common.append(one)
-    return ".".join(common)
-
-
 def is_adapted(module: nn.Module) -> TypeGuard[SoftMoALayer]:
-    """Whether a module is a block with mixtures, also one that an earlier import of this package has made.
-
-    Args:
-        module (nn.Module): any module.
-
-    Returns:
-        bool: whether it is.
-    """
+    """Whether a module is a block with mixtures, also one that an earlier import of this package has made."""
     return isinstance(module, BaseTunerLayer) and module.adapter_layer_names == SoftMoALayer.adapter_layer_names
 
 

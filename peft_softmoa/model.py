@@ -20,7 +20,7 @@ from .calls.forward_pass import ForwardPasses, find_passes
 from .calls.hooks import Sources, follow_calls
 from .calls.mixed_batch import make_mixed_batch
 from .config import SoftMoAConfig
-from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted, scope_of
+from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
 from .targets.choice import Target, find_targets, is_target
@@ -148,8 +148,7 @@ class SoftMoAModel(BaseTuner):
             # The outermost list around the block.
             encoders.setdefault(target.layer and re.split(r"\.?\b\d+\b", target.layer)[0], block)
             if target.layer is not None or target.entry is not None:
-                scope = scope_of(target)
-                sources = layers.setdefault(scope, Sources(find_module(model, scope)))
+                sources = layers.setdefault(target.scope, Sources(find_module(model, target.scope)))
                 if target.entry is not None:
                     sources.entries[target.entry] = find_module(model, target.entry)
                 if not block.takes_mask:
@@ -224,26 +223,14 @@ class SoftMoAModel(BaseTuner):
         average_into(self.model, names, shares, new_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """LoRA's name for a combination of adapters; here it is `average_adapters`.
-
-        Args:
-            args (Any): not used.
-            kwargs (Any): not used.
-
-        Raises:
-            ValueError: always; it says what to call.
-        """
+        """Impossible: a ValueError that names `average_adapters`."""
         raise ValueError(
             "The experts of a Soft-MoA adapter cannot be combined as LoRA's matrices can. The average of the weights "
             "of adapters with a common start is `average_adapters(adapter_names, weights, new_name)`."
         )
 
     def unload(self) -> nn.Module:
-        """Give the base model back as it was, with its own head and labels.
-
-        Returns:
-            `torch.nn.Module`: the base model.
-        """
+        """Give the base model back as it was, with its own head and labels."""
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 parent, _, child = name.rpartition(".")
@@ -256,11 +243,7 @@ class SoftMoAModel(BaseTuner):
         return super().unload()
 
     def unmerge_adapter(self) -> None:
-        """Impossible.
-
-        Raises:
-            ValueError: always; it says why.
-        """
+        """Impossible: a ValueError that says why."""
         raise ValueError(CANNOT_MERGE)
 
     def _check_merge_allowed(self) -> None:

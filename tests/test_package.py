@@ -29,7 +29,7 @@ assert not new & {"datasets", "evaluate", "matplotlib", "soundfile", "soxr"}, ne
 
 # What is in one row does not import what is in the same row, apart from within a folder.
 RANKS = [
-    {"registration", "method", "calls"},
+    {"registration", "fields", "method", "calls"},
     {"config"},
     {"targets", "saving"},
     {"layer", "arguments"},

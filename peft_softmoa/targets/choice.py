@@ -6,12 +6,14 @@ import copy
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any, NamedTuple, Optional
 
 import regex
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
+from ..calls.forward_pass import MODEL
 from ..calls.masks import takes_mask
 from ..config import SoftMoAConfig
 from ..method.mixture import EXPERTS, ROUTERS, mixes_tokens
@@ -35,6 +37,14 @@ class Target(NamedTuple):
     out_features: int  # D'
     layer: Optional[str] = None  # the layer around it
     masks: tuple[str, ...] = ()  # modules that are called with its tokens' mask, if it is not
+
+    @property
+    def scope(self) -> str:
+        """The layer around it or, if it is in none, what is around both its modules; `MODEL` for all of the model."""
+        if self.layer is not None or self.entry is None:
+            return self.layer or MODEL
+        parts = zip(self.name.split(".")[:-1], self.entry.split(".")[:-1])
+        return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def is_target(config: SoftMoAConfig, name: str) -> Any:

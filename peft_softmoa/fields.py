@@ -1,0 +1,203 @@
+"""What the fields of a config may be."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import regex
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from transformers.activations import ACT2FN
+
+Routing = Literal["soft", "dense", "top_k", "expert_choice"]
+ExpertType = Literal["bottleneck", "convolution"]
+Placement = Literal["attention", "ffn", "both"]
+
+# What is larger is a mistake, or meant to exhaust memory.
+LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_NAMES = 65_536, 1_023, 10_000, 256
+
+# The others have parameters of their own, which would be shared by all experts.
+ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
+
+# Fields that belong to one choice of another field: that field, the choice, and their default there.
+DEPENDENT_FIELDS: dict[str, tuple[str, str, Any]] = {
+    "num_slots": ("routing", "soft", 1),
+    "normalize": ("routing", "soft", False),
+    "top_k": ("routing", "top_k", 2),
+    "router_aux_loss_coef": ("routing", "top_k", 0.01),
+    "capacity_factor": ("routing", "expert_choice", 1.0),
+    "kernel_size": ("expert_type", "convolution", 3),
+    "patch_grid": ("expert_type", "convolution", False),
+}
+
+
+def resolve_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that belong to the choices made, with their defaults where they were left out.
+
+    Args:
+        values (mapping): all fields by name.
+
+    Returns:
+        dict[str, Any]: the values by the fields' names; the fields of other choices are not in it.
+    """
+    return {
+        name: default if values[name] is None else values[name]
+        for name, (choice, wanted, default) in DEPENDENT_FIELDS.items()
+        if values[choice] == wanted
+    }
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Check what a config is made of.
+
+    Args:
+        values (mapping): all fields by name.
+
+    Raises:
+        ValueError: for a value that is not allowed; it names the field, the value and what is allowed.
+    """
+    for name, (allowed, is_allowed) in RULES.items():
+        _require(values, name, allowed, is_allowed(values[name]))
+    for name, (choice, wanted, default) in DEPENDENT_FIELDS.items():
+        left_out = values[name] is None or (default is False and values[name] is False)
+        allowed = f"left out unless {choice}='{wanted}' (here {choice}='{values[choice]}')"
+        _require(values, name, allowed, values[choice] == wanted or left_out)
+    resolved = resolve_fields(values)
+    _check_numbers(values, resolved)
+    _check_modules(values)
+    if resolved.get("num_slots") == 1 and resolved.get("kernel_size", 1) != 1:
+        warnings.warn(
+            "With routing='soft' and num_slots=1 a convolution has no neighbours to mix, and only the centre of its "
+            f"kernel of {resolved['kernel_size']} trains. Choose more slots, or another routing.",
+            stacklevel=4,
+        )
+
+
+def _require(values: Mapping[str, Any], name: str, allowed: str, is_allowed: bool) -> None:
+    if not is_allowed:
+        raise ValueError(f"`{name}` must be {allowed}, got {values[name]!r}.")
+
+
+def _check_numbers(values: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+    routing, experts = values["routing"], values["num_experts"]
+    if routing in ("top_k", "expert_choice"):
+        allowed = f"at least 2 with routing='{routing}'; a single adapter is routing='dense'"
+        _require(values, "num_experts", allowed, experts > 1)
+    if routing == "soft":
+        _require(values, "num_slots", SIZE, is_size(resolved["num_slots"]))
+        if "patch_grid" in resolved:
+            allowed = "False with routing='soft', whose experts read slots"
+            _require(values, "patch_grid", allowed, not values["patch_grid"])
+    if routing == "top_k":
+        chosen, coef = resolved["top_k"], resolved["router_aux_loss_coef"]
+        allowed = f"an integer from 1 to `num_experts`, {experts}"
+        _require(values, "top_k", allowed, is_integer(chosen) and 1 <= chosen <= experts)
+        _require(values, "router_aux_loss_coef", "a number from 0", _is_number(coef) and coef >= 0)
+        allowed = "above 0 with top_k=1: nothing else would train the router"
+        _require(values, "router_aux_loss_coef", allowed, chosen > 1 or coef > 0)
+    if routing == "expert_choice":
+        share = resolved["capacity_factor"]
+        allowed = f"a number from 0.001 to `num_experts`, {experts}"
+        _require(values, "capacity_factor", allowed, _is_number(share) and 0.001 <= share <= experts)
+    if "kernel_size" in resolved:
+        kernel = resolved["kernel_size"]
+        allowed = f"odd and positive, at most {LARGEST_KERNEL}"
+        _require(
+            values, "kernel_size", allowed, is_integer(kernel) and kernel % 2 == 1 and 0 < kernel <= LARGEST_KERNEL
+        )
+
+
+def _check_modules(values: Mapping[str, Any]) -> None:
+    if isinstance(values["target_modules"], str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            _require(values, name, "None if `target_modules` is a regular expression", values[name] is None)
+    if values["layers_to_transform"] is None:
+        _require(values, "layers_pattern", "None unless `layers_to_transform` is given", not values["layers_pattern"])
+    if values["label_names"] is not None:
+        _require(
+            values, "modules_to_save", "the name of the head, if `label_names` is given", bool(values["modules_to_save"])
+        )
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is an integer from 1 to the largest size that is allowed."""
+    return is_integer(value) and 0 < value <= LARGEST_SIZE
+
+
+def _is_number(value: Any) -> bool:
+    return (is_integer(value) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _are_paths(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    path = regex.compile(r"[\w-]+(\.[\w-]+)*")
+    return _are_names(names) and len(names or ()) <= MOST_NAMES and all(map(path.fullmatch, names or ()))
+
+
+def _is_expression(value: Any) -> bool:
+    # PEFT has one string that stands for no module.
+    if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION or value == DUMMY_TARGET_MODULES:
+        return False
+    try:
+        regex.compile(value)
+    except (regex.error, RecursionError):
+        return False
+    return True
+
+
+def _are_distinct_names(value: Any) -> bool:
+    return isinstance(value, list) and _are_names(value) and 0 < len(value) == len(set(value))
+
+
+def _are_indices(value: Any) -> bool:
+    return value is None or is_integer(value) or (isinstance(value, list) and all(map(is_integer, value)))
+
+
+SIZE = f"an integer from 1 to {LARGEST_SIZE}"
+Rule = tuple[str, Callable[[Any], bool]]
+_TEXT: Rule = ("None or a string", lambda value: value is None or isinstance(value, str))
+_SWITCH: Rule = ("True or False", lambda value: isinstance(value, bool))
+_MODULES: Rule = (
+    f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters",
+    lambda value: _is_expression(value) or _are_names(value),
+)
+# What a field may be whatever the others are, and how the error says so.
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), _TEXT),
+    "auto_mapping": ("None or a dictionary", lambda value: value is None or isinstance(value, dict)),
+    **dict.fromkeys(("inference_mode", "normalize", "patch_grid", "train_norms", "init_weights"), _SWITCH),
+    **{
+        name: (f"one of {', '.join(options)}", options.__contains__)
+        for name, options in (
+            ("routing", get_args(Routing)),
+            ("expert_type", get_args(ExpertType)),
+            ("placement", get_args(Placement)),
+            ("activation", ACTIVATIONS),
+        )
+    },
+    **dict.fromkeys(("num_experts", "r"), (SIZE, is_size)),
+    "dropout": ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
+    "scaling": ("a finite number", _is_number),
+    **dict.fromkeys(("target_modules", "exclude_modules"), _MODULES),
+    # PEFT puts these names into regular expressions.
+    "layers_pattern": ("None, the name of a list of layers, or several", _are_paths),
+    "modules_to_save": (
+        f"None or a list of at most {MOST_NAMES} names",
+        lambda value: not isinstance(value, str) and _are_paths(value),
+    ),
+    "layers_to_transform": ("None, an index or a list of indices", _are_indices),
+    "label_names": ("a list of distinct class names", lambda value: value is None or _are_distinct_names(value)),
+}
