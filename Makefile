@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz quantization models conformance bench bench-quick check format clean
+.PHONY: demo test fuzz quantization models conformance pythons newest bench bench-quick check format clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,29 @@ models: .venv/installed
 conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
 
+# What depends on the versions of Python and of the libraries.
+VERSIONED := tests/test_registration.py tests/test_model.py tests/test_sharing.py tests/method/test_mixture.py
+
+# The same on other Pythons: make pythons PYTHONS="python3.10 python3.13"
+PYTHONS ?= python3.10 python3.12 python3.13
+pythons: $(PYTHONS:%=.pythons/%)
+
+.pythons/%: force
+	test -x $@/bin/python || $* -m venv $@
+	$@/bin/python -m pip install -q -c constraints.txt '.[audio,dev]'
+	$@/bin/python -m pytest -q $(VERSIONED)
+
+# The same with the newest libraries that a plain install gives, but for torch, which is large.
+newest:
+	test -x .newest/bin/python || $(PYTHON) -m venv .newest
+	grep '^torch==' constraints.txt > .newest/constraints.txt
+	.newest/bin/python -m pip install -q --upgrade -c .newest/constraints.txt '.[audio,dev]'
+	.newest/bin/python -m pip list | grep -E '^(torch|peft|transformers|accelerate|datasets|huggingface.hub) '
+	.newest/bin/python -m pytest -q $(VERSIONED)
+
+.PHONY: force
+force:
+
 # Everything that the benchmark measures, in about an hour on two cores; the main rows, in three minutes.
 bench: .venv/installed
 	$(BIN)/python -m examples.benchmark
@@ -45,7 +68,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .conformance
+	rm -rf .venv .pythons .newest .pytest_cache .ruff_cache .mypy_cache .conformance
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

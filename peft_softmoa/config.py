@@ -149,7 +149,7 @@ class SoftMoAConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SOFTMOA
         self._loaded_from: Optional[LoadedFrom] = None
         if isinstance(self.label_names, tuple):
@@ -223,7 +223,7 @@ class SoftMoAConfig(PeftConfig):
         Raises:
             ValueError: if the config is damaged or not allowed; it names the file and the field.
         """
-        hub, _, _ = cls._split_kwargs(kwargs)
+        hub, _, _ = cls._split_kwargs(kwargs)  # type: ignore[no-untyped-call]
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, ValueError) as error:

@@ -116,9 +116,8 @@ def _check_modules(values: Mapping[str, Any]) -> None:
     if values["layers_to_transform"] is None:
         _require(values, "layers_pattern", "None unless `layers_to_transform` is given", not values["layers_pattern"])
     if values["label_names"] is not None:
-        _require(
-            values, "modules_to_save", "the name of the head, if `label_names` is given", bool(values["modules_to_save"])
-        )
+        allowed = "the name of the head, if `label_names` is given"
+        _require(values, "modules_to_save", allowed, bool(values["modules_to_save"]))
 
 
 def is_integer(value: Any) -> bool:

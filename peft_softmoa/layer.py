@@ -108,8 +108,9 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         """Run the block and add the active mixtures.
 
         Args:
-            args, kwargs: what the block takes. The tokens, `(B, T, D)` or `(B, D)`, are the first positional argument,
+            *args (Any): what the block takes. The tokens, `(B, T, D)` or `(B, D)`, are the first positional argument,
                 or `hidden_states` or `input`.
+            **kwargs (Any): the same, by name.
 
         Returns:
             Tensor or tuple: what the block returns, `(B, T, D')` or `(B, D')`, in the block's dtype.
@@ -236,7 +237,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         for parameter in base_layer.parameters():
             if parameter.is_floating_point():
                 return parameter.device, parameter.dtype
-        return super()._get_base_layer_device_and_dtype(base_layer)
+        return super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for container in self.adapter_layer_names:

@@ -29,8 +29,8 @@ def require_input_gradients(encoder: nn.Module) -> RemovableHandle:
 
 
 def _require_gradients(
-    checkpointed: list[nn.Module], encoder: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Optional[tuple[tuple, dict[str, Any]]]:
+    checkpointed: list[nn.Module], encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Optional[tuple[tuple[Any, ...], dict[str, Any]]]:
     if not (torch.is_grad_enabled() and any(map(_is_reentrant, checkpointed))):
         return None
     values: list[Any] = list(args)

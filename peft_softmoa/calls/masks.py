@@ -61,12 +61,13 @@ def takes_mask(module: nn.Module) -> bool:
     return any(is_mask(parameter.name) or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def find_mask(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) -> Optional[Mask]:
+def find_mask(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Optional[Mask]:
     """The mask that a module is called with, also one of an unknown name, which `token_mask` refuses.
 
     Args:
         names (tuple[str, ...]): names of the arguments by position.
-        args, kwargs: the arguments of the call.
+        args (tuple): positional arguments of the call.
+        kwargs (mapping): arguments by name.
 
     Returns:
         Mask, optional: the mask in the form in which it is given, or None.

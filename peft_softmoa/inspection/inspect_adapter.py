@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
-from ..training.load import stream_source
+from ..training.load import load_stream
 from ..training.options import DataOptions
 from ..training.source import open_source
 from .clips import FRAME_SECONDS, ClipReading, load_adapter, prepare_batches, read_clip
@@ -88,7 +88,9 @@ def inspect_adapter(
         source = open_source(dataset, split, options)
         if options.label_column is None and "label" in source.columns:
             options = replace(options, label_column="label")
-        stream = stream_source(source, feature_extractor, options, rows=rows, training=False, needs_length=False)
+        stream = load_stream(
+            source, source.split, feature_extractor, options, rows=rows, training=False, needs_length=False
+        )
         total = max_clips or (len(stream) if stream.summary else None)
         clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total)
         batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))

@@ -20,7 +20,7 @@ from torch import Tensor
 from .routing import in_full_precision, soft_weights
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A context in which operations on a type of device run in the dtype of their inputs."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -80,7 +80,7 @@ class _ReadSlots(torch.autograd.Function):
         return torch.bmm(dispatch, tokens), dispatch, combine
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         tokens, slots, _ = inputs
         _, dispatch, combine = output
         ctx.set_materialize_grads(False)

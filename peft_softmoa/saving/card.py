@@ -49,7 +49,7 @@ ROUTINGS = {
 SINGLE = "the only expert reads every token."
 
 
-def write_model_card(config: dict[str, Any], folder: str | os.PathLike) -> None:
+def write_model_card(config: dict[str, Any], folder: str | os.PathLike[str]) -> None:
     """Write `README.md` next to an adapter's weights, or complete the one that is there.
 
     Args:
@@ -77,7 +77,7 @@ def write_model_card(config: dict[str, Any], folder: str | os.PathLike) -> None:
 
 
 def add_results(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     metrics: Mapping[str, float],
     *,
     dataset: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from torch import nn
@@ -57,7 +58,7 @@ def find_encoder(model: nn.Module) -> list[Layer]:
     Raises:
         ValueError: if there is none.
     """
-    found: dict[tuple, list[Layer]] = {}
+    found: dict[tuple[Any, ...], list[Layer]] = {}
     for layers in find_layers(model):
         parts = parts_around(model, layers[0].name)
         if len(layers[0].attentions) == 1 and take_audio(parts):

@@ -119,7 +119,7 @@ def _note_norms(module: nn.Module, name: str, blocks: set[str], width: int, foun
             )
         if full in blocks:
 
-            def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], full: str = full) -> None:
+            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], full: str = full) -> None:
                 tokens = find_tokens(args, kwargs)
                 if id(tokens) in norms:
                     found[full] = norms[id(tokens)][0]

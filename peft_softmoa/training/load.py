@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from datasets import IterableDataset
 from transformers import SequenceFeatureExtractor
@@ -16,7 +16,7 @@ from .streams import AudioStream
 
 
 def load_stream(
-    dataset: str,
+    dataset: Union[str, Source],
     split: str,
     feature_extractor: SequenceFeatureExtractor,
     options: Optional[DataOptions] = None,
@@ -34,7 +34,7 @@ def load_stream(
         stream = load_stream("ashraq/esc50", "train", feature_extractor, DataOptions(label_column="category"))
 
     Args:
-        dataset (str): id on the Hub or local folder, as for `open_source`.
+        dataset (str or Source): id on the Hub or local folder, as for `open_source`, or what that has opened.
         split (str): name of the split.
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
         options (DataOptions, optional): how the dataset is read. With `label_column=None` no labels are read, and the
@@ -53,38 +53,7 @@ def load_stream(
         ValueError: if there is no such split, column or row, a label is none of the classes, or the rows cannot be
             counted.
     """
-    return stream_source(
-        open_source(dataset, split, options),
-        feature_extractor,
-        options,
-        rows=rows,
-        label_names=label_names,
-        training=training,
-        needs_length=needs_length,
-    )
-
-
-def stream_source(
-    source: Source,
-    feature_extractor: SequenceFeatureExtractor,
-    options: Optional[DataOptions] = None,
-    *,
-    rows: Optional[str] = None,
-    label_names: Optional[Sequence[str]] = None,
-    training: bool = True,
-    needs_length: bool = True,
-) -> AudioStream:
-    """The stream of a split that is already open; `load_stream` explains the other arguments.
-
-    Args:
-        source (Source): the split, opened with the same audio column.
-
-    Returns:
-        AudioStream: the stream.
-
-    Raises:
-        ValueError: as `load_stream`.
-    """
+    source = dataset if isinstance(dataset, Source) else open_source(dataset, split, options)
     options = options or DataOptions()
     where = f"{source.name} ({source.split}{f', {rows}' if rows else ''})"
     column, selected = parse_selection(rows) if rows else (None, ())

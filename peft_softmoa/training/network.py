@@ -21,7 +21,8 @@ def retry(call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
 
     Args:
         call (callable): the function.
-        args, kwargs: arguments of the function.
+        *args (Any): its arguments.
+        **kwargs (Any): its arguments by name.
 
     Returns:
         what the function returns.

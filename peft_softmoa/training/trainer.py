@@ -44,7 +44,9 @@ class AudioTrainer(Trainer):
         FSDP and DeepSpeed load the parts of a model after it was prepared for training; they take one further step.
 
         Args:
-            resume_from_checkpoint, args, kwargs: as for `transformers.Trainer.train`.
+            resume_from_checkpoint (str or bool, optional): as for `transformers.Trainer.train`. Default: none.
+            *args (Any): the same.
+            **kwargs (Any): the same.
 
         Returns:
             TrainOutput: number of steps, mean loss and metrics.
