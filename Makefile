@@ -8,8 +8,9 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 # A process for each core, with one thread: the models are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST) $(ARGS)
 
 # 2,000 made-up configs and 500 damaged files, instead of the few that `make test` takes.
 fuzz: .venv/installed
@@ -22,7 +23,7 @@ quantization: .venv/installed
 
 # Writes the README's table of models, from the outcome of the tests.
 models: .venv/installed
-	$(BIN)/python tests/models_table.py
+	$(PYTEST) --models-table tests/test_families.py tests/calls/test_checkpointing.py
 
 # PEFT's own tests of custom models, from its source distribution, with Soft-MoA.
 conformance: .venv/installed

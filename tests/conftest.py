@@ -33,6 +33,17 @@ needs_results = pytest.mark.skipif(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--models-table", action="store_true", help="write the README's table of models from the outcome")
+
+
+def pytest_configure(config):
+    if config.getoption("--models-table"):
+        from models_table import Outcomes  # which imports the tests that it is about
+
+        config.pluginmanager.register(Outcomes())
+
+
 def tiny_ast_config(**overrides):
     return ASTConfig(
         **{

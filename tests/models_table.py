@@ -1,35 +1,41 @@
 """Write the README's table of models from what the tests of `test_families.py` and `test_checkpointing.py` say.
 
-python tests/models_table.py
+pytest --models-table
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 from families import FAMILIES, Family
 from test_families import PLACEMENTS, PLACES
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- models: written by tests/models_table.py -->\n", "<!-- end of models -->\n"
-TESTS = ["test_placement", "test_padding", "test_content_of_padding", "test_gradients_are_the_same"]
 HEADING = ["model", "attention", "feed-forward", "placements that work", "padding", "gradient checkpointing"]
 
 
 class Outcomes:
-    """A plugin of pytest that keeps what each test says, with the parameters that it has."""
+    """A plugin of pytest that keeps what each test says, also in other processes, and writes the table at the end."""
 
     def __init__(self) -> None:
         self.all: list[tuple[str, dict, str]] = []
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
+    def pytest_runtest_makereport(self, item):
         report = yield
-        if report.when == "call" or not report.passed:
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            self.all.append((item.originalname, parameters, report.outcome))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        simple = {name: value for name, value in parameters.items() if isinstance(value, (str, bool))}
+        report.user_properties.append(("case", [item.originalname, simple]))
         return report
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            self.all += [(*value, report.outcome) for key, value in report.user_properties if key == "case"]
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        if not exitstatus and not hasattr(session.config, "workerinput"):
+            before, after = README.read_text().split(BEGIN)
+            README.write_text(before + BEGIN + table(self) + END + after.split(END)[1])
 
     def works(self, test: str, **parameters) -> bool:
         """Whether a test passed, each time that it ran with some parameters."""
@@ -62,17 +68,3 @@ def row(family: Family, outcomes: Outcomes) -> list[str]:
 def table(outcomes: Outcomes) -> str:
     rows = [HEADING, ["---"] * len(HEADING), *(row(family, outcomes) for family in FAMILIES.values())]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
-
-
-def main() -> None:
-    outcomes = Outcomes()
-    files = [str(HERE / "test_families.py"), str(HERE / "calls" / "test_checkpointing.py")]
-    status = pytest.main([*files, "-q", "-k", " or ".join(TESTS)], plugins=[outcomes])
-    if status:
-        sys.exit(status)
-    before, after = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + table(outcomes) + END + after.split(END)[1])
-
-
-if __name__ == "__main__":
-    main()
