@@ -45,13 +45,15 @@ GUARDS = {
         "_get_peft_type": "inspection/test_inspect_adapter.py::test_what_cannot_be_inspected",
         "_split_kwargs": "test_sharing.py::test_push_and_load_by_id",
     },
-    enum: dict.fromkeys(
-        (
-            *("_hashable_values_", "_member_map_", "_member_names_"),
-            *("_name_", "_sort_order_", "_value2member_map_", "_value_"),
-        ),
-        "test_registration.py::test_the_member_is_like_the_others",
-    ),
+    enum: {
+        "_hashable_values_": "test_registration.py::test_the_member_is_like_the_others",
+        "_member_map_": "test_registration.py::test_the_member_is_like_the_others",
+        "_member_names_": "test_registration.py::test_the_member_is_like_the_others",
+        "_name_": "test_registration.py::test_the_member_is_like_the_others",
+        "_sort_order_": "test_registration.py::test_the_member_is_like_the_others",
+        "_value2member_map_": "test_registration.py::test_the_member_is_like_the_others",
+        "_value_": "test_registration.py::test_the_member_is_like_the_others",
+    },
     torch.nn.Module: {
         "_compiled_call_impl": "inspection/test_records.py::test_a_compiled_model_runs_eagerly_and_says_so",
         "_forward_hooks": "targets/test_probes.py::test_norms_of_a_model_with_adapters",
