@@ -14,7 +14,16 @@ from peft.utils import CONFIG_NAME
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from .fields import DEPENDENT_FIELDS, ExpertType, Placement, Routing, check_fields, is_integer, resolve_fields
+from .fields import (
+    DEPENDENT_FIELDS,
+    ExpertType,
+    Placement,
+    ProblemType,
+    Routing,
+    check_fields,
+    is_integer,
+    resolve_fields,
+)
 from .registration import SOFTMOA
 
 # Names of modules, or one regular expression.
@@ -146,6 +155,12 @@ class SoftMoAConfig(PeftConfig):
         "model's head has other classes, the adapter gets a fresh head of its own, and the model's config names these "
         "classes while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with 527, in "
         "pipeline() too.",
+    )
+    problem_type: Optional[ProblemType] = _option(
+        None,
+        "What the head in modules_to_save is trained for, as in the model's config, which says it while the adapter is "
+        "active: it chooses the loss, and how pipeline() makes scores of logits. Without it, the base model's own, or "
+        "what transformers finds from the labels of the first loss; it is written here.",
     )
 
     def __post_init__(self) -> None:

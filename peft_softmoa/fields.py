@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 Routing = Literal["soft", "dense", "top_k", "expert_choice"]
 ExpertType = Literal["bottleneck", "convolution"]
 Placement = Literal["attention", "ffn", "both"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 # What is larger is a mistake, or meant to exhaust memory.
 LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_NAMES = 65_536, 1_023, 10_000, 256
@@ -179,12 +180,13 @@ RULES: dict[str, Rule] = {
     "auto_mapping": ("None or a dictionary", lambda value: value is None or isinstance(value, dict)),
     **dict.fromkeys(("inference_mode", "normalize", "patch_grid", "train_norms", "init_weights"), _SWITCH),
     **{
-        name: (f"one of {', '.join(options)}", options.__contains__)
+        name: (f"one of {', '.join(map(str, options))}", options.__contains__)
         for name, options in (
             ("routing", get_args(Routing)),
             ("expert_type", get_args(ExpertType)),
             ("placement", get_args(Placement)),
             ("activation", ACTIVATIONS),
+            ("problem_type", (*get_args(ProblemType), None)),
         )
     },
     **dict.fromkeys(("num_experts", "r"), (SIZE, is_size)),

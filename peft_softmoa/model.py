@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any, Optional
 
@@ -25,10 +26,11 @@ from .registration import SOFTMOA, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
 from .targets.choice import Target, find_targets, is_target
 from .targets.description import mixture_options, mixture_shapes
+from .targets.heads import base_classes, find_head, fit_head, keep_problem_type, name_classes
 from .targets.layers import find_module
 from .targets.placement import choose_targets
 from .targets.probes import block_widths
-from .targets.saved_modules import check_head, count_saved, find_saved, fit_heads, name_labels, saved_shapes
+from .targets.saved_modules import count_saved, find_saved, saved_shapes
 
 
 class SoftMoAModel(BaseTuner):
@@ -82,16 +84,16 @@ class SoftMoAModel(BaseTuner):
         choose_targets(peft_config, model)
         self._targets = targets = find_targets(peft_config, model)
         saved = find_saved(peft_config, model, targets.values())
-        if peft_config.label_names is not None:
-            check_head(model, saved, peft_config.label_names)
+        self._head = find_head(model, saved, peft_config.label_names)
+        if saved and loaded is None and peft_config.problem_type is None:
+            peft_config.problem_type = base_classes(model).problem_type
         self._options = mixture_options(model, peft_config)
         self._forward_passes = next(iter(find_passes(model)), None) or ForwardPasses()
         blocks = mixture_shapes(model, peft_config, targets.values())
         parameters = sum(prod(shape) for shapes in blocks for shape in shapes.values())
-        check_size(peft_config, parameters + count_saved(model, saved.values(), peft_config.label_names), model)
+        check_size(peft_config, parameters + count_saved(saved, self._head), model)
         if loaded is not None:
-            parts = {name: saved_shapes(model, module, peft_config.label_names) for name, module in saved.items()}
-            expected = {f"{name}.{tensor}": shape for name, part in parts.items() for tensor, shape in part.items()}
+            expected = saved_shapes(saved, self._head)
             for target, shapes in zip(targets, blocks):
                 expected.update({f"{target}.softmoa_mixture.{tensor}": shape for tensor, shape in shapes.items()})
             check_shapes(
@@ -133,9 +135,8 @@ class SoftMoAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
-        if config.label_names is not None:
-            fit_heads(model, adapter_name, config.label_names)
+        if self._head is not None:
+            fit_head(model, adapter_name, self._head)
         self._add_hooks(model, adapter_name)
 
     def _add_hooks(self, model: nn.Module, adapter_name: str) -> None:
@@ -167,6 +168,10 @@ class SoftMoAModel(BaseTuner):
             blocks[0].softmoa_hooks[adapter_name] += follow_calls(
                 model, blocks[0].forward_passes, adapter_name, layers, wrappers
             )
+            config = self.peft_config[adapter_name]
+            if config.modules_to_save:
+                keep = partial(keep_problem_type, blocks[0], adapter_name, config)
+                blocks[0].softmoa_hooks[adapter_name].append(model.register_forward_hook(keep))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
@@ -187,15 +192,15 @@ class SoftMoAModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._name_labels()
+        self._name_classes()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._name_labels()
+        self._name_classes()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self._name_labels(enabled)
+        self._name_classes(enabled)
 
     def average_adapters(
         self, adapter_names: Sequence[str], weights: Optional[Sequence[float]] = None, new_name: str = "average"
@@ -239,7 +244,7 @@ class SoftMoAModel(BaseTuner):
             if is_adapted(module):
                 for adapter_name in list(self.peft_config):
                     module.delete_adapter(adapter_name)
-        self._name_labels(enabled=False)
+        self._name_classes(enabled=False)
         return super().unload()
 
     def unmerge_adapter(self) -> None:
@@ -283,9 +288,10 @@ class SoftMoAModel(BaseTuner):
                 )
         return remapped
 
-    def _name_labels(self, enabled: bool = True) -> None:
-        """Let the model's config name the classes of the head that is in use."""
-        active = [self.peft_config[name] for name in self.active_adapters] if enabled else []
+    def _name_classes(self, enabled: bool = True) -> None:
+        """Let the model say the classes of the head that is in use, and its loss."""
         # transformers can hold adapters of other methods in the same dict.
-        label_names = [config.label_names for config in active if config.peft_type == SOFTMOA]
-        name_labels(self.model, next(filter(None, label_names), None))
+        active = [self.peft_config[name] for name in self.active_adapters] if enabled else []
+        active = [config for config in active if config.peft_type == SOFTMOA]
+        label_names = next((config.label_names for config in active if config.label_names), None)
+        name_classes(self.model, label_names, next((each.problem_type for each in active if each.problem_type), None))

@@ -278,6 +278,7 @@ def test_a_mask_that_the_model_drops():
     assert torch.equal(given, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:The load-balancing loss of the latest training pass")
 @pytest.mark.parametrize("placement", ["attention", "ffn"])
 def test_the_load_balancing_loss_counts_real_tokens_only(placement, masks):
     """Masks are read for it in training, and not needed afterwards."""

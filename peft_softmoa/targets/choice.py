@@ -18,7 +18,7 @@ from ..calls.masks import takes_mask
 from ..config import SoftMoAConfig
 from ..method.mixture import EXPERTS, ROUTERS, mixes_tokens
 from .architectures import architecture_of, looks_causal, parts_around
-from .layers import Layer, find_layers, find_module, is_linear
+from .layers import Layer, find_layers, find_module, is_linear, is_repeated
 from .probes import block_widths
 
 # Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
@@ -120,6 +120,8 @@ def find_targets(config: SoftMoAConfig, model: nn.Module) -> dict[str, Target]:
                 f"`target_modules` or `exclude_modules` take more than {LONGEST_SEARCH} seconds to match against the "
                 f"{len(modules)} modules of the model. Give fewer names, or a simpler expression."
             )
+    if config.loaded_from is None:
+        _check_all_match(config, [name for name in modules if not name.startswith(inside_adapted)], names)
     targets = {}
     for name in names:
         inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)
@@ -137,6 +139,26 @@ def find_targets(config: SoftMoAConfig, model: nn.Module) -> dict[str, Target]:
             )
         targets[name] = _make_target(config, model, name, _find_entry(config, name), layers)
     return targets
+
+
+def _check_all_match(config: SoftMoAConfig, modules: list[str], targets: list[str]) -> None:
+    """Check that each name, expression and index of a config stands for something: what does not is a mistake."""
+    for field in ("target_modules", "exclude_modules"):
+        given = getattr(config, field)
+        if isinstance(given, str):
+            unknown = [] if any(_matches(field, given, name) for name in modules) else [given]
+        else:
+            endings = {each: f".{each.rpartition(ARROW)[2]}" for each in given or ()}
+            unknown = [each for each, end in endings.items() if not any(f".{name}".endswith(end) for name in modules)]
+        # PEFT has an error of its own if nothing is adapted.
+        if unknown and (targets or field == "exclude_modules"):
+            raise ValueError(f"`{field}` has names that match no module of the model: {sorted(unknown)}.")
+    indices = config.layers_to_transform
+    for index in [indices] if isinstance(indices, int) else indices or ():
+        only = copy.copy(config)
+        only.layers_to_transform = [index]
+        if targets and not any(is_target(only, name) for name in targets):
+            raise ValueError(f"`layers_to_transform` has the index {index}, but no layer with it is adapted.")
 
 
 def _make_target(
@@ -173,7 +195,8 @@ def _elements_around(model: nn.Module, name: str) -> list[str]:
     found = []
     for length in range(len(parts), 0, -1):
         *outer, index = parts[:length]
-        if index.isdigit() and isinstance(find_module(model, ".".join(outer)) if outer else model, nn.ModuleList):
+        around = find_module(model, ".".join(outer))
+        if index.isdigit() and (isinstance(around, nn.ModuleList) or is_repeated(around)):
             found.append(".".join(parts[:length]))
     return found
 

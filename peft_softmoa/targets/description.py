@@ -17,6 +17,7 @@ from ..config import SoftMoAConfig
 from ..method.mixture import parameter_shapes
 from .architectures import find_patch_grid
 from .choice import Target, find_targets
+from .heads import find_head
 from .placement import choose_targets
 from .saved_modules import count_saved, find_saved
 
@@ -148,7 +149,8 @@ def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
     shapes = mixture_shapes(model, config, targets.values())
     by_block = tuple(sum(map(prod, each.values())) for each in shapes)
     modules = find_saved(config, model, targets.values())
-    saved = {name: count_saved(model, [module], config.label_names) for name, module in modules.items()}
+    head = find_head(model, modules, config.label_names)
+    saved = {name: count_saved({name: module}, head) for name, module in modules.items()}
     return Description(tuple(targets.values()), by_block, saved, sum(by_block) + sum(saved.values()))
 
 

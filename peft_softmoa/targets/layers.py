@@ -16,6 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+# What layers lie in, one after the other.
+LISTS = (nn.ModuleList, nn.Sequential)
+
 
 class Block(NamedTuple):
     """Where a mixture reads and where it adds: names of modules in the model."""
@@ -64,7 +67,7 @@ def find_layers(model: nn.Module) -> list[list[Layer]]:
     """
     stacks = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, LISTS):
             layers = [_find_layer(f"{name}.{index}", layer) for index, layer in module.named_children()]
             if layers and all(layer.attentions for layer in layers):
                 stacks.append(layers)
@@ -75,7 +78,7 @@ def is_repeated(module: nn.Module) -> bool:
     """Whether a module is a list of modules of one class, each of which has parts of its own."""
     children = list(module.children())
     return (
-        isinstance(module, nn.ModuleList)
+        isinstance(module, LISTS)
         and len({type(child) for child in children}) == 1
         and all(any(True for _ in child.children()) for child in children)
     )

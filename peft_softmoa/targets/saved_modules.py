@@ -1,15 +1,11 @@
-"""The modules that an adapter brings with it, above all its classification head.
-
-PEFT saves a trained head as it is, but on loading it expects the base model to have one of the same size, which a
-checkpoint with other classes does not. Each adapter that names its classes gets a head of its own size here; the
-base model's head stays as it was.
-"""
+"""The modules apart from the mixtures that an adapter trains and brings with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any, Optional, cast
+from typing import Optional
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,14 +15,14 @@ from torch import nn
 
 from ..config import SoftMoAConfig
 from .choice import Target
+from .heads import Head
 from .layers import whole_shape
 from .probes import norms_before
 
 # They hold modules, and have no forward pass of their own.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-# Attribute of the model that keeps the label maps of its config while an adapter's are in their place.
-BASE_LABELS = "_softmoa_base_labels"
+# Parameters that some checkpoints lack and nothing but training reads.
+FOR_TRAINING_ONLY = {"masked_spec_embed"}
 
 
 def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target]) -> dict[str, nn.Module]:
@@ -52,143 +48,110 @@ def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target
                 f"`train_norms` would also train {sorted(others)}, whose names end like those of the norms in front of "
                 f"the adapted blocks, {norms}. Set it to False, and adapt the model under a name of its own."
             )
-        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *norms]))
+        _add_names(config, norms)
     # PEFT adds these for the task type when it wraps the model.
     head = SEQ_CLS_HEAD_NAMES if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
-    saved = _matching(model, [*(config.modules_to_save or []), *head])
+    names = [*(config.modules_to_save or []), *head]
+    saved = _matching(model, names)
+    fresh, parameters = find_fresh(model)
+    fresh = {
+        path: each for path, each in fresh.items() if not f"{path}.".startswith(tuple(f"{name}." for name in saved))
+    }
+    if config.loaded_from is None and not config.inference_mode:
+        _check_names(model, [name for name in config.modules_to_save or () if name not in head])
+        if parameters:
+            raise ValueError(
+                f"The checkpoint of the base model does not have {parameters}, which would be drawn at random, "
+                "differently each time the model is loaded, and PEFT saves whole modules only. Save the base model "
+                "with `save_pretrained`, and load it from there."
+            )
+        _add_names(config, list(fresh))
+        saved = {name: each for name, each in saved.items() if not name.startswith(tuple(f"{path}." for path in fresh))}
+        saved |= fresh
+    elif fresh or parameters:
+        warnings.warn(
+            f"The checkpoint of the base model does not have {[*fresh, *parameters]}, and the adapter does not bring "
+            "them: they are drawn at random, differently each time. Adapters that are trained now bring them.",
+            stacklevel=2,
+        )
     _check_saved(saved, [target.name for target in targets], not config.inference_mode)
     return saved
 
 
-def count_saved(model: nn.Module, modules: Iterable[nn.Module], label_names: Optional[list[str]] = None) -> int:
-    """Number of parameters in the modules that an adapter brings with it.
+def find_fresh(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    """Find what the checkpoint did not have from which a model was loaded, so that it was drawn at random.
 
     Args:
         model (nn.Module): the base model, with or without adapters.
-        modules (iterable of nn.Module): the base model's own modules, each of which the adapter copies.
-        label_names (list[str], optional): the adapter's classes. Default: those of the base model.
+
+    Returns:
+        tuple[dict[str, nn.Module], list[str]]: the modules, without what is inside others of them, and the names of
+        parameters beside modules that were loaded; both empty for a model that was not loaded.
+    """
+    modules = {name: each for name, each in _own_modules(model).items() if not isinstance(each, CONTAINERS)}
+    # Adapters are loaded from elsewhere.
+    own = {id(each) for module in modules.values() for each in module.parameters(recurse=False)}
+    if not any(_is_loaded(parameter) for parameter in model.parameters() if id(parameter) in own):
+        return {}, []
+    fresh: dict[str, nn.Module] = {}
+    alone = []
+    for name, module in modules.items():
+        if name.startswith(tuple(f"{path}." for path in fresh)):
+            continue
+        own = [path for path, parameter in module.named_parameters(recurse=False) if not _is_loaded(parameter)]
+        inside = any(map(_is_loaded, module.parameters()))
+        if (own and not any(True for _ in module.children())) or (
+            not inside and any(True for _ in module.parameters())
+        ):
+            fresh[name] = module
+        else:
+            alone += [f"{name}.{path}".lstrip(".") for path in own if path not in FOR_TRAINING_ONLY]
+    return fresh, alone
+
+
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    # transformers marks what it has loaded.
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def saved_shapes(modules: Mapping[str, nn.Module], head: Optional[Head] = None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that an adapter saves of the modules that it brings with it.
+
+    Args:
+        modules (mapping): the base model's own modules by name, each of which the adapter copies.
+        head (Head, optional): the head that it replaces. Default: none.
+
+    Returns:
+        dict[str, tuple[int, ...]]: the shapes, by the tensors' names in the model.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in modules.items():
+        shapes.update((f"{name}.{key}", tuple(tensor.shape)) for key, tensor in module.state_dict().items())
+        shapes.update((f"{name}.{key}", whole_shape(parameter)) for key, parameter in module.named_parameters())
+    for key in (f"{head.path}.weight", f"{head.path}.bias") if head else ():
+        if head and key in shapes:
+            shapes[key] = (head.num_labels, *shapes[key][1:])
+    return shapes
+
+
+def count_saved(modules: Mapping[str, nn.Module], head: Optional[Head] = None) -> int:
+    """Number of parameters in the modules that an adapter brings with it.
+
+    Args:
+        modules (mapping): the base model's own modules by name.
+        head (Head, optional): the head that it replaces. Default: none.
 
     Returns:
         int: the parameters of all of them together.
     """
-    total = 0
-    for module in modules:
-        shapes = saved_shapes(model, module, label_names)
-        total += sum(prod(shapes[name]) for name, _ in module.named_parameters())
-    return total
+    shapes = saved_shapes(modules, head)
+    return sum(
+        prod(shapes[f"{name}.{key}"]) for name, module in modules.items() for key, _ in module.named_parameters()
+    )
 
 
-def saved_shapes(
-    model: nn.Module, module: nn.Module, label_names: Optional[list[str]] = None
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a module that an adapter brings with it.
-
-    Args:
-        model (nn.Module): the base model, with or without adapters.
-        module (nn.Module): the base model's own module, which the adapter copies.
-        label_names (list[str], optional): the adapter's classes. Default: those of the base model.
-
-    Returns:
-        dict[str, tuple[int, ...]]: the shapes, by the tensors' names in the module.
-    """
-    base_labels = _base_labels(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    shapes.update((name, whole_shape(parameter)) for name, parameter in module.named_parameters())
-    if label_names is not None and list(base_labels.values()) != label_names:
-        for path in _classifiers(module, len(base_labels)):
-            for name in ("weight", "bias"):
-                key = f"{path}.{name}".lstrip(".")
-                if key in shapes:
-                    shapes[key] = (len(label_names), *shapes[key][1:])
-    return shapes
-
-
-def check_head(model: nn.Module, saved: dict[str, nn.Module], label_names: list[str]) -> None:
-    """Check that an adapter which names its classes can have its own head.
-
-    Args:
-        model (nn.Module): the base model.
-        saved (dict[str, nn.Module]): the modules that are trained whole, by name.
-        label_names (list[str]): the adapter's classes.
-
-    Raises:
-        ValueError: if none of the modules holds the model's classification head.
-    """
-    if not any(_classifiers(module, len(_base_labels(model))) for module in saved.values()):
-        raise ValueError(
-            f"`label_names` gives {len(label_names)} classes, but what `modules_to_save` matches, {sorted(saved)}, "
-            f"has no classification head of {type(model).__name__}, that is, no linear layer with "
-            f"{len(_base_labels(model))} outputs."
-        )
-
-
-def fit_heads(model: nn.Module, adapter_name: str, label_names: list[str]) -> None:
-    """Give an adapter a fresh head of its own size, unless the base model's head has the same classes.
-
-    Args:
-        model (nn.Module): the model, with the adapter.
-        adapter_name (str): name of the adapter.
-        label_names (list[str]): its classes.
-    """
-    base_labels = _base_labels(model)
-    if list(base_labels.values()) == label_names:
-        return
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-            for path in _classifiers(wrapper.modules_to_save[adapter_name], len(base_labels)):
-                name = f"{adapter_name}.{path}".rstrip(".")
-                old = cast(nn.Linear, wrapper.modules_to_save.get_submodule(name))
-                new = nn.Linear(
-                    old.in_features,
-                    len(label_names),
-                    bias=old.bias is not None,
-                    device=old.weight.device,
-                    dtype=old.weight.dtype,
-                )
-                parent, _, child = name.rpartition(".")
-                setattr(wrapper.modules_to_save.get_submodule(parent), child, new)
-                new.requires_grad_(old.weight.requires_grad)
-
-
-def name_labels(model: nn.Module, label_names: Optional[list[str]]) -> None:
-    """Make the model's config name an adapter's classes, or its own again.
-
-    Args:
-        model (nn.Module): the model; nothing happens if it has no config with labels.
-        label_names (list[str], optional): the classes of the active adapter. Default: the base model's own.
-    """
-    config: Any = getattr(model, "config", None)
-    if label_names is None:
-        if hasattr(model, BASE_LABELS):
-            _set_labels(config, getattr(model, BASE_LABELS))
-            delattr(model, BASE_LABELS)
-        return
-    if not hasattr(model, BASE_LABELS):
-        setattr(model, BASE_LABELS, dict(config.id2label))
-    _set_labels(config, dict(enumerate(label_names)))
-
-
-def _set_labels(config: Any, id2label: dict[int, str]) -> None:
-    config.id2label = id2label
-    config.label2id = {label: index for index, label in id2label.items()}
-
-
-def _base_labels(model: nn.Module) -> dict[int, str]:
-    default = getattr(getattr(model, "config", None), "id2label", None)
-    return getattr(model, BASE_LABELS, default) or {}
-
-
-def _classifiers(module: nn.Module, num_labels: int) -> list[str]:
-    """Paths of the linear layers that give one output per class."""
-    return [
-        path
-        for path, child in module.named_modules()
-        if isinstance(child, nn.Linear) and child.out_features == num_labels
-    ]
-
-
-def _matching(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The base model's own modules that PEFT copies for those names, or endings of names; parts of another one too."""
+def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The base model's own modules by name, apart from those inside of adapted blocks."""
     modules = dict(model.named_modules())
     inside = tuple(
         f"{name}." for name, module in modules.items() if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
@@ -196,8 +159,27 @@ def _matching(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     return {
         name: module.original_module if isinstance(module, ModulesToSaveWrapper) else module
         for name, module in modules.items()
-        if name.endswith(tuple(names)) and not name.startswith(inside)
+        if not name.startswith(inside)
     }
+
+
+def _matching(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The base model's own modules that PEFT copies for those names, or endings of names; parts of another one too."""
+    return {name: module for name, module in _own_modules(model).items() if name.endswith(tuple(names))}
+
+
+def _add_names(config: SoftMoAConfig, names: list[str]) -> None:
+    if names:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
+
+
+def _check_names(model: nn.Module, names: list[str]) -> None:
+    """Check that each of the modules to save exists."""
+    unknown = [name for name in names if not _matching(model, [name])]
+    if unknown:
+        parameters = [name for name, _ in model.named_parameters() if name.endswith(tuple(unknown))]
+        why = f"; {parameters} are parameters, and PEFT saves whole modules only" if parameters else ""
+        raise ValueError(f"`modules_to_save` has names that match no module of the model: {unknown}{why}.")
 
 
 def _check_saved(saved: dict[str, nn.Module], targets: list[str], is_trained: bool) -> None:

@@ -167,6 +167,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(spectrograms):
     assert router_aux_loss(model) is None
 
 
+@pytest.mark.filterwarnings("ignore:The load-balancing loss of the latest training pass")
 def test_copies_of_the_model(spectrograms, tmp_path):
     model = make()
     model(spectrograms)
@@ -224,6 +225,7 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+@pytest.mark.filterwarnings("ignore:The load-balancing loss of the latest training pass")
 def test_a_compiled_model():
     torch.manual_seed(0)
     config = SoftMoAConfig(routing="top_k", target_modules=["block"], init_weights=False)

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -192,4 +193,37 @@ def test_what_is_repeated():
     assert not is_repeated(nn.ModuleList([block(), nn.Sequential()]))
     assert not is_repeated(nn.ModuleList([block(), nn.Linear(2, 2)]))
     assert not is_repeated(nn.ModuleList())
-    assert not is_repeated(nn.Sequential(block(), block()))
+    assert is_repeated(nn.Sequential(block(), block()))
+    assert not is_repeated(block())
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, tokens):
+        heads = [linear(tokens).unsqueeze(1) for linear in (self.query, self.key, self.value)]
+        return self.out(nn.functional.scaled_dot_product_attention(*heads).squeeze(1))
+
+
+class SequentialLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up, self.down = Attention(), nn.Linear(D, F), nn.Linear(F, D)
+
+    def forward(self, tokens):
+        tokens = tokens + self.attention(tokens)
+        return tokens + self.down(self.up(tokens).relu())
+
+
+def test_layers_in_a_sequential_are_found():
+    encoder = nn.Sequential(nn.Linear(4, D), nn.Sequential(*(SequentialLayer() for _ in range(3))))
+    [layers] = find_layers(encoder)
+    assert [layer.name for layer in layers] == ["1.0", "1.1", "1.2"]
+    model = get_peft_model(encoder, SoftMoAConfig(placement="both", init_weights=False))
+    assert set(model.targeted_module_names) == {f"1.{i}.{block}" for i in range(3) for block in ("attention", "down")}
+    tokens = torch.randn(2, 5, 4)
+    with model.disable_adapter():
+        base = model(tokens)
+    assert not torch.equal(model(tokens), base)

@@ -1,11 +1,31 @@
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 from conftest import tiny_ast_config
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import ASTForAudioClassification
+from transformers import (
+    ASTForAudioClassification,
+    Data2VecAudioForAudioFrameClassification,
+    Data2VecAudioForSequenceClassification,
+    HubertForSequenceClassification,
+    UniSpeechSatForAudioFrameClassification,
+    Wav2Vec2BertForAudioFrameClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ConformerForAudioFrameClassification,
+    Wav2Vec2ForAudioFrameClassification,
+    Wav2Vec2ForSequenceClassification,
+    Wav2Vec2Model,
+    WavLMForAudioFrameClassification,
+    WavLMForSequenceClassification,
+    WhisperForAudioClassification,
+)
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.targets.heads import find_head
 
 BASE_LABELS = ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"]
 
@@ -104,9 +124,166 @@ def test_a_head_of_one_linear_layer():
     assert head.bias is None and head.weight.dtype == torch.float64 and head.weight.requires_grad
 
 
-@pytest.mark.parametrize("modules_to_save", [["layernorm"], ["nowhere"]])
+@pytest.mark.parametrize("modules_to_save", [["layernorm"], ["classifier.layernorm"]])
 def test_names_without_a_head(tiny_ast, modules_to_save):
     with pytest.raises(
         ValueError, match=r"`label_names` gives 2 classes, but what `modules_to_save` matches.*no classification head"
     ):
         get_peft_model(tiny_ast, SoftMoAConfig(modules_to_save=modules_to_save, label_names=["a", "b"]))
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "conv_dim": (8, 8),
+    "conv_kernel": (3, 3),
+    "conv_stride": (2, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 8,
+}
+FRAME_CLASSIFIERS = {
+    Wav2Vec2ForAudioFrameClassification: SMALL,
+    Wav2Vec2ConformerForAudioFrameClassification: SMALL,
+    Wav2Vec2BertForAudioFrameClassification: {**SMALL, "feature_projection_input_dim": 8},
+    WavLMForAudioFrameClassification: SMALL,
+    UniSpeechSatForAudioFrameClassification: SMALL,
+    Data2VecAudioForAudioFrameClassification: {**SMALL, "conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
+}
+
+
+@pytest.mark.parametrize("model_class", FRAME_CLASSIFIERS, ids=lambda model_class: model_class.__name__)
+def test_a_frame_classifier_counts_the_classes_of_the_adapter_in_use(model_class):
+    """These models keep the number of classes from when they were built, and reshape labels by it."""
+    base = model_class(model_class.config_class(**FRAME_CLASSIFIERS[model_class], num_labels=2)).eval()
+    model = get_peft_model(base, config("a", "b", "c"))
+    model.add_adapter("four", config("a", "b", "c", "d"))
+    inputs = torch.randn(2, 20, 8) if "Bert" in model_class.__name__ else torch.randn(2, 400)
+    for adapter, classes in (("default", 3), ("four", 4), (None, 2)):
+        with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+            if adapter is not None:
+                model.set_adapter(adapter)
+            logits = model(inputs).logits
+            assert logits.shape[-1] == classes
+            targets = torch.randint(classes, logits.shape[:2])
+            loss = model(inputs, labels=nn.functional.one_hot(targets, classes)).loss
+            expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            torch.testing.assert_close(loss, expected)
+    assert model.unload().num_labels == 2
+
+
+def test_the_head_is_known_where_another_layer_is_as_wide():
+    base = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SMALL, num_labels=8))
+    model = get_peft_model(base, SoftMoAConfig(modules_to_save=["projector", "classifier"], label_names=["a", "b"]))
+    assert model(torch.randn(2, 400)).logits.shape == (2, 2)
+    assert base.projector.modules_to_save["default"].out_features == 8
+    base = nn.Sequential(nn.Linear(8, 2), nn.Linear(8, 2))
+    base.config = SimpleNamespace(id2label={0: "a", 1: "b"})
+    with pytest.raises(ValueError, match=r"several linear layers with 2 outputs, \['0', '1'\]"):
+        find_head(base, dict(base.named_children()), ["c"])
+
+
+HEADLESS = {
+    Wav2Vec2ForSequenceClassification: SMALL,
+    HubertForSequenceClassification: SMALL,
+    WavLMForSequenceClassification: SMALL,
+    Data2VecAudioForSequenceClassification: {**SMALL, "conv_pos_kernel_size": 3, "num_conv_pos_embeddings": 2},
+    WhisperForAudioClassification: {
+        **{"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2},
+        **{"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8},
+        **{"max_source_positions": 20, "vocab_size": 8, "classifier_proj_size": 8},
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
+    },
+}
+
+
+@pytest.mark.parametrize("model_class", HEADLESS, ids=lambda model_class: model_class.__name__)
+def test_fresh_modules_are_trained_and_saved(model_class, tmp_path):
+    """What a headless checkpoint does not have is drawn at random, and differently each time it is loaded."""
+    base_class = {"WhisperForAudioClassification": "WhisperModel"}.get(
+        model_class.__name__, model_class.__name__.replace("ForSequenceClassification", "Model")
+    )
+    getattr(transformers, base_class)(model_class.config_class(**HEADLESS[model_class])).save_pretrained(
+        tmp_path / "base"
+    )
+    inputs = torch.randn(2, 8, 40) if model_class is WhisperForAudioClassification else torch.randn(2, 400)
+    model = get_peft_model(model_class.from_pretrained(tmp_path / "base"), config("a", "b", "c"))
+    assert set(model.peft_config["default"].modules_to_save) == {"projector", "classifier"}
+    assert model.base_model.model.projector.modules_to_save["default"].weight.requires_grad
+    model.eval().save_pretrained(tmp_path / "adapter")
+    expected = model(inputs).logits
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loaded = PeftModel.from_pretrained(model_class.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        assert torch.equal(loaded(inputs).logits, expected)
+        # Models with adapters of languages have another method under the name that transformers calls.
+        if model_class not in (Wav2Vec2ForSequenceClassification, WavLMForSequenceClassification):
+            loaded = model_class.from_pretrained(tmp_path / "adapter").eval()
+            assert torch.equal(loaded(inputs).logits, expected)
+
+
+def test_fresh_parameters_that_cannot_be_saved_are_an_error(tmp_path):
+    Wav2Vec2Model(Wav2Vec2Config(**SMALL)).save_pretrained(tmp_path)
+    base = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path, use_weighted_layer_sum=True)
+    with pytest.raises(ValueError, match=r"does not have \['layer_weights'\], which would be drawn at random"):
+        get_peft_model(base, config("a", "b"))
+
+
+def test_an_adapter_that_lacks_fresh_modules_is_warned_of(tmp_path):
+    base = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SMALL))
+    base.wav2vec2.save_pretrained(tmp_path / "headless")
+    get_peft_model(base, SoftMoAConfig(modules_to_save=["classifier"])).save_pretrained(tmp_path / "adapter")
+    base = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path / "headless")
+    with pytest.warns(UserWarning, match=r"does not have \['projector'\], and the adapter does not bring them"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+
+def test_the_kind_of_problem_goes_with_the_adapter(tiny_ast, base_folder, spectrograms, tmp_path):
+    """It chooses the loss, and the scores of `pipeline()`; transformers keeps the last one that it has guessed."""
+    model = get_peft_model(tiny_ast, config("a", "b", "c"))
+    model.add_adapter("several", config("x", "y"))
+    model.eval()
+    model(spectrograms, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert model.peft_config["default"].problem_type == model.config.problem_type == "single_label_classification"
+    model.set_adapter("several")
+    labels = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    loss = model(spectrograms, labels=labels).loss
+    logits = model(spectrograms).logits
+    torch.testing.assert_close(loss, nn.functional.binary_cross_entropy_with_logits(logits, labels))
+    with model.disable_adapter():
+        assert model.config.problem_type is None
+    model.save_pretrained(tmp_path)
+    saved = SoftMoAConfig.from_pretrained(str(tmp_path / "several"))
+    assert saved.problem_type == "multi_label_classification"
+    loaded = PeftModel.from_pretrained(ASTForAudioClassification.from_pretrained(base_folder), tmp_path / "several")
+    assert loaded.config.problem_type == "multi_label_classification"
+    assert loaded.unload().config.problem_type is None
+
+
+def test_the_kind_of_problem_of_a_regression(tiny_ast, spectrograms):
+    tiny_ast.config.problem_type = "regression"
+    model = get_peft_model(tiny_ast, config("valence", "arousal"))
+    assert model.peft_config["default"].problem_type == "regression"
+    labels = torch.randn(3, 2)
+    loss = model(spectrograms, labels=labels).loss
+    torch.testing.assert_close(loss, nn.functional.mse_loss(model(spectrograms).logits, labels))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"modules_to_save": ["classifier", "projectr"]}, r"`modules_to_save` .* match no module .*\['projectr'\]"),
+        ({"modules_to_save": ["cls_token"]}, "'audio_spectrogram_transformer.embeddings.cls_token'.* are parameters"),
+        ({"target_modules": ["q_proj", "v_prj"]}, r"`target_modules` .* match no module .*\['v_prj'\]"),
+        ({"exclude_modules": ["layers.7"]}, r"`exclude_modules` .*\['layers.7'\]"),
+        ({"exclude_modules": r".*layers\.7.*"}, "`exclude_modules` .*layers"),
+        ({"layers_to_transform": [0, 99]}, "`layers_to_transform` has the index 99"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, "`layers_to_transform` has the index 99"),
+    ],
+)
+def test_names_that_match_nothing(tiny_ast, fields, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny_ast, SoftMoAConfig(**fields))
