@@ -20,6 +20,7 @@ from .calls.checkpointing import require_input_gradients
 from .calls.forward_pass import ForwardPasses, find_passes
 from .calls.hooks import Sources, follow_calls
 from .calls.mixed_batch import make_mixed_batch
+from .calls.statistics import freeze_statistics
 from .config import SoftMoAConfig
 from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_since_0_2
@@ -168,6 +169,7 @@ class SoftMoAModel(BaseTuner):
             blocks[0].softmoa_hooks[adapter_name] += follow_calls(
                 model, blocks[0].forward_passes, adapter_name, layers, wrappers
             )
+            blocks[0].softmoa_hooks[adapter_name] += freeze_statistics(model)
             config = self.peft_config[adapter_name]
             if config.modules_to_save:
                 keep = partial(keep_problem_type, blocks[0], adapter_name, config)

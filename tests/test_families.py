@@ -290,3 +290,26 @@ def test_the_load_balancing_loss_counts_real_tokens_only(placement, masks):
     masks.clear()
     model.eval()(**batch)
     assert masks == [None, None]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_leaves_the_base_as_it_was(name, tmp_path):
+    """Parameters and buffers, among them the running statistics of batch norms, which training moves."""
+    family, base = FAMILIES[name], build(name)
+    before = copy.deepcopy(base.state_dict())
+    batch = family.inputs(list(family.lengths))
+    model = get_peft_model(base, SoftMoAConfig(r=2, num_experts=2))
+    optimizer = torch.optim.SGD((each for each in model.parameters() if each.requires_grad), lr=0.1)
+    for _ in range(2):
+        encode(family, model.train(), batch).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained = encode(family, model.eval(), batch)
+    model.save_pretrained(tmp_path)
+    loaded = build(name)
+    loaded.load_state_dict(before)
+    with torch.no_grad():
+        assert torch.equal(encode(family, PeftModel.from_pretrained(loaded, tmp_path), batch), trained)
+    after = model.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert not [path for path in before if not torch.equal(after[path], before[path])]
