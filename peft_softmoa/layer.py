@@ -174,18 +174,23 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         if self._is_recorded():
             for recorder in self.forward_passes.recorders:
                 recorder(self, adapter_name, tokens, mask)
+        # The same mask when a checkpoint runs the block again, which is not recorded.
+        mask = mask if self._reads_mask(adapter_name) else None
         mixture = self.softmoa_mixture[adapter_name]
         output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name])
         if loss is not None and current.router_losses is not None:
             current.router_losses.append(loss)
         return output
 
+    def _reads_mask(self, adapter_name: str) -> bool:
+        mixture = self.softmoa_mixture[adapter_name]
+        return mixture.mixes_tokens or (mixture.has_router_loss and self.training)
+
     def _is_recorded(self) -> bool:
         return bool(self.forward_passes.recorders) and not in_backward()
 
     def _find_mask(self, adapter_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Optional[Mask]:
-        mixture = self.softmoa_mixture[adapter_name]
-        if not (mixture.mixes_tokens or (mixture.has_router_loss and self.training) or self._is_recorded()):
+        if not (self._reads_mask(adapter_name) or self._is_recorded()):
             return None
         if self.takes_mask:
             return find_mask(self._arguments, args, kwargs)

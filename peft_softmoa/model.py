@@ -204,6 +204,14 @@ class SoftMoAModel(BaseTuner):
         super()._enable_adapter_layers(enabled)
         self._name_classes(enabled)
 
+    def get_input_embeddings(self) -> Optional[nn.Module]:
+        """The base model's embeddings of text, which PEFT saves if they were resized; None if it reads audio."""
+        return _embeddings(self.model, "get_input_embeddings")
+
+    def get_output_embeddings(self) -> Optional[nn.Module]:
+        """The base model's head that writes text, which PEFT saves if it was resized; None if there is none."""
+        return _embeddings(self.model, "get_output_embeddings")
+
     def average_adapters(
         self, adapter_names: Sequence[str], weights: Optional[Sequence[float]] = None, new_name: str = "average"
     ) -> None:
@@ -297,3 +305,12 @@ class SoftMoAModel(BaseTuner):
         active = [config for config in active if config.peft_type == SOFTMOA]
         label_names = next((config.label_names for config in active if config.label_names), None)
         name_classes(self.model, label_names, next((each.problem_type for each in active if each.problem_type), None))
+
+
+def _embeddings(model: nn.Module, name: str) -> Optional[nn.Module]:
+    # Encoders of audio have the method, and some of them raise an error in it.
+    try:
+        embeddings: Optional[nn.Module] = getattr(model, name)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings

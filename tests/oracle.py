@@ -24,7 +24,7 @@ def soft_weights(x, slots, mask=None, scale=None):
 
         def logit(t, s, b=b):
             value = (x[b, t] * slots[:, s]).sum()
-            if scale is not None:
+            if scale is not None and x[b, t].any():  # the cosine of a token of zeros counts as zero
                 value = scale[0] * value / (x[b, t].pow(2).sum().sqrt() * slots[:, s].pow(2).sum().sqrt())
             return value
 

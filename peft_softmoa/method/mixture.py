@@ -84,7 +84,8 @@ class Mixture(nn.Module):
 
         Everything runs in float32, or in float64 if the tokens are, and not under autocast: half-precision logits
         would overflow for large tokens. Only the last product, which sums up the expert outputs and adds them to F(x),
-        and that product's gradients are in the dtype of F(x), as those of the block's own layers are.
+        and that product's gradients are in the dtype of F(x), as those of the block's own layers are. Whatever padding
+        holds counts as zero.
 
         Args:
             tokens (Tensor): x, `(B, T, D)`.
@@ -100,6 +101,7 @@ class Mixture(nn.Module):
             ValueError: if the mask or F(x) does not fit the tokens.
         """
         self._check(tokens, mask, added_to)
+        tokens = _without_padding(tokens, mask)
         with without_autocast(tokens.device.type):
             if isinstance(self.router, SoftRouter):
                 slots, combine = self.router(tokens, mask)
@@ -127,7 +129,7 @@ class Mixture(nn.Module):
             and the norms over D' of what each expert adds to each token, `(B, T, N)`.
         """
         with without_autocast(tokens.device.type):
-            tokens = in_full_precision(tokens)
+            tokens = in_full_precision(_without_padding(tokens, mask))
             if isinstance(self.router, SoftRouter):
                 dispatch, combine = self.router.weights(tokens, mask)
                 outputs = scaling * self.experts(dispatch.mT @ tokens, dropout=False)
@@ -153,6 +155,11 @@ class Mixture(nn.Module):
                 f"The mask of tokens {tuple(tokens.shape)} must be boolean with shape {tuple(tokens.shape[:2])}, true "
                 f"for real tokens, got {mask.dtype} with shape {tuple(mask.shape)}."
             )
+
+
+def _without_padding(tokens: Tensor, mask: Optional[Tensor]) -> Tensor:
+    # A weight of zero is not enough: padded tokens may hold anything, and 0 · NaN is NaN.
+    return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 def mixes_tokens(routing: str, expert_type: str) -> bool:

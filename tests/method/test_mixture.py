@@ -58,7 +58,8 @@ def relative_error(given, expected):
 
 
 def expected_output(x, mixture, options, mask=None, grid=None):
-    """Output and loss by the oracle."""
+    """Output and loss by the oracle, for which padding is zero."""
+    x = x if mask is None else x * mask.unsqueeze(-1)
     names = ["down_weight", "down_bias", "up_weight", "up_bias"]
     if options.get("expert_type") == "convolution":
         names += ["conv_weight", "conv_bias"]
@@ -196,6 +197,25 @@ def test_padding_changes_nothing(routing, expert):
     given, given_loss = mix(torch.cat([short, padding], dim=1), mixture, mask)
     torch.testing.assert_close(given[:, :6], expected)
     torch.testing.assert_close(given_loss, expected_loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
+def test_what_padding_holds_does_not_matter(routing, expert, value):
+    """Neither to the output for real tokens, nor to gradients and losses: 0 · NaN is NaN."""
+    mixture = make(8, **routing, **expert).train()
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    results = []
+    for padding in (0.0, value):
+        tokens = x.masked_fill(~mask.unsqueeze(-1), padding).requires_grad_()
+        output, loss = mixture(tokens, mask, added_to=torch.zeros_like(x))
+        total = output[mask].square().sum() + (0 if loss is None else loss)
+        results.append([output[mask], total, *torch.autograd.grad(total, [tokens, *mixture.parameters()])])
+        results[-1] += [each[mask] for each in mixture.record(tokens, mask)]
+    for expected, given in zip(*results):
+        assert torch.equal(given, expected)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
