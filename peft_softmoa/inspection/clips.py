@@ -23,6 +23,7 @@ from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
 from ..training.audio import AudioError, decode_audio
+from ..training.features import check_length, shortest_clip
 from .clip_plots import Clip
 from .maps import ReadingMap, reading_map
 from .records import Record, record_routing
@@ -101,6 +102,7 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     # Some feature extractors pad every clip to one length and cut longer clips, some of them at a random place.
     filled = getattr(feature_extractor, "n_samples", None) or getattr(feature_extractor, "nb_max_samples", None)
     samples = decode_audio(audio, rate, min(max_seconds or math.inf, filled / rate) if filled else max_seconds)
+    check_length(audio, len(samples), shortest_clip(model, feature_extractor), rate)
     seconds = len(samples) / rate
     try:
         inputs = dict(feature_extractor(samples, sampling_rate=rate, return_tensors="pt"))
@@ -109,8 +111,8 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise AudioError(
             audio,
-            f"the model does not take its {seconds:.3f} s: {error} If that is shorter than what one token reads, give "
-            "a longer clip. For a model that takes more than audio, call `expert_report` with inputs of your own",
+            f"the model does not take its {seconds:.3f} s: {error} For a model that takes more than audio, call "
+            "`expert_report` with inputs of your own",
         ) from error
     config: Any = model.config
     grid = known_patch_grid(config.to_dict())

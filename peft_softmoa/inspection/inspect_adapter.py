@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
+from ..training.features import shortest_clip
 from ..training.load import load_stream
 from ..training.options import DataOptions
 from ..training.source import open_source
@@ -91,6 +92,7 @@ def inspect_adapter(
         stream = load_stream(
             source, source.split, feature_extractor, options, rows=rows, training=False, needs_length=False
         )
+        stream.extract.min_samples = shortest_clip(model, feature_extractor)
         total = max_clips or (len(stream) if stream.summary else None)
         clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total)
         batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))
