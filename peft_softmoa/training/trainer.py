@@ -83,7 +83,8 @@ class AudioTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation batches."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        own: Any = self.eval_dataset
+        dataset = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if not isinstance(dataset, AudioStream):
             return super().get_eval_dataloader(eval_dataset)
         self._refuse_short_clips(dataset)
