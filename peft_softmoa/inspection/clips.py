@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -120,7 +122,7 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     maps = [None if record.block in elsewhere else reading_map(record, grid) for record in records]
     values = inputs[feature_extractor.model_input_names[0]][0]
     clip = Clip(
-        Path(audio).name,
+        shared_name(audio),
         samples,
         rate,
         values.T.numpy() if grid else None,
@@ -137,6 +139,24 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
         tuple(elsewhere.values()),
         _predicted_class(model, output),
     )
+
+
+def shared_name(name: str, folder: Optional[str] = None) -> str:
+    """Name of a clip for a report that may be sent to others: without folders of this computer and keys of URLs.
+
+    Args:
+        name (str): path or URL of the clip.
+        folder (str, optional): the folder of its dataset.
+
+    Returns:
+        str: the path in the folder, or the name of the file if it is not in there.
+    """
+    path = urlsplit(name).path if "://" in name else name
+    if folder is not None and "://" not in name:
+        inside = os.path.relpath(path, folder)
+        if not inside.startswith(os.pardir):
+            return inside
+    return re.split(r"[/\\]", path)[-1]
 
 
 def prepare_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from peft import PeftModel
@@ -21,6 +21,16 @@ from .rows import label_name
 
 logger = logging.getLogger(__name__)
 LONGEST_TOKEN = 30  # seconds; no token reads so much
+
+
+class Skipped(NamedTuple):
+    """A clip that cannot be used: its name, such as its path, and what is wrong with it."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 def shortest_clip(model: nn.Module, feature_extractor: SequenceFeatureExtractor) -> int:
@@ -112,8 +122,8 @@ class ExtractFeatures:
         self.class_names = class_names
         self.random_crop = random_crop
         self.min_samples = min_samples
-        self.skipped: list[str] = []
-        self._warned: set[str] = set()
+        self.skipped: list[Skipped] = []
+        self._warned: set[Skipped] = set()
 
     def __call__(self, rows: dict[str, list[Any]], generator: Optional[np.random.Generator] = None) -> dict[str, Any]:
         """Decode the audio and extract the features.
@@ -151,7 +161,7 @@ class ExtractFeatures:
             except AudioError as error:
                 if self.options.on_bad_audio == "raise":
                     raise
-                self.skipped.append(str(error))
+                self.skipped.append(Skipped(error.name, error.reason))
                 continue
             for key, features in inputs.items():
                 batch.setdefault(key, []).append(features[0])
@@ -183,5 +193,5 @@ class ExtractFeatures:
         """
         if not self._warned.issuperset(self.skipped):
             count = f"{len(self.skipped)}{'' if num_rows is None else f' of {num_rows}'}"
-            logger.warning(f"Skipped {count} audio files that cannot be used: {'; '.join(self.skipped)}")
+            logger.warning(f"Skipped {count} audio files that cannot be used: {'; '.join(map(str, self.skipped))}")
         self._warned.update(self.skipped)
