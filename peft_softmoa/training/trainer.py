@@ -21,9 +21,10 @@ from .streams import AudioStream
 
 
 class AudioTrainer(Trainer):
-    """A Trainer with three differences.
+    """A Trainer with four differences.
 
-    Each process reads its own part of a training set that is an `AudioStream`. SpecAugment runs on the batch, on its
+    Each process reads its own part of a training set that is an `AudioStream`. In a stream, clips that are too short to
+    give the model a token are audio that cannot be used. SpecAugment runs on the batch, on its
     device, in training only. A checkpoint appears in the output folder only when it is complete, so training can always
     resume from the newest one.
 
@@ -97,7 +98,6 @@ class AudioTrainer(Trainer):
         return self.get_eval_dataloader(test_dataset)
 
     def _refuse_short_clips(self, stream: AudioStream) -> None:
-        """Count clips that give the model no token as audio that cannot be used."""
         extractor = stream.extract.feature_extractor
         # FSDP leaves no model to ask after the training has begun.
         if extractor not in self._min_samples:
