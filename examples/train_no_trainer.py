@@ -45,6 +45,7 @@ from peft_softmoa.training import (
     name_flags,
     option,
     retry,
+    shortest_clip,
     spec_augment,
     start_or_resume,
     write_run_state,
@@ -137,6 +138,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path)
     config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
     model = get_peft_model(model, config)
+    for stream in (train_stream, eval_stream):
+        stream.extract.min_samples = shortest_clip(model, extractor)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
     groups: list[dict] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
     for name, parameter in model.named_parameters():

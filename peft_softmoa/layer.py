@@ -183,7 +183,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         return output
 
     def _reads_mask(self, adapter_name: str) -> bool:
-        mixture = self.softmoa_mixture[adapter_name]
+        mixture: Mixture = self.softmoa_mixture[adapter_name]  # type: ignore[assignment]
         return mixture.mixes_tokens or (mixture.has_router_loss and self.training)
 
     def _is_recorded(self) -> bool:

@@ -19,6 +19,7 @@ from .averaging import average_into, check_average
 from .calls.checkpointing import require_input_gradients
 from .calls.forward_pass import ForwardPasses, find_passes
 from .calls.hooks import Sources, follow_calls
+from .calls.masks import argument_names
 from .calls.mixed_batch import make_mixed_batch
 from .calls.statistics import freeze_statistics
 from .config import SoftMoAConfig
@@ -88,6 +89,7 @@ class SoftMoAModel(BaseTuner):
         self._head = find_head(model, saved, peft_config.label_names)
         if saved and loaded is None and peft_config.problem_type is None:
             peft_config.problem_type = base_classes(model).problem_type
+        self._argument_names = argument_names(model)
         self._options = mixture_options(model, peft_config)
         self._forward_passes = next(iter(find_passes(model)), None) or ForwardPasses()
         blocks = mixture_shapes(model, peft_config, targets.values())
@@ -177,7 +179,9 @@ class SoftMoAModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
-        return self.model(*args, **kwargs)
+        # For a task type PEFT gives the arguments of models of text, most of them None, which others do not take.
+        given = {name: each for name, each in kwargs.items() if each is not None or name in self._argument_names}
+        return self.model(*args, **given)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
 from ..training.audio import AudioError, decode_audio
+from ..training.features import check_length, shortest_clip
 from .clip_plots import Clip
 from .maps import ReadingMap, reading_map
 from .records import Record, record_routing
@@ -101,6 +104,7 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     # Some feature extractors pad every clip to one length and cut longer clips, some of them at a random place.
     filled = getattr(feature_extractor, "n_samples", None) or getattr(feature_extractor, "nb_max_samples", None)
     samples = decode_audio(audio, rate, min(max_seconds or math.inf, filled / rate) if filled else max_seconds)
+    check_length(audio, len(samples), shortest_clip(model, feature_extractor), rate)
     seconds = len(samples) / rate
     try:
         inputs = dict(feature_extractor(samples, sampling_rate=rate, return_tensors="pt"))
@@ -109,8 +113,8 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise AudioError(
             audio,
-            f"the model does not take its {seconds:.3f} s: {error} If that is shorter than what one token reads, give "
-            "a longer clip. For a model that takes more than audio, call `expert_report` with inputs of your own",
+            f"the model does not take its {seconds:.3f} s: {error} For a model that takes more than audio, call "
+            "`expert_report` with inputs of your own",
         ) from error
     config: Any = model.config
     grid = known_patch_grid(config.to_dict())
@@ -118,7 +122,7 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     maps = [None if record.block in elsewhere else reading_map(record, grid) for record in records]
     values = inputs[feature_extractor.model_input_names[0]][0]
     clip = Clip(
-        Path(audio).name,
+        shared_name(audio),
         samples,
         rate,
         values.T.numpy() if grid else None,
@@ -135,6 +139,24 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
         tuple(elsewhere.values()),
         _predicted_class(model, output),
     )
+
+
+def shared_name(name: str, folder: Optional[str] = None) -> str:
+    """Name of a clip for a report that may be sent to others: without folders of this computer and keys of URLs.
+
+    Args:
+        name (str): path or URL of the clip.
+        folder (str, optional): the folder of its dataset.
+
+    Returns:
+        str: the path in the folder, or the name of the file if it is not in there.
+    """
+    path = urlsplit(name).path if "://" in name else name
+    if folder is not None and "://" not in name:
+        inside = os.path.relpath(path, folder)
+        if not inside.startswith(os.pardir):
+            return inside
+    return re.split(r"[/\\]", path)[-1]
 
 
 def prepare_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
+from ..training.features import shortest_clip
 from ..training.load import load_stream
 from ..training.options import DataOptions
 from ..training.source import open_source
-from .clips import FRAME_SECONDS, ClipReading, load_adapter, prepare_batches, read_clip
+from .clips import FRAME_SECONDS, ClipReading, load_adapter, prepare_batches, read_clip, shared_name
 from .page import write_page
 from .report import expert_report
 from .sections import class_sections, find_peaks, load_section, metrics_section, reading_section
@@ -91,6 +92,7 @@ def inspect_adapter(
         stream = load_stream(
             source, source.split, feature_extractor, options, rows=rows, training=False, needs_length=False
         )
+        stream.extract.min_samples = shortest_clip(model, feature_extractor)
         total = max_clips or (len(stream) if stream.summary else None)
         clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total)
         batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))
@@ -99,7 +101,9 @@ def inspect_adapter(
         )
         facts["Dataset"] = f"{dataset_name}, {split}{f', {rows}' if rows else ''}: {report.num_clips} clips"
         if stream.extract.skipped:
-            notes.append(f"Clips that cannot be used: {'; '.join(stream.extract.skipped)}.")
+            data_folder = dataset if os.path.isdir(dataset) else None
+            skipped = [f"{shared_name(name, data_folder)}: {reason}" for name, reason in stream.extract.skipped]
+            notes.append(f"Clips that cannot be used: {'; '.join(skipped)}.")
     elif reading is not None:
         report = expert_report(model, prepare_batches(model, [reading.inputs]), show_progress=False)
         notes.append("These are numbers of one clip. A dataset shows what holds for the adapter in general.")

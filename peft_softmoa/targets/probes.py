@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -105,6 +105,48 @@ def norms_before(model: nn.Module, widths: Mapping[str, int]) -> dict[str, str]:
                 "the modules around it on tokens. Set it to False, and name the layers to train in `modules_to_save`."
             ) from next(iter(failures), None)
     return {block: found[block] for block in widths}
+
+
+def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]], bool]:
+    """Make a function that tells whether any token comes to a layer from some inputs of the model.
+
+    Args:
+        model (nn.Module): the model; it is neither run nor changed.
+        layer (str): name of the layer.
+
+    Returns:
+        Callable[[Mapping[str, Tensor]], bool]: takes the model's inputs, of which only the shapes matter, and raises
+        what the model raises on the way to the layer.
+    """
+    copied = _meta_copy(model)
+    dtype = next((parameter.dtype for parameter in copied.parameters() if parameter.is_floating_point()), None)
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(find_tokens(args, kwargs))
+
+    copied.get_submodule(layer).register_forward_pre_hook(stop, with_kwargs=True)
+
+    def probe(inputs: Mapping[str, Tensor]) -> bool:
+        shapes = {
+            name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device="meta")
+            for name, value in inputs.items()
+        }
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                copied(**shapes)
+        except _Reached as reached:
+            return reached.tokens.numel() > 0
+        return True
+
+    return probe
+
+
+class _Reached(Exception):
+    """Ends the run of a model at a layer."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
 
 
 def _note_norms(module: nn.Module, name: str, blocks: set[str], width: int, found: dict[str, str]) -> None:

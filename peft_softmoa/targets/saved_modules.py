@@ -90,8 +90,7 @@ def find_fresh(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     """
     modules = {name: each for name, each in _own_modules(model).items() if not isinstance(each, CONTAINERS)}
     # Adapters are loaded from elsewhere.
-    own = {id(each) for module in modules.values() for each in module.parameters(recurse=False)}
-    if not any(_is_loaded(parameter) for parameter in model.parameters() if id(parameter) in own):
+    if not any(_is_loaded(each) for module in modules.values() for each in module.parameters(recurse=False)):
         return {}, []
     fresh: dict[str, nn.Module] = {}
     alone = []

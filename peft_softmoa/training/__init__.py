@@ -11,7 +11,7 @@ from .checkpoints import (
     start_or_resume,
     write_run_state,
 )
-from .features import ExtractFeatures
+from .features import ExtractFeatures, shortest_clip
 from .load import load_stream
 from .loaders import make_eval_loader, make_loader
 from .metrics import Accuracy, MacroF1, classification_metrics
@@ -53,6 +53,7 @@ __all__ = [
     "read_run_state",
     "retry",
     "select_rows",
+    "shortest_clip",
     "spec_augment",
     "start_or_resume",
     "summarize_rows",

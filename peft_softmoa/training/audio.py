@@ -6,9 +6,10 @@ import io
 import math
 import os
 import re
+import stat
 import sys
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, BinaryIO, Optional, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +50,9 @@ def decode_audio(
         np.ndarray: `(samples,)` float32, the mean of all channels.
 
     Raises:
-        AudioError: if the file is missing, unreadable, truncated or empty, or has samples that are not finite.
-        ConnectionError: if a URL cannot be read, after several tries.
+        AudioError: if the file is missing, not a regular file, unreadable, truncated or empty, or has samples that are
+            not finite.
+        OSError: if it is there but cannot be read, such as a URL during an outage, as for `read_url`.
         ImportError: if soundfile or soxr is not installed.
     """
     try:
@@ -59,30 +61,23 @@ def decode_audio(
     except ImportError as error:
         raise ImportError("Decoding audio needs soundfile and soxr: pip install 'peft-softmoa[audio]'") from error
     name, content = name_and_content(audio)
-    try:
-        if content is None and "://" in name:
-            # An outage is an error of its own: else all clips would be skipped as if they were bad.
-            content = read_url(name)
-        elif content is None and max_seconds is None:
-            content = Path(name).read_bytes()
-        with (
-            open(name, "rb") if content is None else io.BytesIO(content) as source,
-            soundfile.SoundFile(source) as file,
-        ):
-            wanted = sys.maxsize if max_seconds is None else math.ceil(max_seconds * file.samplerate)
-            # In blocks: a broken header may declare any length, and memory is not for it to claim.
-            blocks = [file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)]
-            while len(blocks[-1]) and sum(map(len, blocks)) < wanted:
-                blocks.append(file.read(BLOCK_FRAMES, dtype="float32", always_2d=True))
-            samples = np.concatenate(blocks)[:wanted]
-            declared, log, source_rate = file.frames, file.extra_info, file.samplerate
+    # What cannot be read is no bad audio: an outage would have all of it skipped.
+    with _open(name, content, whole=max_seconds is None) as source:
+        try:
+            with soundfile.SoundFile(source) as file:
+                wanted = sys.maxsize if max_seconds is None else math.ceil(max_seconds * file.samplerate)
+                # In blocks: a broken header may declare any length, and memory is not for it to claim.
+                blocks = [file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)]
+                while len(blocks[-1]) and sum(map(len, blocks)) < wanted:
+                    blocks.append(file.read(BLOCK_FRAMES, dtype="float32", always_2d=True))
+                samples = np.concatenate(blocks)[:wanted]
+                declared, log, source_rate = file.frames, file.extra_info, file.samplerate
+        except (ValueError, soundfile.LibsndfileError) as error:
+            raise AudioError(name, f"unreadable ({getattr(error, 'error_string', error)})") from error
         is_truncated = len(samples) < min(declared, wanted)
         if len(samples) < wanted and not is_truncated:  # the file is read to its end
-            is_truncated = _is_truncated(Path(name).read_bytes() if content is None else content, log)
-    except ConnectionError:
-        raise
-    except (OSError, ValueError, soundfile.LibsndfileError) as error:
-        raise AudioError(name, f"unreadable ({getattr(error, 'error_string', error)})") from error
+            source.seek(0)
+            is_truncated = _is_truncated(source.read(), log)
     if is_truncated:
         raise AudioError(name, "truncated")
     if len(samples) == 0:
@@ -110,6 +105,22 @@ def name_and_content(
     if path is None and content is None:
         content = b""
     return path or UNNAMED, content
+
+
+def _open(name: str, content: Optional[bytes], whole: bool) -> BinaryIO:
+    """Open a clip, from memory if its whole content is needed anyway."""
+    path = re.sub("^(file|local)://", "", name)
+    if content is None and "://" in path:
+        content = read_url(path)
+    if content is not None:
+        return io.BytesIO(content)
+    try:
+        # A pipe may never end, and neither does a device such as /dev/zero.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise AudioError(name, "not a regular file")
+        return io.BytesIO(Path(path).read_bytes()) if whole else open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AudioError(name, f"unreadable ({error.strerror})") from error
 
 
 def _is_truncated(content: bytes, log: str) -> bool:

@@ -3,17 +3,93 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
+from peft import PeftModel
+from torch import nn
 from transformers import SequenceFeatureExtractor
 
+from ..targets.placement import find_encoder
+from ..targets.probes import token_probe
 from .audio import AudioError, decode_audio, name_and_content
 from .options import DataOptions
 from .rows import label_name
 
 logger = logging.getLogger(__name__)
+LONGEST_TOKEN = 30  # seconds; no token reads so much
+
+
+class Skipped(NamedTuple):
+    """A clip that cannot be used: its name, such as its path, and what is wrong with it."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def shortest_clip(model: nn.Module, feature_extractor: SequenceFeatureExtractor) -> int:
+    """Find how long a clip must be to give a model one token.
+
+    A copy of the model without weights is run on shapes alone, up to the first layer of its encoder.
+
+    Args:
+        model (nn.Module): the model, with or without an adapter; it is neither run nor changed.
+        feature_extractor (SequenceFeatureExtractor): its feature extractor.
+
+    Returns:
+        int: the smallest number of samples; 1 if the model cannot run so, or has no layers.
+    """
+    extract: Any = feature_extractor
+    name, rate = extract.model_input_names[0], extract.sampling_rate
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        probe = token_probe(base, find_encoder(base)[0].name)
+    except Exception:  # noqa: BLE001 - a foreign model may raise anything
+        return 1
+
+    def is_enough(length: int) -> bool:
+        try:
+            features = extract(np.zeros(length, np.float32), sampling_rate=rate, return_tensors="pt")[name]
+            # Some extractors divide by the deviation over time, which a single frame does not have.
+            return bool(features.isfinite().all()) and probe({name: features})
+        except Exception:  # noqa: BLE001 - so may a foreign feature extractor
+            return False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        enough = 1
+        while not is_enough(enough):
+            if enough > LONGEST_TOKEN * rate:
+                return 1
+            enough *= 2
+        lengths = range(enough // 2 + 1, enough)
+        return enough // 2 + 1 + bisect_left(lengths, True, key=is_enough)
+
+
+def check_length(name: str, length: int, min_samples: int, sampling_rate: int) -> None:
+    """Check that a clip is long enough for the model.
+
+    Args:
+        name (str): the clip, for the error.
+        length (int): its number of samples.
+        min_samples (int): the smallest number that the model takes, from `shortest_clip`.
+        sampling_rate (int): in Hz.
+
+    Raises:
+        AudioError: if it is too short.
+    """
+    if length < min_samples:
+        raise AudioError(
+            name,
+            f"the model does not take its {length / sampling_rate:.3f} s, which is shorter than what one token reads "
+            f"({min_samples / sampling_rate:.3f} s)",
+        )
 
 
 class ExtractFeatures:
@@ -26,6 +102,8 @@ class ExtractFeatures:
             cannot be used. Default: the defaults of `DataOptions`.
         class_names (Sequence[str], optional): names of the classes, if the labels are indices.
         random_crop (bool): cut long clips at a random place, as in training, and not at the start. Default: False.
+        min_samples (int): number of samples below which a clip cannot be used, from `shortest_clip`. `AudioTrainer`
+            sets it for its model. Default: 1.
     """
 
     def __init__(
@@ -36,14 +114,16 @@ class ExtractFeatures:
         *,
         class_names: Optional[Sequence[str]] = None,
         random_crop: bool = False,
+        min_samples: int = 1,
     ) -> None:
         self.feature_extractor: Any = feature_extractor
         self.label_ids = {name: index for index, name in enumerate(label_names)}
         self.options = options or DataOptions()
         self.class_names = class_names
         self.random_crop = random_crop
-        self.skipped: list[str] = []
-        self._warned: set[str] = set()
+        self.min_samples = min_samples
+        self.skipped: list[Skipped] = []
+        self._warned: set[Skipped] = set()
 
     def __call__(self, rows: dict[str, list[Any]], generator: Optional[np.random.Generator] = None) -> dict[str, Any]:
         """Decode the audio and extract the features.
@@ -81,7 +161,7 @@ class ExtractFeatures:
             except AudioError as error:
                 if self.options.on_bad_audio == "raise":
                     raise
-                self.skipped.append(str(error))
+                self.skipped.append(Skipped(error.name, error.reason))
                 continue
             for key, features in inputs.items():
                 batch.setdefault(key, []).append(features[0])
@@ -96,10 +176,14 @@ class ExtractFeatures:
             length = round(seconds * rate)
             start = int(generator.integers(len(waveform) - length + 1)) if self.random_crop else 0
             waveform = waveform[start : start + length]
+        check_length(name, len(waveform), self.min_samples, rate)
         try:
-            return self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
+            features = self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
         except (ValueError, AssertionError) as error:  # torchaudio asserts a minimum length
             raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
+        if not np.isfinite(features[self.feature_extractor.model_input_names[0]]).all():
+            raise AudioError(name, f"features of {len(waveform)} samples are not finite")
+        return features
 
     def warn_of_skipped(self, num_rows: Optional[int] = None) -> None:
         """Name the audio that this pass has skipped in one warning, unless earlier warnings have named all of it.
@@ -109,5 +193,5 @@ class ExtractFeatures:
         """
         if not self._warned.issuperset(self.skipped):
             count = f"{len(self.skipped)}{'' if num_rows is None else f' of {num_rows}'}"
-            logger.warning(f"Skipped {count} audio files that cannot be used: {'; '.join(self.skipped)}")
+            logger.warning(f"Skipped {count} audio files that cannot be used: {'; '.join(map(str, self.skipped))}")
         self._warned.update(self.skipped)

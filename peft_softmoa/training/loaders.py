@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from .streams import AudioStream
+
+# Arguments of a DataLoader that concern the batches. The others concern the workers.
+OF_BATCHES = ("collate_fn", "drop_last", "pin_memory", "pin_memory_device")
 
 
 def make_loader(
@@ -57,20 +61,38 @@ def make_eval_loader(
 ) -> DataLoader[dict[str, Any]]:
     """Make a `DataLoader` that reads each row of a stream once, for evaluation.
 
-    With several processes the first one reads for all, so that `gather_for_metrics` knows which samples it has added to
-    the last batch. There are no workers then: Accelerate would cut their smaller batches.
+    All batches but the last are full, with any number of workers: a loss that is averaged over batches, as by the
+    Trainer, would count small batches as full ones. With several processes the first one reads for all, so that
+    `gather_for_metrics` knows which samples it has added to the last batch.
 
     Args:
         stream (AudioStream): the stream.
         batch_size (int): batch size of each process.
         accelerator (Accelerator): knows the processes and devices.
-        num_workers (int): number of processes that decode, if one process evaluates. Default: 0.
+        num_workers (int): number of processes that decode. Default: 0.
         options: other arguments of `torch.utils.data.DataLoader`.
 
     Returns:
         DataLoader: prepared for evaluation.
     """
-    if accelerator.num_processes == 1:
-        options["num_workers"] = num_workers
-    loader: DataLoader[dict[str, Any]] = accelerator.prepare(DataLoader(stream, batch_size, **options))
+    dataset: IterableDataset[dict[str, Any]] = stream
+    if num_workers:
+        of_batches = {name: options.pop(name) for name in OF_BATCHES if name in options}
+        dataset = _DecodedByWorkers(DataLoader(stream, batch_size, num_workers=num_workers, collate_fn=list, **options))
+        options = of_batches
+    loader: DataLoader[dict[str, Any]] = accelerator.prepare(DataLoader(dataset, batch_size, **options))
     return loader
+
+
+class _DecodedByWorkers(IterableDataset[dict[str, Any]]):
+    """The rows of a stream one by one; each worker ends with a smaller batch of its own."""
+
+    def __init__(self, loader: DataLoader[dict[str, Any]]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for rows in self.loader:
+            yield from rows

@@ -140,7 +140,7 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             if not (worker and epoch):
                 self.extract.warn_of_skipped(self.summary.num_rows if self.summary else None)
         if yielded == 0 and skipped and readers == 1:
-            raise ValueError(f"None of the {len(skipped)} audio files can be used: {'; '.join(skipped)}")
+            raise ValueError(f"None of the {len(skipped)} audio files can be used: {'; '.join(map(str, skipped))}")
         if self.batch_size and num_rows is not None:
             while math.ceil(yielded / self.batch_size) < math.ceil(num_rows / self.batch_size):
                 before = yielded
@@ -151,7 +151,7 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                         yield example
                         yielded += 1
                 if yielded == before:
-                    raise ValueError(f"None of the rows of {self.name} can be used: {'; '.join(skipped)}")
+                    raise ValueError(f"None of the rows of {self.name} can be used: {'; '.join(map(str, skipped))}")
         elif self.batch_size:
             while yielded:
                 epoch += 1

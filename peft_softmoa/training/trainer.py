@@ -15,14 +15,16 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .augment import spec_augment
 from .checkpoints import atomic_checkpoint
+from .features import shortest_clip
 from .loaders import make_eval_loader, make_loader
 from .streams import AudioStream
 
 
 class AudioTrainer(Trainer):
-    """A Trainer with three differences.
+    """A Trainer with four differences.
 
-    Each process reads its own part of a training set that is an `AudioStream`. SpecAugment runs on the batch, on its
+    Each process reads its own part of a training set that is an `AudioStream`. In a stream, clips that are too short to
+    give the model a token are audio that cannot be used. SpecAugment runs on the batch, on its
     device, in training only. A checkpoint appears in the output folder only when it is complete, so training can always
     resume from the newest one.
 
@@ -36,6 +38,7 @@ class AudioTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.mask_frequencies = mask_frequencies
         self.mask_frames = mask_frames
+        self._min_samples: dict[Any, int] = {}  # by feature extractor
         self._checkpoint_folder: Optional[str] = None  # while a checkpoint is written
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -76,14 +79,31 @@ class AudioTrainer(Trainer):
         if self.args.dataloader_num_workers:
             options["persistent_workers"] = self.args.dataloader_persistent_workers
             options["prefetch_factor"] = self.args.dataloader_prefetch_factor
+        self._refuse_short_clips(self.train_dataset)
         return make_loader(self.train_dataset, self._train_batch_size, self.accelerator, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation batches."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        own: Any = self.eval_dataset
+        dataset = own if eval_dataset is None else own[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         if not isinstance(dataset, AudioStream):
             return super().get_eval_dataloader(eval_dataset)
+        self._refuse_short_clips(dataset)
         return make_eval_loader(dataset, self.args.eval_batch_size, self.accelerator, **self._loader_options())
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The batches to predict."""
+        if not isinstance(test_dataset, AudioStream):
+            return super().get_test_dataloader(test_dataset)
+        return self.get_eval_dataloader(test_dataset)
+
+    def _refuse_short_clips(self, stream: AudioStream) -> None:
+        extractor = stream.extract.feature_extractor
+        # FSDP leaves no model to ask after the training has begun.
+        if extractor not in self._min_samples:
+            model: Any = self.model
+            self._min_samples[extractor] = shortest_clip(model, extractor)
+        stream.extract.min_samples = self._min_samples[extractor]
 
     def _loader_options(self) -> dict[str, Any]:
         return {

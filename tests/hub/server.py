@@ -59,12 +59,14 @@ class Fault:
         matches (Callable[[Request], bool]): whether a request is one of them.
         times (int, optional): how often for each method and path. Default: always.
         seconds (float): how long `"slow"` waits. Default: 1.5.
+        headers (dict): headers of a response with a status, such as `Retry-After`.
     """
 
     kind: Union[int, str]
     matches: Callable[[Request], bool]
     times: Optional[int] = None
     seconds: float = 1.5
+    headers: dict[str, str] = field(default_factory=dict)
     seen: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def strikes(self, request: Request) -> bool:
@@ -184,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.respond_for_account(request, body)
         except HubError as error:
             status, code, message = error.args
-            headers = {"X-Error-Code": code, "X-Error-Message": message}
+            headers = {"X-Error-Code": code, "X-Error-Message": message, **(self.fault.headers if self.fault else {})}
             self.send(status, json.dumps({"error": message}).encode(), **headers)
 
     do_GET = do_HEAD = do_POST = respond

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -16,7 +17,7 @@ from transformers import ASTFeatureExtractor, ASTForAudioClassification
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.cli import main
 from peft_softmoa.inspection import Record, expert_report, reading_map
-from peft_softmoa.inspection.clips import ClipReading, mel_frequencies
+from peft_softmoa.inspection.clips import ClipReading, mel_frequencies, shared_name
 from peft_softmoa.inspection.inspect_adapter import inspect_adapter
 from peft_softmoa.inspection.plots import Clip
 from peft_softmoa.inspection.sections import find_peaks
@@ -125,6 +126,39 @@ def test_a_dataset_without_labels(adapter, tones_folder, tmp_path):
     with pytest.raises(ValueError, match="has no column 'label'; its columns are: "):
         inspect_adapter(str(adapter), tmp_path / "out", dataset=str(folder), options=DataOptions())
     assert not list((tmp_path / "out").glob("classes-*.png"))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_report_names_no_folder_of_this_computer(adapter, clip, tmp_path, monkeypatch, relative):
+    """Also not in what says why clips are skipped; it may be sent to others."""
+    data = tmp_path / "home" / "data"
+    (data / "parts").mkdir(parents=True)
+    write_tone(data / "good.wav")
+    (data / "parts" / "noise.wav").write_bytes(b"this is no audio")
+    (tmp_path / "home" / "elsewhere.wav").write_bytes(b"this is no audio")
+    os.mkfifo(data / "pipe.wav")
+    soundfile.write(data / "blip.wav", np.zeros(20), SAMPLING_RATE)
+    names = ["good.wav", "parts/noise.wav", "missing.wav", "pipe.wav", "blip.wav", "../elsewhere.wav"]
+    names.append(str(tmp_path / "home" / "elsewhere.wav"))
+    (data / "metadata.csv").write_text("\n".join(["file_name", *names]))
+    monkeypatch.chdir(tmp_path)
+    dataset = "home/data" if relative else str(data)
+    page = inspect_adapter(str(adapter), tmp_path / "out", dataset=dataset, audio=str(clip)).read_text()
+    [note] = [note for note in report_of(tmp_path / "out")["left_out"] if note.startswith("Clips that cannot be used")]
+    assert [skipped.strip().split(": ")[0] for skipped in note.partition(": ")[2].split("; ")] == [
+        "parts/noise.wav", "missing.wav", "pipe.wav", "blip.wav", "elsewhere.wav", "elsewhere.wav",
+    ]  # fmt: skip
+    assert "missing.wav: unreadable (No such file or directory)" in note and "pipe.wav: not a regular file" in note
+    for text in (page, (tmp_path / "out" / "report.json").read_text()):
+        assert str(tmp_path) not in text and "home" not in text
+
+
+def test_names_that_are_shared():
+    assert shared_name("https://user:password@host/clips/a.wav?key=secret") == "a.wav"
+    assert shared_name("/data/parts/a.wav", "/data/") == "parts/a.wav"
+    assert shared_name("/data2/a.wav", "/data") == shared_name("a.wav") == "a.wav"
+    assert shared_name("C:\\Users\\somebody\\a.wav") == "a.wav"
+    assert shared_name("a clip without a name", "/data") == "a clip without a name"
 
 
 def test_names_with_html_are_text(adapter, tmp_path):
@@ -323,4 +357,15 @@ def test_a_wave_that_is_shorter_than_a_token(tmp_path):
     adapter = save(*FAMILIES["Wav2Vec2"].config(), tmp_path, transformers.Wav2Vec2FeatureExtractor())
     soundfile.write(tmp_path / "short.wav", np.full(3, 0.1), SAMPLING_RATE)
     says = refused(adapter, "--audio", tmp_path / "short.wav", "--output_dir", tmp_path / "out")
-    assert "short.wav: the model does not take its 0.000 s" in says
+    assert "short.wav: the model does not take its 0.000 s, which is shorter than what one token reads" in says
+
+
+def test_a_wave_in_a_dataset_that_is_shorter_than_a_token(tmp_path):
+    adapter = save(*FAMILIES["Wav2Vec2"].config(), tmp_path, transformers.Wav2Vec2FeatureExtractor())
+    soundfile.write(tmp_path / "short.wav", np.full(3, 0.1), SAMPLING_RATE)
+    write_tone(tmp_path / "long.wav")
+    (tmp_path / "metadata.csv").write_text("file_name\nshort.wav\nlong.wav\n")
+    inspect_adapter(adapter, tmp_path / "out", dataset=str(tmp_path))
+    found = report_of(tmp_path / "out")
+    assert found["num_clips"] == 1
+    assert found["left_out"][0].startswith("Clips that cannot be used: short.wav: the model does not take its 0.000 s")

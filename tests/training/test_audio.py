@@ -1,14 +1,15 @@
 """Audio files: what is decoded, and what is an error."""
 
-import io
+import errno
+import os
+from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 import soundfile
 from conftest import SAMPLING_RATE, write_tone
 
-from peft_softmoa.training import AudioError, decode_audio, network
+from peft_softmoa.training import AudioError, decode_audio
 
 FORMATS = [
     ("wav", "PCM_16"),
@@ -103,34 +104,37 @@ def test_a_header_that_claims_all_memory_is_an_error(tmp_path):
         decode_audio(bytes(content), SAMPLING_RATE)
 
 
-def test_remote_audio_is_read_by_its_url(tmp_path):
-    buffer = io.BytesIO()
-    samples = write_tone(buffer, format="WAV", subtype="FLOAT")
-    with fsspec.open("memory://clips/tone.wav", "wb") as file:
-        file.write(buffer.getvalue())
-    assert np.allclose(decode_audio("memory://clips/tone.wav", SAMPLING_RATE), samples)
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("prefix", ["", "file://"])
+@pytest.mark.parametrize("max_seconds", [None, 1.0])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to a pipe"])
+def test_only_regular_files_are_read(tmp_path, kind, max_seconds, prefix):
+    """A pipe without a writer would wait for ever, and /dev/zero fill the memory."""
+    path = tmp_path / "clip.wav"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(AudioError, match="clip.wav: not a regular file"):
+        decode_audio(f"{prefix}{path}", SAMPLING_RATE, max_seconds)
 
 
-def test_a_network_that_fails_is_tried_again(monkeypatch):
-    """An outage is no bad audio: it must not be skipped."""
-    buffer = io.BytesIO()
-    write_tone(buffer, format="WAV")
-    with fsspec.open("memory://clips/again.wav", "wb") as file:
-        file.write(buffer.getvalue())
-    opened, pauses, failures = fsspec.open, [], []
-    monkeypatch.setattr(network.time, "sleep", pauses.append)
+def test_files_have_urls_too(tmp_path):
+    samples = write_tone(tmp_path / "tone.wav", subtype="FLOAT")
+    assert np.allclose(decode_audio(f"file://{tmp_path}/tone.wav", SAMPLING_RATE), samples)
 
-    def flaky(name, mode):
-        if failures:
-            raise failures.pop()
-        return opened(name, mode)
 
-    monkeypatch.setattr(network.fsspec, "open", flaky)
-    failures += [RuntimeError("reset"), TimeoutError()]
-    assert len(decode_audio("memory://clips/again.wav", SAMPLING_RATE)) == 8000
-    assert pauses == [1.0, 2.0]
-    failures += [RuntimeError("reset")] * 6
-    with pytest.raises(ConnectionError, match="again.wav could not be read after 6 tries: .*reset"):
-        decode_audio("memory://clips/again.wav", SAMPLING_RATE)
-    with pytest.raises(AudioError, match="nothing.wav: unreadable"):
-        decode_audio("memory://clips/nothing.wav", SAMPLING_RATE)
+def test_a_disk_that_fails_is_no_bad_audio(tmp_path, monkeypatch):
+    write_tone(tmp_path / "tone.wav")
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error", str(tmp_path / "tone.wav"))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error: '.*tone.wav'"):
+        decode_audio(tmp_path / "tone.wav", SAMPLING_RATE)
