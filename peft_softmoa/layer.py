@@ -244,18 +244,6 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 return parameter.device, parameter.dtype
         return super()._get_base_layer_device_and_dtype(base_layer)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for container in self.adapter_layer_names:
-            for name, parameter in getattr(self, container).named_parameters():
-                given = state_dict.get(f"{prefix}{container}.{name}")
-                if given is not None and given.shape != parameter.shape:
-                    raise ValueError(
-                        f"The adapter does not fit its config: tensor '{prefix}{container}.{name}' has shape "
-                        f"{tuple(given.shape)}, but the config gives {tuple(parameter.shape)}. Load it with the "
-                        "adapter_config.json that it was saved with, onto the base model that it was trained on."
-                    )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Impossible: a ValueError that says why."""
         raise ValueError(CANNOT_MERGE)

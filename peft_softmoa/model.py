@@ -32,6 +32,7 @@ from .targets.heads import base_classes, find_head, fit_head, keep_problem_type,
 from .targets.layers import find_module
 from .targets.placement import choose_targets
 from .targets.probes import block_widths
+from .targets.rollback import Snapshot
 from .targets.saved_modules import count_saved, find_saved, saved_shapes
 
 
@@ -69,6 +70,7 @@ class SoftMoAModel(BaseTuner):
     tuner_layer_cls = SoftMoALayer
     target_module_mapping: dict[str, list[str]] = {}
     peft_config: dict[str, SoftMoAConfig]  # type: ignore[assignment]
+    _before: Optional[Snapshot] = None
 
     def _prepare_adapter_config(self, peft_config: SoftMoAConfig, model_config: dict[str, Any]) -> SoftMoAConfig:
         return peft_config  # its targets depend on more than the model's config
@@ -99,9 +101,8 @@ class SoftMoAModel(BaseTuner):
             expected = saved_shapes(saved, self._head)
             for target, shapes in zip(targets, blocks):
                 expected.update({f"{target}.softmoa_mixture.{tensor}": shape for tensor, shape in shapes.items()})
-            check_shapes(
-                {name_since_0_2(name): shape for name, shape in loaded.items()}, expected, embedding_shapes(model)
-            )
+            current = {_saved_name(name_since_0_2(name), adapter_name=""): shape for name, shape in loaded.items()}
+            check_shapes(current, expected, embedding_shapes(model))
 
     def _create_and_replace(
         self,
@@ -137,10 +138,17 @@ class SoftMoAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if self._head is not None:
-            fit_head(model, adapter_name, self._head)
-        self._add_hooks(model, adapter_name)
+        before = Snapshot(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if self._head is not None:
+                fit_head(model, adapter_name, self._head)
+            self._add_hooks(model, adapter_name)
+        except BaseException:
+            before.restore()
+            raise
+        # Weights are loaded next, which may fail, too.
+        self._before = before if self.peft_config[adapter_name].inference_mode else None
 
     def _add_hooks(self, model: nn.Module, adapter_name: str) -> None:
         """Add the hooks of an adapter; one block of each encoder removes them."""
@@ -281,26 +289,33 @@ class SoftMoAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         current = {name_since_0_2(key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, current)
-        # Any other tensor would replace one of the base model's.
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        others = {f"base_model.model.{name}" for name in embedding_shapes(base)}
-        given = {key for key in remapped if f".modules_to_save.{adapter_name}." not in key} - others
-        expected = {
-            f"{name}.softmoa_mixture.{adapter_name}.{parameter}"
-            for name, layer in model.named_modules()
-            if is_adapted(layer) and adapter_name in layer.softmoa_mixture
-            for parameter, _ in layer.softmoa_mixture[adapter_name].named_parameters()
+        # Any other tensor would replace one of the base model's.
+        given = {
+            _saved_name(key, adapter_name): tuple(tensor.shape)
+            for key, tensor in remapped.items()
+            if f".modules_to_save.{adapter_name}." not in key
         }
-        # FSDP wraps modules, and its state has the names without the wrapping.
-        expected = {key.replace("_fsdp_wrapped_module.", "") for key in expected}
-        for problem, keys in (("lacks", expected - given), ("has, against its config,", given - expected)):
-            if keys:
-                raise ValueError(
-                    f"The adapter does not fit its config: it {problem} {len(keys)} tensors: "
-                    f"{', '.join(sorted(keys)[:4])}{', …' if len(keys) > 4 else ''}. Load it with the "
-                    "adapter_config.json that it was saved with, onto the base model that it was trained on."
-                )
+        expected = {
+            _saved_name(f"{name}.softmoa_mixture.{path}", adapter_name): tuple(parameter.shape)
+            for name, layer in base.named_modules()
+            if is_adapted(layer) and adapter_name in layer.softmoa_mixture
+            for path, parameter in layer.softmoa_mixture[adapter_name].named_parameters()
+        }
+        try:
+            check_shapes(given, expected, embedding_shapes(base))
+        except ValueError:
+            cls._take_back(model, adapter_name)
+            raise
         return remapped
+
+    @staticmethod
+    def _take_back(model: nn.Module, adapter_name: str) -> None:
+        """Remove an adapter that was added to be loaded, and never was."""
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        if isinstance(tuner, SoftMoAModel) and tuner._before is not None:
+            tuner._before.restore()
+            del tuner.peft_config[adapter_name]
 
     def _name_classes(self, enabled: bool = True) -> None:
         """Let the model say the classes of the head that is in use, and its loss."""
@@ -309,6 +324,13 @@ class SoftMoAModel(BaseTuner):
         active = [config for config in active if config.peft_type == SOFTMOA]
         label_names = next((config.label_names for config in active if config.label_names), None)
         name_classes(self.model, label_names, next((each.problem_type for each in active if each.problem_type), None))
+
+
+def _saved_name(key: str, adapter_name: str) -> str:
+    """The name that a tensor of an adapter has in its file, from its name in a model."""
+    # FSDP wraps modules, and its state has the names without the wrapping.
+    name = key.replace("_fsdp_wrapped_module.", "").removeprefix("base_model.model.")
+    return name.replace(f".softmoa_mixture.{adapter_name}.", ".softmoa_mixture.")
 
 
 def _embeddings(model: nn.Module, name: str) -> Optional[nn.Module]:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification, ASTModel, Wav2Vec2Model
 
-from peft_softmoa import SoftMoAConfig, SoftMoALayer
+from peft_softmoa import SoftMoAConfig, SoftMoALayer, SoftMoAModel
 from peft_softmoa.calls.forward_pass import find_passes
 
 
@@ -408,14 +408,55 @@ def test_a_module_in_a_module_to_save_is_refused(tiny_ast, spectrograms):
     with pytest.raises(ValueError, match="'classifier' and also 'classifier.layernorm', which is a part of it"):
         get_peft_model(tiny_ast, SoftMoAConfig(modules_to_save=["classifier", "layernorm"]))
     assert not adapted(tiny_ast)
-    # Such an adapter of an earlier version still loads.
-    get_peft_model(
-        copy.deepcopy(tiny_ast), SoftMoAConfig(modules_to_save=["classifier", "layernorm"], inference_mode=True)
-    )
     names = ["classifier", "audio_spectrogram_transformer.layernorm"]
     model = get_peft_model(tiny_ast, SoftMoAConfig(modules_to_save=names))
     model(spectrograms, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def state_of(model):
+    """All that adding an adapter changes in a base model, apart from values."""
+    modules = {name: (type(module), len(module._forward_hooks)) for name, module in model.named_modules()}
+    gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config = {name: getattr(model.config, name) for name in ("id2label", "label2id", "problem_type")}
+    attributes = sorted(vars(model).keys() - {"_hf_peft_config_loaded"})
+    return modules, gradients, config, attributes, list(getattr(model, "peft_config", ()))
+
+
+@pytest.mark.parametrize("adapters", [0, 1])
+def test_an_adapter_that_fails_while_it_is_added_leaves_nothing(tiny_ast, adapters, spectrograms, monkeypatch):
+    if adapters:
+        model = get_peft_model(tiny_ast, SoftMoAConfig(modules_to_save=["classifier"], label_names=["a", "b"]), "first")
+        output = model.eval()(spectrograms).logits
+    before = state_of(tiny_ast)
+    monkeypatch.setattr(SoftMoAModel, "_add_hooks", lambda *args: 1 / 0)
+    config = SoftMoAConfig(modules_to_save=["classifier"], label_names=["c"], placement="both", train_norms=True)
+    with pytest.raises(ZeroDivisionError):
+        model.add_adapter("second", config) if adapters else get_peft_model(tiny_ast, config)
+    assert state_of(tiny_ast) == before
+    if adapters:
+        assert model.active_adapters == ["first"] and list(model.peft_config) == ["first"]
+        assert torch.equal(model(spectrograms).logits, output)
+
+
+@pytest.mark.parametrize("adapters", [0, 1])
+@pytest.mark.parametrize("given", ["another size", "overlapping modules"])
+def test_an_adapter_that_cannot_be_loaded_leaves_nothing(tiny_ast, base_folder, adapters, given, tmp_path):
+    saved = get_peft_model(ASTForAudioClassification.from_pretrained(base_folder), SoftMoAConfig(r=3))
+    saved.save_pretrained(tmp_path)
+    config = {
+        "another size": SoftMoAConfig(r=2, inference_mode=True),
+        "overlapping modules": SoftMoAConfig(r=3, modules_to_save=["classifier", "layernorm"], inference_mode=True),
+    }[given]
+    if adapters:
+        model = get_peft_model(tiny_ast, SoftMoAConfig(), "first")
+        config.save_pretrained(tmp_path)
+    before = state_of(tiny_ast)
+    with pytest.raises(ValueError):
+        model.load_adapter(tmp_path, "second") if adapters else PeftModel.from_pretrained(
+            tiny_ast, tmp_path, config=config
+        )
+    assert state_of(tiny_ast) == before
 
 
 def test_several_adapters(tiny_ast, spectrograms):
@@ -460,14 +501,17 @@ def saved_adapter(tiny_ast, folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"num_experts": 6}, r"'.*softmoa_mixture.default.router.slots' has shape \(32, 7\).*config gives \(32, 6\)"),
+        (
+            {"num_experts": 6},
+            r"lacks '.*experts.down_weight' of shape \(6, 32, 6\).* has '.*router.slots' of shape \(32, 7\)",
+        ),
         (
             {"r": 7},
-            r"'.*softmoa_mixture.default.experts.down_weight' has shape \(7, 32, 6\).*config gives \(7, 32, 7\)",
+            r"lacks '.*experts.down_weight' of shape \(7, 32, 7\).* has '.*experts.up_weight' of shape \(7, 6, 32\)",
         ),
-        ({"normalize": True}, "lacks 2 tensors: .*softmoa_mixture.default.router.scale"),
-        ({"placement": "both", "target_modules": None}, "lacks 10 tensors: .*mlp.softmoa_mixture"),
-        ({"layers_to_transform": [0]}, "against its config, 5 tensors: .*layers.1.attention"),
+        ({"normalize": True}, "lacks .*softmoa_mixture.router.scale"),
+        ({"placement": "both", "target_modules": None}, "lacks .*mlp.softmoa_mixture"),
+        ({"layers_to_transform": [0]}, "has .*layers.1.attention"),
     ],
 )
 def test_tensors_that_do_not_fit_the_config(tiny_ast, tmp_path, change, message):

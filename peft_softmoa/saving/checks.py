@@ -114,17 +114,14 @@ def check_shapes(
     """Check that an adapter has the tensors that its config asks for, before they are made.
 
     Args:
-        given (mapping): the shape of each tensor that the adapter has, by its name.
-        expected (mapping): the shape of each tensor that it should have, by its name in the base model.
+        given (mapping): the shape of each tensor that the adapter has, by its name in the base model.
+        expected (mapping): the same for those that it should have.
         embeddings (mapping): the same for those that it may have besides.
 
     Raises:
         ValueError: if the adapter lacks tensors or has others.
     """
-    wanted, allowed = (
-        {(f"base_model.model.{name}", shape) for name, shape in each.items()} for each in (expected, embeddings)
-    )
-    has = set(given.items())
+    has, wanted, allowed = (set(each.items()) for each in (given, expected, embeddings))
     problems = [f"it lacks '{name}' of shape {shape}" for name, shape in sorted(wanted - has)]
     problems += [f"it has '{name}' of shape {shape}" for name, shape in sorted(has - wanted - allowed)]
     if problems:

@@ -89,12 +89,14 @@ def find_head(model: nn.Module, saved: Mapping[str, nn.Module], label_names: Opt
     if label_names is None:
         return None
     names = list(base_classes(model).id2label.values())
-    found = [
-        f"{name}.{path}".rstrip(".")
-        for name, module in saved.items()
-        for path, child in module.named_modules()
-        if isinstance(child, nn.Linear) and child.out_features == len(names)
-    ]
+    found = list(
+        dict.fromkeys(
+            f"{name}.{path}".rstrip(".")
+            for name, module in saved.items()
+            for path, child in module.named_modules()
+            if isinstance(child, nn.Linear) and child.out_features == len(names)
+        )
+    )
     # Another layer may happen to be as wide.
     named = [path for path in found if set(path.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
     found = named if len(found) > 1 and named else found

@@ -74,7 +74,7 @@ def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target
             "them: they are drawn at random, differently each time. Adapters that are trained now bring them.",
             stacklevel=2,
         )
-    _check_saved(saved, [target.name for target in targets], not config.inference_mode)
+    _check_saved(saved, [target.name for target in targets])
     return saved
 
 
@@ -181,7 +181,7 @@ def _check_names(model: nn.Module, names: list[str]) -> None:
         raise ValueError(f"`modules_to_save` has names that match no module of the model: {unknown}{why}.")
 
 
-def _check_saved(saved: dict[str, nn.Module], targets: list[str], is_trained: bool) -> None:
+def _check_saved(saved: dict[str, nn.Module], targets: list[str]) -> None:
     """Check that every module that an adapter brings with it would be trained where it is used.
 
     PEFT would train a copy that nothing uses of a module inside another one, and none of a module inside an adapted
@@ -194,7 +194,7 @@ def _check_saved(saved: dict[str, nn.Module], targets: list[str], is_trained: bo
                 "modules in it."
             )
         outer = next((other for other in saved if name.startswith(f"{other}.")), None)
-        if outer is not None and is_trained:  # such adapters of the first version still load
+        if outer is not None:
             raise ValueError(
                 f"`modules_to_save` matches '{outer}' and also '{name}', which is a part of it. Write out the names of "
                 f"the modules that are meant, but not '{name}': it is trained with '{outer}'."

@@ -210,7 +210,7 @@ def test_a_tensor_of_the_base_model_is_no_part_of_a_state_dict(saved):
     from peft import set_peft_model_state_dict
 
     model = PeftModel.from_pretrained(tiny_model(), saved.folder)
-    with pytest.raises(ValueError, match=f"against its config, 1 tensors: {QUERY}"):
+    with pytest.raises(ValueError, match=f"it has '{QUERY.removeprefix('base_model.model.')}'"):
         set_peft_model_state_dict(model, {**saved.tensors, QUERY: torch.ones(8, 8)})
 
 
@@ -274,7 +274,7 @@ def test_heads_with_the_names_of_embeddings(tmp_path, fields):
     SoftMoAConfig(**{**fields, "modules_to_save": None}).save_pretrained(tmp_path)
     tensors["base_model.model.lm_head.weight"] = torch.ones(12, 16)
     save_file(tensors, tmp_path / WEIGHTS)
-    check_refusal(tmp_path, r"it has 'base_model.model.lm_head.weight'", make())
+    check_refusal(tmp_path, r"it has .*'lm_head.weight'", make())
 
 
 def test_resized_text_embeddings_come_with_an_adapter(tmp_path):
