@@ -72,6 +72,7 @@ TRAINING_DEFAULTS = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "logging_strategy": "epoch",
+    "hub_strategy": "end",
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
@@ -208,19 +209,6 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         training_args.output_dir, settings, resume, may_change=("num_train_epochs", "max_steps"), is_main=is_main
     )
     set_seed(training_args.seed)
-    # This script pushes at the end: the Trainer would replace the adapter's card, and write the token into every
-    # checkpoint.
-    push_to_hub, hub_token = training_args.push_to_hub, training_args.hub_token
-    training_args.push_to_hub, training_args.hub_token = False, None
-    repo_id = None
-    if push_to_hub and is_main:  # before training, so that a missing permission shows now
-        repo_id = retry(
-            HfApi(token=hub_token).create_repo,
-            training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
-            private=training_args.hub_private_repo,
-            exist_ok=True,
-        ).repo_id
-
     feature_extractor = retry(
         AutoFeatureExtractor.from_pretrained,
         model_args.feature_extractor_name or model_args.model_name_or_path,
@@ -271,6 +259,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     if model_args.log_experts_steps:
         trainer.add_callback(ExpertUtilizationCallback(trainer, every=model_args.log_experts_steps))
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    # The Trainer has pushed what `--hub_strategy` asks for. The last push is this script's, and has the results.
+    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():  # an interrupted run may leave a broken one
@@ -292,8 +282,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
                     split=f"{split} ({selection})" if selection else split,
                 )
     if trainer.is_world_process_zero():
-        if repo_id:
-            push(training_args.output_dir, repo_id, hub_token)
+        if push_to_hub:
+            push(training_args, trainer.hub_model_id)
         write_run_state(training_args.output_dir, settings, finished=True)
     trainer.accelerator.wait_for_everyone()
     return trainer
@@ -349,10 +339,15 @@ def read_config(path: str, parser: HfArgumentParser) -> list[str]:
     return arguments
 
 
-def push(folder: str, repo_id: str, token: Optional[str]) -> None:
+def push(training_args: TrainingArguments, repo_id: str) -> None:
     """Upload the adapter, its card and its feature extractor, without checkpoints and pickles."""
-    ignored = ["*checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"]
-    retry(HfApi(token=token).upload_folder, repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
+    retry(
+        HfApi(token=training_args.hub_token).upload_folder,
+        repo_id=repo_id,
+        folder_path=training_args.output_dir,
+        ignore_patterns=["checkpoint-*", "_*", "run.json*", "runs/*", "*.bin", "*.pt"],
+        revision=training_args.hub_revision,
+    )
 
 
 if __name__ == "__main__":
