@@ -119,6 +119,10 @@ class ModelArguments:
         metadata={"help": "Id on the Hub or folder of an Audio Spectrogram Transformer."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Dtype of the base model's weights in training; auto is the one in which they are stored."},
+    )
     feature_extractor_name: Optional[str] = field(
         default=None, metadata={"help": "Id or folder of the feature extractor, if it is not the model's."}
     )
@@ -238,6 +242,7 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         revision=model_args.model_revision,
         cache_dir=model_args.cache_dir,
         token=model_args.token,
+        dtype=model_args.dtype,
     )
     config = replace(config, label_names=label_names)
     model = get_peft_model(model, config, revision=model_args.model_revision)

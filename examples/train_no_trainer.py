@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,7 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
     atomic_checkpoint,
+    cast_inputs,
     check_no_shared_rows,
     checkpoint_only_adapters,
     classification_metrics,
@@ -63,6 +64,9 @@ class Arguments:
     dataset_name: str = field(metadata={"help": "Id of a dataset on the Hub, or folder."})
     output_dir: str = field(metadata={"help": "Folder for the adapter and the checkpoints."})
     model_name_or_path: str = "MIT/ast-finetuned-audioset-10-10-0.4593"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Dtype of the base model's weights; auto is the one they are stored in."}
+    )
     train_split_name: str = "train"
     eval_split_name: str = "validation"
     train_rows: Optional[str] = field(default=None, metadata={"help": "Rows to train on, such as fold=1,2,3,4."})
@@ -96,9 +100,11 @@ def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
     model.eval()
     outputs = []
     for batch in loader:
+        batch = cast_inputs(model, batch)
+        labels = batch.pop("labels")
         with torch.no_grad():
-            logits = model(input_values=batch["input_values"]).logits
-        outputs.append(accelerator.gather_for_metrics((logits, batch["labels"])))
+            logits = model(**batch).logits
+        outputs.append(accelerator.gather_for_metrics((logits, labels)))
     logits, labels = (torch.cat(each).cpu().float().numpy() for each in zip(*outputs))
     return classification_metrics(EvalPrediction(logits, labels))
 
@@ -134,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         needs_length=False,
     )
 
-    model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path)
+    model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path, dtype=args.dtype)
     config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
     model = get_peft_model(model, config)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
@@ -166,8 +172,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         loader.set_epoch(epoch)
         done = step % steps_per_epoch * args.gradient_accumulation_steps
         for batch in accelerator.skip_first_batches(loader, done) if done else loader:
+            batch = cast_inputs(model, batch)
             with accelerator.accumulate(model):
-                batch["input_values"] = spec_augment(batch["input_values"], args.mask_frequencies, args.mask_frames)
+                if args.mask_frequencies or args.mask_frames:
+                    batch["input_values"] = spec_augment(batch["input_values"], args.mask_frequencies, args.mask_frames)
                 loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

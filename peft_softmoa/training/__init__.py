@@ -12,6 +12,7 @@ from .checkpoints import (
     write_run_state,
 )
 from .features import ExtractFeatures
+from .inputs import cast_inputs
 from .load import load_stream
 from .loaders import make_eval_loader, make_loader
 from .metrics import Accuracy, MacroF1, classification_metrics
@@ -34,6 +35,7 @@ __all__ = [
     "MacroF1",
     "Source",
     "atomic_checkpoint",
+    "cast_inputs",
     "check_no_shared_rows",
     "checkpoint_only_adapters",
     "class_names",

@@ -20,6 +20,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoi
 from ..saving.publishing import CARD, complete_card
 from .augment import spec_augment
 from .checkpoints import atomic_checkpoint, newest_checkpoint
+from .inputs import cast_inputs
 from .loaders import make_eval_loader, make_loader
 from .network import retry
 from .streams import AudioStream
@@ -35,12 +36,12 @@ class _Token(str):
 
 
 class AudioTrainer(Trainer):
-    """A Trainer with four differences.
+    """A Trainer with some differences.
 
     Each process reads its own part of a training set that is an `AudioStream`. SpecAugment runs on the batch, on its
-    device, in training only. A checkpoint appears in the output folder only when it is complete, so training can always
-    resume from the newest one, also if the folder was moved. Every push has the adapter's card, and no push or
-    checkpoint has the access token.
+    device, in training only. Inputs get the dtype in which the model reads them. A checkpoint appears in the output
+    folder only when it is complete, so training can always resume from the newest one, also if the folder was moved.
+    Every push has the adapter's card, and no push or checkpoint has the access token.
 
     Args:
         args, kwargs: as for `transformers.Trainer`.
@@ -147,6 +148,10 @@ class AudioTrainer(Trainer):
         if isinstance(dataset, AudioStream) and dataset.summary:
             return dataset.summary.num_rows
         return super().num_examples(dataloader)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        model: Any = self.model
+        return cast_inputs(model, super()._prepare_inputs(inputs))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Take a step on a batch, with SpecAugment if `mask_frequencies` or `mask_frames` is set."""

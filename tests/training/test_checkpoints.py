@@ -327,9 +327,7 @@ def test_a_run_that_was_moved_finds_its_best_checkpoint(run_with_a_best_checkpoi
 
 def test_a_best_checkpoint_that_is_missing(run_with_a_best_checkpoint, tmp_path):
     shutil.rmtree(tmp_path / "first" / "checkpoint-1")
-    with pytest.raises(
-        ValueError, match="The best checkpoint .*checkpoint-1', is missing.*leave out --load_best_model"
-    ):
+    with pytest.raises(ValueError, match="The best checkpoint .*checkpoint-1', is missing.*leave out --load_best"):
         main(run_with_a_best_checkpoint(tmp_path / "first"))
 
 
