@@ -27,8 +27,9 @@ from typing import Any, Literal, Optional
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
@@ -37,6 +38,7 @@ from transformers import (
     set_seed,
 )
 
+from peft_softmoa import SoftMoAConfig
 from peft_softmoa.arguments import AdapterArguments, make_config
 from peft_softmoa.inspection import ExpertUtilizationCallback
 from peft_softmoa.saving.card import add_results
@@ -47,8 +49,11 @@ from peft_softmoa.training import (
     check_no_shared_rows,
     classification_metrics,
     collect_options,
+    fingerprint_config,
+    fingerprint_weights,
     flag_names,
     load_stream,
+    lock_run,
     name_flags,
     option,
     retry,
@@ -204,14 +209,19 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     for name in ("save_only_model", "ignore_data_skip"):
         if getattr(training_args, name):
             raise ValueError(f"With --{name} an interrupted run could not resume as it was: leave it out.")
-    settings = settings_of(model_args, data_args, adapter_args, training_args)
-    resume = training_args.resume_from_checkpoint
-    if resume and str(resume).lower() in ("true", "false"):
-        resume = str(resume).lower() == "true"
-    is_main = training_args.process_index == 0
-    checkpoint = start_or_resume(
-        training_args.output_dir, settings, resume, may_change=("num_train_epochs", "max_steps"), is_main=is_main
-    )
+    with lock_run(training_args.output_dir, is_main=training_args.process_index == 0):
+        return train(model_args, data_args, adapter_args, training_args, config, parts)
+
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    adapter_args: AdapterArguments,
+    training_args: TrainingArguments,
+    config: SoftMoAConfig,
+    parts: dict[str, tuple[str, Optional[str]]],
+) -> AudioTrainer:
+    """Train on the first of the parts, which are splits and selections of rows, and evaluate on the others."""
     set_seed(training_args.seed)
     feature_extractor = retry(
         AutoFeatureExtractor.from_pretrained,
@@ -248,6 +258,19 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     model = get_peft_model(model, config, revision=model_args.model_revision)
     if training_args.should_log:
         model.print_trainable_parameters()
+    settings = settings_of(model_args, data_args, adapter_args, training_args)
+    settings |= fingerprints(model, feature_extractor, streams, training_args.load_best_model_at_end)
+    [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them
+    resume = training_args.resume_from_checkpoint
+    if resume and str(resume).lower() in ("true", "false"):
+        resume = str(resume).lower() == "true"
+    checkpoint = start_or_resume(
+        training_args.output_dir,
+        settings,
+        resume,
+        may_change=("num_train_epochs", "max_steps"),
+        is_main=training_args.process_index == 0,
+    )
 
     trainer = AudioTrainer(
         model=model,
@@ -307,7 +330,22 @@ def settings_of(
         "num_processes": training_args.world_size,
         "distributed_type": str(training_args.distributed_state.distributed_type),
     }
-    return {name: value for name, value in settings.items() if name not in OTHER}
+    # What chooses the best checkpoint affects the result.
+    evaluation = ("eval_split_name", "eval_rows") if training_args.load_best_model_at_end else ()
+    return {name: value for name, value in settings.items() if name not in OTHER or name in evaluation}
+
+
+def fingerprints(
+    model: PeftModel, feature_extractor: Any, streams: dict[str, AudioStream], evaluation_counts: bool
+) -> dict[str, str]:
+    """What must stay the same under the same names: the base model, and the rows with their audio."""
+    parts = ("training", "evaluation") if evaluation_counts else ("training",)
+    return {
+        "base_weights": fingerprint_weights(model),
+        "base_config": fingerprint_config(model.config),
+        "feature_extractor": fingerprint_config(feature_extractor),
+        **{f"{part}_{what}": value for part in parts for what, value in streams[part].fingerprint.items()},
+    }
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:

@@ -17,7 +17,7 @@ from typing import Literal, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
@@ -35,12 +35,16 @@ from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
     atomic_checkpoint,
     cast_inputs,
+    check_classes,
     check_no_shared_rows,
     checkpoint_only_adapters,
     classification_metrics,
     collect_options,
+    fingerprint_config,
+    fingerprint_weights,
     flag_names,
     load_stream,
+    lock_run,
     make_eval_loader,
     make_loader,
     name_flags,
@@ -120,9 +124,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     evaluation = (args.eval_split_name, args.eval_rows)
     check_no_shared_rows({"training": (args.train_split_name, args.train_rows), "evaluation": evaluation})
-    settings = {name: value for name, value in vars(args).items() if name not in OTHER}
-    settings.update({name: str(getattr(accelerator, name)) for name in SETTINGS})
-    checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
+    with lock_run(args.output_dir, is_main=accelerator.is_main_process):
+        return train(args, accelerator)
+
+
+def train(args: Arguments, accelerator: Accelerator) -> dict[str, float]:
     set_seed(args.seed)
 
     extractor = retry(AutoFeatureExtractor.from_pretrained, args.model_name_or_path)
@@ -143,6 +149,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path, dtype=args.dtype)
     config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
     model = get_peft_model(model, config)
+    check_classes({"training": train_stream, "evaluation": eval_stream}, model)
+    settings = {name: value for name, value in vars(args).items() if name not in OTHER}
+    settings.update({name: str(getattr(accelerator, name)) for name in SETTINGS})
+    settings.update({f"training_{what}": value for what, value in train_stream.fingerprint.items()})
+    settings.update(base_weights=fingerprint_weights(model), base_config=fingerprint_config(model.config))
+    settings["feature_extractor"] = fingerprint_config(extractor)
+    [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them
+    checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
     groups: list[dict] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
     for name, parameter in model.named_parameters():

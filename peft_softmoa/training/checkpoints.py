@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 STAGING = "_unfinished-checkpoint"
 LATER = "_later-"
 RUN_STATE = "run.json"
+LOCK = "_lock"
 # In a checkpoint of Accelerate: the adapter.
 ADAPTER = "adapter.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -85,6 +87,38 @@ def atomic_checkpoint(
             f"{name} could not be saved in '{output_dir}': {error}. The newest checkpoint is still {newest or 'none'}. "
             "Make room if the disk is full, and run the same command again: it resumes from there."
         ) from error
+
+
+@contextmanager
+def lock_run(output_dir: Union[str, os.PathLike[str]], is_main: bool = True) -> Iterator[None]:
+    """Keep an output folder to one run; a process that ends, in whatever way, gives it free.
+
+    Args:
+        output_dir (str or PathLike): the output folder; it is created.
+        is_main (bool): whether this process locks the folder; one of several does. Default: True.
+
+    Yields:
+        None: while the folder is locked.
+
+    Raises:
+        ValueError: if another run has locked the folder.
+    """
+    if not is_main:
+        yield
+        return
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(output_dir, LOCK), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Another run writes into the output folder '{output_dir}' now. Wait until it ends, or choose another "
+            "`output_dir`."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def start_or_resume(

@@ -20,6 +20,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoi
 from ..saving.publishing import CARD, complete_card
 from .augment import spec_augment
 from .checkpoints import atomic_checkpoint, newest_checkpoint
+from .classes import check_classes
 from .inputs import cast_inputs
 from .loaders import make_eval_loader, make_loader
 from .network import retry
@@ -39,7 +40,8 @@ class AudioTrainer(Trainer):
     """A Trainer with some differences.
 
     Each process reads its own part of a training set that is an `AudioStream`. SpecAugment runs on the batch, on its
-    device, in training only. Inputs get the dtype in which the model reads them. A checkpoint appears in the output
+    device, in training only. Inputs get the dtype in which the model reads them. All
+    streams and the model must have the same classes. A checkpoint appears in the output
     folder only when it is complete, so training can always resume from the newest one, also if the folder was moved.
     Every push has the adapter's card, and no push or checkpoint has the access token.
 
@@ -56,6 +58,7 @@ class AudioTrainer(Trainer):
         self._checkpoint_folder: Optional[str] = None  # while a checkpoint is written
         if self.args.hub_token:
             self.args.hub_token = _Token(self.args.hub_token)
+        self._check_classes()
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as `transformers.Trainer` does, but without a further step if the checkpoint has all of them.
@@ -117,6 +120,7 @@ class AudioTrainer(Trainer):
             raise ValueError(
                 "An AudioStream keeps its last batches, even small ones: leave out `dataloader_drop_last`."
             )
+        self._check_classes()
         options = self._loader_options()
         if self.args.dataloader_num_workers:
             options["persistent_workers"] = self.args.dataloader_persistent_workers
@@ -125,10 +129,27 @@ class AudioTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The evaluation batches."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        known: Any = self.eval_dataset
+        dataset = known if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):  # one of several
+            dataset = known[dataset]
         if not isinstance(dataset, AudioStream):
             return super().get_eval_dataloader(eval_dataset)
+        self._check_classes(evaluation=dataset)
         return make_eval_loader(dataset, self.args.eval_batch_size, self.accelerator, **self._loader_options())
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """The batches of a prediction."""
+        if not isinstance(test_dataset, AudioStream):
+            return super().get_test_dataloader(test_dataset)
+        self._check_classes(test=test_dataset)
+        return make_eval_loader(test_dataset, self.args.eval_batch_size, self.accelerator, **self._loader_options())
+
+    def _check_classes(self, **more: Any) -> None:
+        """Check that all streams and the model have the same classes, also those of an adapter that is active now."""
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"evaluation": self.eval_dataset}
+        model: Any = self.model
+        check_classes({"training": self.train_dataset, **several, **more}, model)
 
     def _loader_options(self) -> dict[str, Any]:
         return {
