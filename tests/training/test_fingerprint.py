@@ -214,7 +214,6 @@ def test_a_second_run_in_the_folder_is_refused(base_folder, tones_folder, tmp_pa
             ValueError, match="Another run writes into the output folder .* or choose another --output_dir"
         ):
             main(options)
-        index = options.index("--report_to")
         plain = training_options(base_folder, tones_folder, folder)
         plain = plain[: plain.index("--report_to")] + plain[plain.index("--report_to") + 2 :]
         with pytest.raises(ValueError, match="Another run writes into the output folder"):
