@@ -70,7 +70,9 @@ def load(adapter: str, base_model: Optional[str] = None) -> tuple[nn.Module, Seq
     if base is None:
         sys.exit(f"'{adapter}' does not say which base model it is for: give --base_model.")
     revision = {"revision": config.revision} if config.revision and not base_model else {}
-    model = PeftModel.from_pretrained(AutoModelForAudioClassification.from_pretrained(base, **revision), adapter)
+    # In float32, however it is stored: the tolerance is below what half precision can tell apart.
+    model = AutoModelForAudioClassification.from_pretrained(base, dtype="float32", **revision)
+    model = PeftModel.from_pretrained(model, adapter)
     try:
         extractor = AutoFeatureExtractor.from_pretrained(adapter)
     except OSError:  # an adapter need not have one

@@ -27,8 +27,9 @@ from typing import Any, Literal, Optional
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
@@ -37,6 +38,7 @@ from transformers import (
     set_seed,
 )
 
+from peft_softmoa import SoftMoAConfig
 from peft_softmoa.arguments import AdapterArguments, make_config
 from peft_softmoa.inspection import ExpertUtilizationCallback
 from peft_softmoa.saving.card import add_results
@@ -47,8 +49,11 @@ from peft_softmoa.training import (
     check_no_shared_rows,
     classification_metrics,
     collect_options,
+    fingerprint_config,
+    fingerprint_weights,
     flag_names,
     load_stream,
+    lock_run,
     name_flags,
     option,
     retry,
@@ -72,6 +77,7 @@ TRAINING_DEFAULTS = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "logging_strategy": "epoch",
+    "hub_strategy": "end",
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
@@ -118,6 +124,10 @@ class ModelArguments:
         metadata={"help": "Id on the Hub or folder of an Audio Spectrogram Transformer."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Dtype of the base model's weights in training; auto is the one in which they are stored."},
+    )
     feature_extractor_name: Optional[str] = field(
         default=None, metadata={"help": "Id or folder of the feature extractor, if it is not the model's."}
     )
@@ -199,28 +209,20 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     for name in ("save_only_model", "ignore_data_skip"):
         if getattr(training_args, name):
             raise ValueError(f"With --{name} an interrupted run could not resume as it was: leave it out.")
-    settings = settings_of(model_args, data_args, adapter_args, training_args)
-    resume = training_args.resume_from_checkpoint
-    if resume and str(resume).lower() in ("true", "false"):
-        resume = str(resume).lower() == "true"
-    is_main = training_args.process_index == 0
-    checkpoint = start_or_resume(
-        training_args.output_dir, settings, resume, may_change=("num_train_epochs", "max_steps"), is_main=is_main
-    )
-    set_seed(training_args.seed)
-    # This script pushes at the end: the Trainer would replace the adapter's card, and write the token into every
-    # checkpoint.
-    push_to_hub, hub_token = training_args.push_to_hub, training_args.hub_token
-    training_args.push_to_hub, training_args.hub_token = False, None
-    repo_id = None
-    if push_to_hub and is_main:  # before training, so that a missing permission shows now
-        repo_id = retry(
-            HfApi(token=hub_token).create_repo,
-            training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
-            private=training_args.hub_private_repo,
-            exist_ok=True,
-        ).repo_id
+    with lock_run(training_args.output_dir, is_main=training_args.process_index == 0):
+        return train(model_args, data_args, adapter_args, training_args, config, parts)
 
+
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    adapter_args: AdapterArguments,
+    training_args: TrainingArguments,
+    config: SoftMoAConfig,
+    parts: dict[str, tuple[str, Optional[str]]],
+) -> AudioTrainer:
+    """Train on the first of the parts, which are splits and selections of rows, and evaluate on the others."""
+    set_seed(training_args.seed)
     feature_extractor = retry(
         AutoFeatureExtractor.from_pretrained,
         model_args.feature_extractor_name or model_args.model_name_or_path,
@@ -250,11 +252,25 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
         revision=model_args.model_revision,
         cache_dir=model_args.cache_dir,
         token=model_args.token,
+        dtype=model_args.dtype,
     )
     config = replace(config, label_names=label_names)
     model = get_peft_model(model, config, revision=model_args.model_revision)
     if training_args.should_log:
         model.print_trainable_parameters()
+    settings = settings_of(model_args, data_args, adapter_args, training_args)
+    settings |= fingerprints(model, feature_extractor, streams, training_args.load_best_model_at_end)
+    [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them
+    resume = training_args.resume_from_checkpoint
+    if resume and str(resume).lower() in ("true", "false"):
+        resume = str(resume).lower() == "true"
+    checkpoint = start_or_resume(
+        training_args.output_dir,
+        settings,
+        resume,
+        may_change=("num_train_epochs", "max_steps"),
+        is_main=training_args.process_index == 0,
+    )
 
     trainer = AudioTrainer(
         model=model,
@@ -271,6 +287,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
     if model_args.log_experts_steps:
         trainer.add_callback(ExpertUtilizationCallback(trainer, every=model_args.log_experts_steps))
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    # The Trainer has pushed what `--hub_strategy` asks for. The last push is this script's, and has the results.
+    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():  # an interrupted run may leave a broken one
@@ -292,8 +310,8 @@ def main(arguments: Optional[list[str]] = None) -> AudioTrainer:
                     split=f"{split} ({selection})" if selection else split,
                 )
     if trainer.is_world_process_zero():
-        if repo_id:
-            push(training_args.output_dir, repo_id, hub_token)
+        if push_to_hub:
+            push(training_args, trainer.hub_model_id)
         write_run_state(training_args.output_dir, settings, finished=True)
     trainer.accelerator.wait_for_everyone()
     return trainer
@@ -312,7 +330,22 @@ def settings_of(
         "num_processes": training_args.world_size,
         "distributed_type": str(training_args.distributed_state.distributed_type),
     }
-    return {name: value for name, value in settings.items() if name not in OTHER}
+    # What chooses the best checkpoint affects the result.
+    evaluation = ("eval_split_name", "eval_rows") if training_args.load_best_model_at_end else ()
+    return {name: value for name, value in settings.items() if name not in OTHER or name in evaluation}
+
+
+def fingerprints(
+    model: PeftModel, feature_extractor: Any, streams: dict[str, AudioStream], evaluation_counts: bool
+) -> dict[str, str]:
+    """What must stay the same under the same names: the base model, and the rows with their audio."""
+    parts = ("training", "evaluation") if evaluation_counts else ("training",)
+    return {
+        "base_weights": fingerprint_weights(model),
+        "base_config": fingerprint_config(model.config),
+        "feature_extractor": fingerprint_config(feature_extractor),
+        **{f"{part}_{what}": value for part in parts for what, value in streams[part].fingerprint.items()},
+    }
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:
@@ -349,10 +382,15 @@ def read_config(path: str, parser: HfArgumentParser) -> list[str]:
     return arguments
 
 
-def push(folder: str, repo_id: str, token: Optional[str]) -> None:
+def push(training_args: TrainingArguments, repo_id: str) -> None:
     """Upload the adapter, its card and its feature extractor, without checkpoints and pickles."""
-    ignored = ["*checkpoint-*", "unfinished-*", "run.json*", "runs/*", "*.bin", "*.pt"]
-    retry(HfApi(token=token).upload_folder, repo_id=repo_id, folder_path=folder, ignore_patterns=ignored)
+    retry(
+        HfApi(token=training_args.hub_token).upload_folder,
+        repo_id=repo_id,
+        folder_path=training_args.output_dir,
+        ignore_patterns=["checkpoint-*", "_*", "run.json*", "runs/*", "*.bin", "*.pt"],
+        revision=training_args.hub_revision,
+    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
@@ -34,12 +34,17 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
     atomic_checkpoint,
+    cast_inputs,
+    check_classes,
     check_no_shared_rows,
     checkpoint_only_adapters,
     classification_metrics,
     collect_options,
+    fingerprint_config,
+    fingerprint_weights,
     flag_names,
     load_stream,
+    lock_run,
     make_eval_loader,
     make_loader,
     name_flags,
@@ -64,6 +69,9 @@ class Arguments:
     dataset_name: str = field(metadata={"help": "Id of a dataset on the Hub, or folder."})
     output_dir: str = field(metadata={"help": "Folder for the adapter and the checkpoints."})
     model_name_or_path: str = "MIT/ast-finetuned-audioset-10-10-0.4593"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Dtype of the base model's weights; auto is the one they are stored in."}
+    )
     train_split_name: str = "train"
     eval_split_name: str = "validation"
     train_rows: Optional[str] = field(default=None, metadata={"help": "Rows to train on, such as fold=1,2,3,4."})
@@ -97,9 +105,11 @@ def evaluate(model, loader, accelerator: Accelerator) -> dict[str, float]:
     model.eval()
     outputs = []
     for batch in loader:
+        batch = cast_inputs(model, batch)
+        labels = batch.pop("labels")
         with torch.no_grad():
-            logits = model(input_values=batch["input_values"]).logits
-        outputs.append(accelerator.gather_for_metrics((logits, batch["labels"])))
+            logits = model(**batch).logits
+        outputs.append(accelerator.gather_for_metrics((logits, labels)))
     logits, labels = (torch.cat(each).cpu().float().numpy() for each in zip(*outputs))
     return classification_metrics(EvalPrediction(logits, labels))
 
@@ -115,9 +125,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     evaluation = (args.eval_split_name, args.eval_rows)
     check_no_shared_rows({"training": (args.train_split_name, args.train_rows), "evaluation": evaluation})
-    settings = {name: value for name, value in vars(args).items() if name not in OTHER}
-    settings.update({name: str(getattr(accelerator, name)) for name in SETTINGS})
-    checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
+    with lock_run(args.output_dir, is_main=accelerator.is_main_process):
+        return train(args, accelerator)
+
+
+def train(args: Arguments, accelerator: Accelerator) -> dict[str, float]:
     set_seed(args.seed)
 
     extractor = retry(AutoFeatureExtractor.from_pretrained, args.model_name_or_path)
@@ -135,11 +147,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         needs_length=False,
     )
 
-    model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path)
+    model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path, dtype=args.dtype)
     config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
     model = get_peft_model(model, config)
     for stream in (train_stream, eval_stream):
         stream.extract.min_samples = shortest_clip(model, extractor)
+    check_classes({"training": train_stream, "evaluation": eval_stream}, model)
+    settings = {name: value for name, value in vars(args).items() if name not in OTHER}
+    settings.update({name: str(getattr(accelerator, name)) for name in SETTINGS})
+    settings.update({f"training_{what}": value for what, value in train_stream.fingerprint.items()})
+    settings.update(base_weights=fingerprint_weights(model), base_config=fingerprint_config(model.config))
+    settings["feature_extractor"] = fingerprint_config(extractor)
+    [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them
+    checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
     groups: list[dict] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
     for name, parameter in model.named_parameters():
@@ -169,8 +189,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         loader.set_epoch(epoch)
         done = step % steps_per_epoch * args.gradient_accumulation_steps
         for batch in accelerator.skip_first_batches(loader, done) if done else loader:
+            batch = cast_inputs(model, batch)
             with accelerator.accumulate(model):
-                batch["input_values"] = spec_augment(batch["input_values"], args.mask_frequencies, args.mask_frames)
+                if args.mask_frequencies or args.mask_frames:
+                    batch["input_values"] = spec_augment(batch["input_values"], args.mask_frequencies, args.mask_frames)
                 loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

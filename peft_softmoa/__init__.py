@@ -5,6 +5,7 @@ from .config import SoftMoAConfig
 from .layer import SoftMoALayer, rescale_adapter_scale
 from .model import SoftMoAModel
 from .registration import register, rename_first_containers
+from .saving.publishing import complete_pushed_cards
 from .targets.description import count_parameters, describe_targets
 
 __version__ = "0.2.0"
@@ -20,3 +21,4 @@ __all__ = [
 
 register(SoftMoAConfig, SoftMoAModel)
 rename_first_containers()
+complete_pushed_cards()

@@ -13,6 +13,7 @@ from accelerate import data_loader
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import PreTrainedModel, Trainer
+from transformers.utils.hub import PushToHubMixin
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "peft_softmoa"
@@ -67,13 +68,16 @@ GUARDS = {
     },
     torch._C: {"_current_graph_task_id": "calls/test_checkpointing.py::test_gradients_are_the_same"},
     Trainer: {
+        "_finish_current_push": "hub/test_trainer_push.py::test_a_slow_hub_gets_every_checkpoint_before_it_is_removed",
         "_get_output_dir": "training/test_checkpoints.py::test_a_checkpoint_is_whole_or_not_there",
         "_load_from_checkpoint": "training/test_checkpoints.py::test_a_run_that_lacks_only_its_end_trains_no_more",
         "_prepare_inputs": "inspection/test_callback.py::test_a_step_has_the_metrics_of_all_its_batches",
+        "_push_from_checkpoint": "hub/test_trainer_push.py::test_each_strategy_gives_what_the_plain_trainer_gives",
         "_save_checkpoint": "training/test_checkpoints.py::test_a_checkpoint_is_whole_or_not_there",
         "_train_batch_size": "training/test_checkpoints.py::test_small_last_batches_are_kept",
     },
     PreTrainedModel: {"_from_config": "test_cli.py::test_the_model_has_no_weights"},
+    PushToHubMixin: {"_upload_modified_files": "hub/test_trainer_push.py::test_the_card_of_a_model_that_pushes_itself"},
     data_loader: {"_is_accelerate_prepared": "training/test_streams.py::test_the_loader_is_prepared_once"},
 }
 LISTED = {name for names in GUARDS.values() for name in names}

@@ -26,6 +26,7 @@ from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
 from ..training.audio import AudioError, decode_audio
 from ..training.features import check_length, shortest_clip
+from ..training.inputs import cast_inputs
 from .clip_plots import Clip
 from .maps import ReadingMap, reading_map
 from .records import Record, record_routing
@@ -170,17 +171,14 @@ def prepare_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> I
         dict[str, Any]: inputs of the model.
     """
     config: Any = model.config
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    device = next(model.parameters()).device
     start = getattr(config, "decoder_start_token_id", None)
     writes = getattr(config, "is_encoder_decoder", False) and hasattr(model, "prepare_inputs_for_generation")
     for batch in batches:
-        moved = {
-            name: value.to(weight.device, model.dtype if value.is_floating_point() else value.dtype)
-            for name, value in batch.items()
-        }
+        moved = {name: value.to(device) for name, value in cast_inputs(model, batch).items()}
         if writes and start is not None:
             first = next(iter(moved.values()))
-            moved["decoder_input_ids"] = torch.full((len(first), 1), start, device=weight.device)
+            moved["decoder_input_ids"] = torch.full((len(first), 1), start, device=device)
         yield moved
 
 

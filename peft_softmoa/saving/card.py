@@ -1,6 +1,6 @@
 """The model card of an adapter: what it is and how to load it.
 
-PEFT writes a card of its own before it saves the adapter's config. A card that is still PEFT's empty form is replaced;
+PEFT writes a card of its own before it saves the adapter's config. A card that is still an empty form is replaced;
 one that somebody has written keeps its text and gets the section at its end.
 """
 
@@ -142,8 +142,9 @@ def _with_section(text: str, heading: str, section: str) -> str:
 
 
 def _own_words(text: str) -> list[str]:
-    """Lines of a card, but for the versions that PEFT puts at its end."""
-    return [line for line in text.partition("### Framework versions")[0].splitlines() if line.strip()]
+    """Lines of a card, but for the versions that PEFT puts at its end, and what transformers says of its empty form."""
+    lines = text.partition("### Framework versions")[0].splitlines()
+    return [line for line in lines if line.strip() and "card has been automatically generated" not in line]
 
 
 def _section(config: dict[str, Any]) -> str:

@@ -6,12 +6,16 @@ from .callbacks import LogRouterLoss
 from .checkpoints import (
     atomic_checkpoint,
     checkpoint_only_adapters,
+    lock_run,
     newest_checkpoint,
     read_run_state,
     start_or_resume,
     write_run_state,
 )
+from .classes import check_classes
 from .features import ExtractFeatures, shortest_clip
+from .fingerprint import fingerprint_config, fingerprint_weights
+from .inputs import cast_inputs
 from .load import load_stream
 from .loaders import make_eval_loader, make_loader
 from .metrics import Accuracy, MacroF1, classification_metrics
@@ -34,15 +38,20 @@ __all__ = [
     "MacroF1",
     "Source",
     "atomic_checkpoint",
+    "cast_inputs",
+    "check_classes",
     "check_no_shared_rows",
     "checkpoint_only_adapters",
     "class_names",
     "classification_metrics",
     "collect_options",
     "decode_audio",
+    "fingerprint_config",
+    "fingerprint_weights",
     "flag_names",
     "load_rows",
     "load_stream",
+    "lock_run",
     "make_eval_loader",
     "make_loader",
     "name_flags",

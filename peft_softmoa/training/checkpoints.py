@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# In the output folder: a checkpoint while it is written, and the state of the run.
-STAGING = "unfinished-checkpoint"
+# In the output folder: a checkpoint while it is written, those after one that a run went back to, and the state of the
+# run. The Trainer's pushes leave out what begins with an underscore.
+STAGING = "_unfinished-checkpoint"
+LATER = "_later-"
 RUN_STATE = "run.json"
+LOCK = "_lock"
 # In a checkpoint of Accelerate: the adapter.
 ADAPTER = "adapter.safetensors"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -85,6 +89,38 @@ def atomic_checkpoint(
         ) from error
 
 
+@contextmanager
+def lock_run(output_dir: Union[str, os.PathLike[str]], is_main: bool = True) -> Iterator[None]:
+    """Keep an output folder to one run; a process that ends, in whatever way, gives it free.
+
+    Args:
+        output_dir (str or PathLike): the output folder; it is created.
+        is_main (bool): whether this process locks the folder; one of several does. Default: True.
+
+    Yields:
+        None: while the folder is locked.
+
+    Raises:
+        ValueError: if another run has locked the folder.
+    """
+    if not is_main:
+        yield
+        return
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(output_dir, LOCK), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Another run writes into the output folder '{output_dir}' now. Wait until it ends, or choose another "
+            "`output_dir`."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def start_or_resume(
     output_dir: Union[str, os.PathLike[str]],
     settings: Mapping[str, Any],
@@ -101,8 +137,8 @@ def start_or_resume(
         output_dir (str or PathLike): the output folder.
         settings (mapping): the settings that must stay the same, as JSON.
         resume_from_checkpoint (str or bool, optional): a checkpoint in this folder, or True for the newest, to train a
-            finished run longer or to go back; later checkpoints are renamed to `later-checkpoint-…`. False starts a run
-            and never resumes one. Default: resume an interrupted run, otherwise start.
+            finished run longer or to go back; later checkpoints are renamed to `_later-checkpoint-…`. False starts a
+            run and never resumes one. Default: resume an interrupted run, otherwise start.
         may_change (collection of str): names of settings that may change if `resume_from_checkpoint` is given, such as
             the number of epochs. Default: none.
         is_main (bool): whether this process writes; one of several does. Default: True.
@@ -149,7 +185,8 @@ def start_or_resume(
                 f"{', or train it longer with `resume_from_checkpoint=True`' if may_change else ''}."
             )
     # A command that went back to an earlier checkpoint resumes from the newest one when it runs again.
-    goes_back = isinstance(resume, str) and not (state and state.get("resume") == resume and not state["finished"])
+    name = Path(resume).name if isinstance(resume, str) else resume  # the folder may have been moved
+    goes_back = isinstance(resume, str) and not (state and state.get("resume") == name and not state["finished"])
     checkpoint = str(resume) if goes_back else newest_checkpoint(output_dir)
     if resume and (checkpoint is None or not os.path.isdir(checkpoint)):
         raise ValueError(
@@ -159,9 +196,9 @@ def start_or_resume(
         if goes_back and checkpoint:
             for later in _checkpoints(output_dir):
                 if _step(later) > _step(checkpoint):
-                    shutil.rmtree(later.with_name(f"later-{later.name}"), ignore_errors=True)
-                    os.replace(later, later.with_name(f"later-{later.name}"))
-        write_run_state(output_dir, settings, finished=False, resume_from_checkpoint=resume)
+                    shutil.rmtree(later.with_name(f"{LATER}{later.name}"), ignore_errors=True)
+                    os.replace(later, later.with_name(f"{LATER}{later.name}"))
+        write_run_state(output_dir, settings, finished=False, resume_from_checkpoint=name)
     return checkpoint
 
 
@@ -192,7 +229,8 @@ def write_run_state(
         output_dir (str or PathLike): the output folder; it is created.
         settings (mapping): the settings that must stay the same, as JSON.
         finished (bool): whether all of the run is saved.
-        resume_from_checkpoint (str or bool, optional): as the run got it. Default: None.
+        resume_from_checkpoint (str or bool, optional): as the run got it, but of a checkpoint the name only. Default:
+            None.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     written = Path(output_dir, f"{RUN_STATE}.unfinished")

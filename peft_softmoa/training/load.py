@@ -9,6 +9,7 @@ from datasets import IterableDataset
 from transformers import SequenceFeatureExtractor
 
 from .features import ExtractFeatures
+from .fingerprint import RowDigest
 from .options import DataOptions
 from .rows import DatasetSummary, label_name, parse_selection, select_rows, summarize_rows
 from .source import Source, open_source
@@ -59,11 +60,13 @@ def load_stream(
     column, selected = parse_selection(rows) if rows else (None, ())
     names: Optional[list[str]] = None
     summary: Optional[DatasetSummary] = None
+    digest = RowDigest(names_files=source.files is None)
     if options.label_column is not None:
         names = source.classes.get(options.label_column)
         if names is None or source.reads_single_columns:
-            labels = _labelled_rows(source, options.label_column, rows, where)
-            summary = summarize_rows(labels, options.label_column, where)
+            audio_column = options.audio_column if digest.names_files else None
+            labels = _labelled_rows(source, options.label_column, rows, where, *filter(None, [audio_column]))
+            summary = summarize_rows(labels, options.label_column, where, digest=digest, audio_column=audio_column)
         elif not rows:
             summary = source.declared_summary(options.label_column)
     if summary is None and needs_length:
@@ -80,7 +83,7 @@ def load_stream(
         raise ValueError(
             f"{where} has labels that are none of the classes {', '.join(label_names)}: {', '.join(unknown)}."
         )
-    return AudioStream(
+    stream = AudioStream(
         _labelled_rows(source, options.label_column, rows, where, options.audio_column),
         ExtractFeatures(feature_extractor, label_names, options, class_names=names, random_crop=training),
         summary,
@@ -88,6 +91,8 @@ def load_stream(
         seed=options.seed,
         name=source.name,
     )
+    stream.fingerprint = digest.fingerprint(source.files)
+    return stream
 
 
 def _labelled_rows(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Optional
 from datasets import ClassLabel, IterableDataset
 from tqdm.auto import tqdm
 
+from .fingerprint import RowDigest
+
 
 class DatasetSummary(NamedTuple):
     """Size and labels of a dataset.
@@ -123,13 +125,22 @@ def label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
     return name
 
 
-def summarize_rows(rows: IterableDataset, label_column: str, name: str = "the dataset") -> DatasetSummary:
+def summarize_rows(
+    rows: IterableDataset,
+    label_column: str,
+    name: str = "the dataset",
+    *,
+    digest: Optional[RowDigest] = None,
+    audio_column: Optional[str] = None,
+) -> DatasetSummary:
     """Count the rows and collect their labels in one pass, without reading audio.
 
     Args:
         rows (IterableDataset): the rows, preferably without their audio.
         label_column (str): name of the column with the labels.
         name (str): name of the dataset, for the progress bar and errors. Default: `"the dataset"`.
+        digest (RowDigest, optional): gets every row. Default: none.
+        audio_column (str, optional): column with the names of the files that the digest looks at. Default: none.
 
     Returns:
         DatasetSummary: the number of rows, the sorted names of the labels that occur, and the rows of each shard.
@@ -137,15 +148,19 @@ def summarize_rows(rows: IterableDataset, label_column: str, name: str = "the da
     Raises:
         ValueError: if the column is missing or there are no rows.
     """
-    check_columns(column_names(rows), [label_column], name)
+    columns = [label_column, audio_column] if audio_column else [label_column]
+    check_columns(column_names(rows), columns, name)
     names = class_names(rows, label_column)
     labels = set()
     rows_per_shard = []
     with tqdm(desc=f"Reading labels of {name}", unit=" rows", leave=False) as progress:
         for index in range(rows.num_shards):
             before = progress.n
-            for row in rows.shard(rows.num_shards, index).select_columns([label_column]):
-                labels.add(label_name(row[label_column], names, name))
+            for row in rows.shard(rows.num_shards, index).select_columns(columns):
+                label = label_name(row[label_column], names, name)
+                labels.add(label)
+                if digest is not None:
+                    digest.add(label, row[audio_column] if audio_column else None)
                 progress.update()
             rows_per_shard.append(progress.n - before)
     if not labels:

@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 from datasets import Audio, DatasetBuilder, Features, IterableDataset, Value, load_dataset_builder
 
+from .fingerprint import fingerprint_files
 from .network import retry
 from .options import DataOptions
 from .rows import DatasetSummary, check_columns, class_names, column_names
@@ -32,6 +33,8 @@ class Source:
         reads_single_columns (bool): whether a column can be read without the others, as in Parquet files, so that it is
             cheap to read the labels.
         num_rows (int, optional): number of rows, if the dataset states it.
+        files (str, optional): fingerprint of the files that hold the rows with their audio. Default: none; then each
+            row names a file of its own.
         builder (DatasetBuilder, optional): reads single columns of a remote or Parquet dataset. Default: none.
     """
 
@@ -42,6 +45,7 @@ class Source:
     classes: Mapping[str, list[str]]
     reads_single_columns: bool
     num_rows: Optional[int] = None
+    files: Optional[str] = None
     builder: Optional[DatasetBuilder] = field(default=None, repr=False)
 
     def read(self, columns: Optional[Sequence[str]] = None) -> IterableDataset:
@@ -130,6 +134,7 @@ def open_source(name: str, split: str, options: Optional[DataOptions] = None) ->
         classes={column: names for column in rows.features or () if (names := class_names(rows, column)) is not None},
         reads_single_columns=reads_single_columns,
         num_rows=declared.num_examples if declared else None,
+        files=fingerprint_files(builder, split),
         builder=builder if reads_single_columns and options.streaming else None,
     )
 

@@ -61,6 +61,8 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.name = name
+        # Of its rows and their audio, from `load_stream`.
+        self.fingerprint: dict[str, str] = {}
         self.process_index, self.num_processes, self.num_workers = 0, 1, 0
         self.batch_size: Optional[int] = None
         # Shared, for workers that live for several epochs.

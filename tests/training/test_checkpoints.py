@@ -1,6 +1,7 @@
 """Runs that are cut off: by a kill, a full disk, or somebody who starts another one in their place."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_twenty_kills_lose_nothing(base_folder, tones_folder, tmp_path):
     killed, whole = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole"))
     assert killed == whole
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["finished"]
-    assert not list((tmp_path / "killed").glob("unfinished*"))
+    assert not list((tmp_path / "killed").glob("_unfinished*"))
 
 
 def run_of(base_folder, tones_folder, folder, **arguments):
@@ -119,7 +120,7 @@ def test_a_full_disk_leaves_the_newest_checkpoint(base_folder, tones_folder, tmp
     with pytest.raises(OSError, match="checkpoint-3 could not be saved.*No space left.*checkpoint-2.*same command"):
         main(options)
     assert newest_checkpoint(tmp_path / "out").endswith("checkpoint-2")
-    assert not (tmp_path / "out" / "unfinished-checkpoint").exists()
+    assert not (tmp_path / "out" / "_unfinished-checkpoint").exists()
     monkeypatch.undo()
     assert main(options).state.global_step == 4
     with pytest.raises(ValueError, match="is finished. Choose another --output_dir, or train it longer"):
@@ -163,12 +164,16 @@ def test_when_a_run_goes_on(tmp_path):
     assert {path.name for path in folder.glob("*checkpoint-*")} == {
         "checkpoint-9",
         "checkpoint-best",
-        "later-checkpoint-10",
+        "_later-checkpoint-10",
     }
     (folder / "checkpoint-10").mkdir()
     # The same command, started again, goes on from where it was.
     for again in (earlier, f"{earlier}/", f"{folder}/../out/checkpoint-9"):
         assert start_or_resume(folder, {"seed": 1}, again) == str(folder / "checkpoint-10")
+    # Also in another place.
+    moved = folder.rename(tmp_path / "moved")
+    assert start_or_resume(moved, {"seed": 1}, str(moved / "checkpoint-9")) == str(moved / "checkpoint-10")
+    moved.rename(folder)
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
         start_or_resume(folder, {"seed": 2})
     with pytest.raises(ValueError, match="seed was 1 and is 2"):
@@ -277,6 +282,53 @@ def test_the_best_checkpoint_is_kept_and_loaded(base_folder, tones_folder, tmp_p
     assert kept == {f"checkpoint-{best}", "checkpoint-4"}
     state = json.loads((tmp_path / "out" / f"checkpoint-{best}" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+
+
+@pytest.fixture
+def run_with_a_best_checkpoint(base_folder, tones_folder, tmp_path):
+    """Options of a run whose first of three checkpoints is the best, and which was interrupted after the second."""
+    options = {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    options |= {"learning_rate": 10.0, "warmup_steps": 1, "eval_steps": 1, "max_steps": 3}
+
+    def options_in(folder):
+        return run_of(base_folder, tones_folder, folder, **options)
+
+    trainer = main(options_in(tmp_path / "first"))
+    assert trainer.state.best_global_step == 1
+    for name in ("adapter_model.safetensors", "checkpoint-3/adapter_model.safetensors"):
+        (tmp_path / "first" / name).rename(tmp_path / name.replace("/", "-"))
+    run = tmp_path / "first" / "run.json"
+    run.write_text(run.read_text().replace('"finished": true', '"finished": false'))
+    return options_in
+
+
+@pytest.mark.parametrize("trained", ["whole", "in part"])
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_a_run_that_was_moved_finds_its_best_checkpoint(run_with_a_best_checkpoint, tmp_path, trained, how):
+    first, other = tmp_path / "first", tmp_path / "other"
+    if trained == "whole":
+        (tmp_path / "checkpoint-3-adapter_model.safetensors").rename(
+            first / "checkpoint-3" / "adapter_model.safetensors"
+        )
+    else:
+        shutil.rmtree(first / "checkpoint-3")
+    if how == "moved":
+        first.rename(other)
+    else:
+        shutil.copytree(first, other)
+        (first / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"of another run")
+    trainer = main(run_with_a_best_checkpoint(other))
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_model_checkpoint == str(other / "checkpoint-1")
+    adapter = (other / "adapter_model.safetensors").read_bytes()
+    assert adapter == (other / "checkpoint-1" / "adapter_model.safetensors").read_bytes()
+    assert adapter == (tmp_path / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_best_checkpoint_that_is_missing(run_with_a_best_checkpoint, tmp_path):
+    shutil.rmtree(tmp_path / "first" / "checkpoint-1")
+    with pytest.raises(ValueError, match="The best checkpoint .*checkpoint-1', is missing.*leave out --load_best"):
+        main(run_with_a_best_checkpoint(tmp_path / "first"))
 
 
 def test_masks_are_for_training_only(base_folder, tones_folder, tmp_path):
