@@ -254,7 +254,7 @@ def train(
         token=model_args.token,
         dtype=model_args.dtype,
     )
-    config = replace(config, label_names=label_names)
+    config = replace(config, label_names=label_names, problem_type="single_label_classification")
     model = get_peft_model(model, config, revision=model_args.model_revision)
     if training_args.should_log:
         model.print_trainable_parameters()

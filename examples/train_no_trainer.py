@@ -148,7 +148,9 @@ def train(args: Arguments, accelerator: Accelerator) -> dict[str, float]:
     )
 
     model = retry(AutoModelForAudioClassification.from_pretrained, args.model_name_or_path, dtype=args.dtype)
-    config = SoftMoAConfig(modules_to_save=["classifier"], label_names=label_names)
+    config = SoftMoAConfig(
+        modules_to_save=["classifier"], label_names=label_names, problem_type="single_label_classification"
+    )
     model = get_peft_model(model, config)
     for stream in (train_stream, eval_stream):
         stream.extract.min_samples = shortest_clip(model, extractor)

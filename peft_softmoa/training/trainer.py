@@ -41,10 +41,10 @@ class AudioTrainer(Trainer):
     """A Trainer with some differences.
 
     Each process reads its own part of a training set that is an `AudioStream`. In a stream, clips that are too short to
-    give the model a token are audio that cannot be used. SpecAugment runs on the batch, on its device, in training only.
+    give the model a token are audio that cannot be used. SpecAugment runs on the batch, on its device, in training.
     Inputs get the dtype in which the model reads them. All streams and the model must have the same classes. A
-    checkpoint appears in the output folder only when it is complete, so training can always resume from the newest one,
-    also if the folder was moved. Every push has the adapter's card, and no push or checkpoint has the access token.
+    checkpoint appears in the output folder only when it is complete, so training can always resume from the newest
+    one, also if the folder was moved. Every push has the adapter's card, no push or checkpoint the access token.
 
     Args:
         args, kwargs: as for `transformers.Trainer`.

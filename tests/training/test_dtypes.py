@@ -9,7 +9,7 @@ import pytest
 import torch
 import train_no_trainer
 from conftest import FRAMES, MEL_BINS, tiny_ast_config, training_options
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from train_audio_classification import main
 from transformers import (
@@ -135,3 +135,13 @@ def test_whisper_as_it_is_stored_trains_on_real_sounds(whisper_folder, esc10_fol
     # Experts begin as zero functions: those of every layer have moved.
     outputs = [tensor for name, tensor in weights.items() if name.endswith("experts.up_weight")]
     assert len(outputs) == trainer.model.config.encoder_layers and all(tensor.abs().sum() > 0 for tensor in outputs)
+    # Whisper has no head for classes: what the checkpoint lacks comes with the adapter.
+    logits = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = AutoModelForAudioClassification.from_pretrained(whisper_folder, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+        features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            logits.append(loaded(features).logits)
+    assert torch.equal(*logits)
