@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import prod
 from typing import Any, Optional
 
@@ -15,21 +13,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .adapter_hooks import add_hooks
 from .averaging import average_into, check_average
-from .calls.checkpointing import require_input_gradients
 from .calls.forward_pass import ForwardPasses, find_passes
-from .calls.hooks import Sources, follow_calls
 from .calls.masks import argument_names
 from .calls.mixed_batch import make_mixed_batch
-from .calls.statistics import freeze_statistics
 from .config import SoftMoAConfig
 from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
 from .targets.choice import Target, find_targets, is_target
 from .targets.description import mixture_options, mixture_shapes
-from .targets.heads import base_classes, find_head, fit_head, keep_problem_type, name_classes
-from .targets.layers import find_module
+from .targets.heads import base_classes, find_head, fit_head, name_classes
 from .targets.placement import choose_targets
 from .targets.probes import block_widths
 from .targets.rollback import Snapshot
@@ -143,47 +138,12 @@ class SoftMoAModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._head is not None:
                 fit_head(model, adapter_name, self._head)
-            self._add_hooks(model, adapter_name)
+            add_hooks(model, adapter_name, self.peft_config[adapter_name])
         except BaseException:
             before.restore()
             raise
         # Weights are loaded next, which may fail, too.
         self._before = before if self.peft_config[adapter_name].inference_mode else None
-
-    def _add_hooks(self, model: nn.Module, adapter_name: str) -> None:
-        """Add the hooks of an adapter; one block of each encoder removes them."""
-        blocks = [module for module in model.modules() if is_adapted(module) and adapter_name in module.softmoa_targets]
-        layers: dict[str, Sources] = {}
-        encoders: dict[Optional[str], SoftMoALayer] = {}
-        for block in blocks:
-            target = block.softmoa_targets[adapter_name]
-            # The outermost list around the block.
-            encoders.setdefault(target.layer and re.split(r"\.?\b\d+\b", target.layer)[0], block)
-            if target.layer is not None or target.entry is not None:
-                sources = layers.setdefault(target.scope, Sources(find_module(model, target.scope)))
-                if target.entry is not None:
-                    sources.entries[target.entry] = find_module(model, target.entry)
-                if not block.takes_mask:
-                    sources.masks.update({name: find_module(model, name) for name in target.masks})
-        for path, block in encoders.items():
-            if path is not None:
-                encoder = model.get_submodule(path.rpartition(".")[0])
-                hooked = [encoder, *model.get_submodule(path).children()] if path else [encoder]
-                block.softmoa_hooks[adapter_name] += map(require_input_gradients, hooked)
-        wrappers = [
-            module
-            for module in model.modules()
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        ]
-        if blocks:
-            blocks[0].softmoa_hooks[adapter_name] += follow_calls(
-                model, blocks[0].forward_passes, adapter_name, layers, wrappers
-            )
-            blocks[0].softmoa_hooks[adapter_name] += freeze_statistics(model)
-            config = self.peft_config[adapter_name]
-            if config.modules_to_save:
-                keep = partial(keep_problem_type, blocks[0], adapter_name, config)
-                blocks[0].softmoa_hooks[adapter_name].append(model.register_forward_hook(keep))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""

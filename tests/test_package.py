@@ -33,7 +33,7 @@ RANKS = [
     {"config"},
     {"targets", "saving"},
     {"layer", "arguments"},
-    {"averaging", "training"},
+    {"adapter_hooks", "averaging", "training"},
     {"model", "inspection"},
     {"cli"},
 ]
