@@ -23,7 +23,7 @@ from .config import SoftMoAConfig
 from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
-from .targets.choice import Target, find_targets, is_target
+from .targets.choice import Target, find_targets, is_target, name_targets
 from .targets.description import mixture_options, mixture_shapes
 from .targets.layers import find_module
 from .targets.placement import choose_targets
@@ -81,6 +81,7 @@ class SoftMoAModel(BaseTuner):
         loaded = None if source is None else read_shapes(source.model_id, source.subfolder, **source.hub)
         choose_targets(peft_config, model)
         self._targets = targets = find_targets(peft_config, model)
+        name_targets(peft_config, model, targets)
         saved = find_saved(peft_config, model, targets.values())
         if peft_config.label_names is not None:
             check_head(model, saved, peft_config.label_names)
@@ -132,6 +133,9 @@ class SoftMoAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.peft_config[adapter_name].target_modules, str):
+            # The names that an expression matches are of this model; the config may be for others, too.
+            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.label_names is not None:

@@ -104,7 +104,7 @@ def assert_unchanged(model, before):
         ({"task_type": "SEQ_CLS", "num_experts": 4}, r"it lacks '.*down_bias' of shape \(4, 2\)"),
         ({"base_model_name_or_path": 5}, "`base_model_name_or_path` must be None or a string, got 5"),
         ({"inference_mode": "yes"}, "`inference_mode` must be True or False, got 'yes'"),
-        ({"auto_mapping": [1]}, r"`auto_mapping` must be None or a dictionary, got \[1\]"),
+        ({"auto_mapping": [1]}, r"`auto_mapping` must be None or a dictionary of strings, got \[1\]"),
         ({"task_type": "CAUSAL_LM"}, "`task_type='CAUSAL_LM'` is for models that generate text"),
         ({"num_experts": 4}, r"it lacks '.*down_bias' of shape \(4, 2\).*it has '.*slots' of shape \(8, 3\)"),
         (
