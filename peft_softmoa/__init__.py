@@ -5,6 +5,8 @@ from .config import SoftMoAConfig
 from .layer import SoftMoALayer, rescale_adapter_scale
 from .model import SoftMoAModel
 from .registration import register, rename_first_containers
+from .saving.checks import read_shapes
+from .saving.pickles import check_loading
 from .targets.description import count_parameters, describe_targets
 
 __version__ = "0.2.0"
@@ -20,3 +22,4 @@ __all__ = [
 
 register(SoftMoAConfig, SoftMoAModel)
 rename_first_containers()
+check_loading(read_shapes)

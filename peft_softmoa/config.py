@@ -152,6 +152,7 @@ class SoftMoAConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SOFTMOA
         self._loaded_from: Optional[LoadedFrom] = None
+        self.saving: Any = None  # what `saving.pickles` has to know while PEFT saves the adapter
         if isinstance(self.label_names, tuple):
             self.label_names = list(self.label_names)
         check_fields(vars(self))
@@ -283,9 +284,15 @@ class SoftMoAConfig(PeftConfig):
         Args:
             save_directory (str): the folder; it is made if it is missing.
             kwargs (Any): passed on to `PeftConfig.save_pretrained`.
-        """
-        from .saving.card import write_model_card  # which a config that is not saved does not need
 
+        Raises:
+            ValueError: if PEFT has just written the adapter's weights as a pickle.
+        """
+        # Which a config that is not saved does not need.
+        from .saving.card import write_model_card
+        from .saving.pickles import refuse_written
+
+        refuse_written(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
         write_model_card({**self.to_dict(), **self.resolved_fields()}, save_directory)
 

@@ -23,6 +23,7 @@ from .config import SoftMoAConfig
 from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
+from .saving.pickles import begin_saving
 from .targets.choice import Target, find_targets, is_target, name_targets
 from .targets.description import mixture_options, mixture_shapes
 from .targets.layers import find_module
@@ -252,6 +253,11 @@ class SoftMoAModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: SoftMoAConfig, *args: Any, **kwargs: Any) -> Any:
+        begin_saving(config)
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -19,9 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..config import SoftMoAConfig
-
-# The environment variable with which a user lets PEFT read pickled weights.
-ALLOW_PICKLE = "SOFTMOA_ALLOW_PICKLE"
+from .pickles import ALLOW_PICKLE, are_allowed
 
 DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors
 
@@ -45,7 +43,7 @@ def read_shapes(model_id: str, subfolder: Optional[str], **hub: Any) -> Optional
         ValueError: if the weights are damaged, or if they are pickled: reading them could run a program.
     """
     path, has_pickle = _find_weights(model_id, subfolder, hub)
-    if path is None and has_pickle and not os.environ.get(ALLOW_PICKLE):
+    if path is None and has_pickle and not are_allowed():
         raise ValueError(
             f"'{model_id}' has its weights in '{WEIGHTS_NAME}' only. That is a pickle, which is not read: it could "
             f"hold a program. Ask its author for '{SAFETENSORS_WEIGHTS_NAME}', or, if you trust its author, set the "
