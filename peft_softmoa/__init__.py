@@ -6,6 +6,7 @@ from .layer import SoftMoALayer, rescale_adapter_scale
 from .model import SoftMoAModel
 from .registration import register, rename_first_containers
 from .saving.checks import read_shapes
+from .saving.contents import check_adapter
 from .saving.pickles import check_loading
 from .targets.description import count_parameters, describe_targets
 
@@ -14,6 +15,7 @@ __all__ = [
     "SoftMoAConfig",
     "SoftMoALayer",
     "SoftMoAModel",
+    "check_adapter",
     "count_parameters",
     "describe_targets",
     "rescale_adapter_scale",

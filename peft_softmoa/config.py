@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from .fields import DEPENDENT_FIELDS, ExpertType, Placement, Routing, check_fields, is_integer, resolve_fields
+from .fields import DEPENDENT_FIELDS, ExpertType, Placement, Routing, check_fields, is_integer, resolve_fields, shorten
 from .registration import SOFTMOA
 
 # Names of modules, or one regular expression.
@@ -152,7 +152,6 @@ class SoftMoAConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SOFTMOA
         self._loaded_from: Optional[LoadedFrom] = None
-        self.saving: Any = None  # what `saving.pickles` has to know while PEFT saves the adapter
         if isinstance(self.label_names, tuple):
             self.label_names = list(self.label_names)
         check_fields(vars(self))
@@ -247,8 +246,7 @@ class SoftMoAConfig(PeftConfig):
         Raises:
             ValueError: if the file is too large, is no JSON object, is another method's, or has unknown fields.
         """
-        size = os.path.getsize(path_json_file)
-        if size > LARGEST_CONFIG:
+        if (size := os.path.getsize(path_json_file)) > LARGEST_CONFIG:
             raise ValueError(f"it has {size:,} bytes, and more than {LARGEST_CONFIG:,} are no config")
         try:
             given = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
@@ -257,12 +255,11 @@ class SoftMoAConfig(PeftConfig):
         if not isinstance(given, dict):
             raise ValueError(f"it holds a {type(given).__name__} instead of the fields of a config")
         if given.get("peft_type") != SOFTMOA:
-            raise ValueError(f"`peft_type` must be '{SOFTMOA.value}', got {given.get('peft_type')!r}")
-        unknown = sorted(given.keys() - {entry.name for entry in fields(cls)})
-        if unknown:
+            raise ValueError(f"`peft_type` must be '{SOFTMOA.value}', got {shorten(given.get('peft_type'))}")
+        if unknown := sorted(given.keys() - {entry.name for entry in fields(cls)}):
             raise ValueError(
-                f"the fields {unknown} are unknown. A newer version may have written them: upgrade peft-softmoa and "
-                "peft. If they do not belong there, remove them"
+                f"the fields {shorten(unknown)} are unknown. A newer version may have written them: upgrade "
+                "peft-softmoa and peft. If they do not belong there, remove them"
             )
         return given
 
@@ -288,13 +285,11 @@ class SoftMoAConfig(PeftConfig):
         Raises:
             ValueError: if PEFT has just written the adapter's weights as a pickle.
         """
-        # Which a config that is not saved does not need.
-        from .saving.card import write_model_card
-        from .saving.pickles import refuse_written
+        from .saving import card, pickles  # which a config that is not saved does not need
 
-        refuse_written(self, save_directory)
+        pickles.refuse_written(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        write_model_card({**self.to_dict(), **self.resolved_fields()}, save_directory)
+        card.write_model_card({**self.to_dict(), **self.resolved_fields()}, save_directory)
 
 
 # The only place where a field is explained is the field itself.

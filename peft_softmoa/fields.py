@@ -85,9 +85,14 @@ def check_fields(values: Mapping[str, Any]) -> None:
 
 def _require(values: Mapping[str, Any], name: str, allowed: str, is_allowed: bool) -> None:
     if not is_allowed:
-        short = reprlib.Repr()
-        short.maxstring = short.maxother = short.maxlong = 200
-        raise ValueError(f"`{name}` must be {allowed}, got {short.repr(values[name])}.")
+        raise ValueError(f"`{name}` must be {allowed}, got {shorten(values[name])}.")
+
+
+def shorten(value: Any) -> str:
+    """A value as Python writes it, in an error: not all of what is long or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
 
 
 def _check_numbers(values: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:

@@ -240,10 +240,9 @@ class SoftMoAModel(BaseTuner):
             if isinstance(module, ModulesToSaveWrapper):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
-        for module in self.model.modules():
-            if is_adapted(module):
-                for adapter_name in list(self.peft_config):
-                    module.delete_adapter(adapter_name)
+        for module in filter(is_adapted, self.model.modules()):
+            for adapter_name in list(self.peft_config):
+                module.delete_adapter(adapter_name)
         self._name_labels(enabled=False)
         return super().unload()
 

@@ -33,6 +33,22 @@ def are_allowed() -> bool:
     return bool(os.environ.get(ALLOW_PICKLE))
 
 
+def refuse_pickle(model_id: str) -> ValueError:
+    """The error for an adapter that has no weights but pickled ones.
+
+    Args:
+        model_id (str): the adapter's folder, or its id on the Hub.
+
+    Returns:
+        ValueError: it says what to do.
+    """
+    return ValueError(
+        f"'{model_id}' has its weights in '{WEIGHTS_NAME}' only. That is a pickle, which is not read: it could hold a "
+        f"program. Ask its author for '{SAFETENSORS_WEIGHTS_NAME}', or, if you trust its author, set the environment "
+        f"variable {ALLOW_PICKLE}=1."
+    )
+
+
 def begin_saving(config: Any) -> None:
     """Note that PEFT begins to save an adapter: it then writes the weights and, last, the config.
 
@@ -54,7 +70,7 @@ def refuse_written(config: Any, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if there are such weights; it says what to do instead.
     """
-    saving, config.saving = config.saving, None
+    saving, config.saving = getattr(config, "saving", None), None
     pickle, whole = Path(folder, WEIGHTS_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if saving is None or are_allowed() or not pickle.exists():
         return
