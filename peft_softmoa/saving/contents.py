@@ -29,6 +29,7 @@ from .pickles import refuse_pickle
 
 PREFIX, MIXTURE = "base_model.model.", ".softmoa_mixture."
 FLOATS = dict(zip(DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16)))
+FLOATS.update({"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2})
 # What a module that is trained whole may hold besides, such as a number of batches.
 OTHERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 LARGEST_WIDTH = 2**20  # of a block's tokens
@@ -187,7 +188,9 @@ def _check_finite(path: str) -> None:
             file.seek(start + begin)
             for place in range(begin, end if entry["dtype"] in FLOATS else begin, PIECE):
                 piece = bytearray(file.read(min(PIECE, end - place)))
-                if not torch.frombuffer(piece, dtype=FLOATS[entry["dtype"]]).isfinite().all():
+                values = torch.frombuffer(piece, dtype=FLOATS[entry["dtype"]])
+                # torch has no such function for eight bits.
+                if not (values.float() if values.itemsize == 1 else values).isfinite().all():
                     raise ValueError(f"'{path}' has values in {name!r} that are infinite or no numbers.")
 
 

@@ -155,6 +155,12 @@ def test_resized_embeddings_replace_the_base_models(tmp_path):
             {},
             "has values in '.*dense.bias' that are infinite",
         ),
+        (
+            {"base_model.model.classifier.x": torch.tensor([1, float("nan")]).to(torch.float8_e4m3fn)},
+            (),
+            {},
+            "has values in '.*x' that are infinite",
+        ),
         ({SLOTS: torch.ones(3, 32)}, (), {}, "does not fit its config: '.*layers.0.attention' has a mixture of shapes"),
         ({SLOTS: torch.ones(32, 3).long()}, (), {}, "slots' as I64; it must be one of F64"),
         ({"base_model.model.classifier.x": torch.ones(2, dtype=torch.complex64)}, (), {}, "classifier.x' as C64"),
