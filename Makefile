@@ -12,9 +12,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 test: .venv/installed
 	$(PYTEST) $(ARGS)
 
-# 2,000 made-up configs and 500 damaged files, instead of the few that `make test` takes.
+# 2,000 made-up configs and 500 damaged files, by each way of loading, instead of the few that `make test` takes.
 fuzz: .venv/installed
-	SOFTMOA_FUZZ=2000,500 $(BIN)/python -m pytest -s tests/saving/test_checks.py
+	SOFTMOA_FUZZ=2000,500 $(BIN)/python -m pytest -s --timeout 3600 tests/saving/test_checks.py
 
 # Installs bitsandbytes and torchao in .venv, and tests adapters on models that they have quantised.
 quantization: .venv/installed

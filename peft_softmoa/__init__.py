@@ -5,6 +5,9 @@ from .config import SoftMoAConfig
 from .layer import SoftMoALayer, rescale_adapter_scale
 from .model import SoftMoAModel
 from .registration import register, rename_first_containers
+from .saving.checks import read_shapes
+from .saving.contents import check_adapter
+from .saving.pickles import check_loading
 from .saving.publishing import complete_pushed_cards
 from .targets.description import count_parameters, describe_targets
 
@@ -13,6 +16,7 @@ __all__ = [
     "SoftMoAConfig",
     "SoftMoALayer",
     "SoftMoAModel",
+    "check_adapter",
     "count_parameters",
     "describe_targets",
     "rescale_adapter_scale",
@@ -21,4 +25,6 @@ __all__ = [
 
 register(SoftMoAConfig, SoftMoAModel)
 rename_first_containers()
+# PEFT and transformers ask nothing of a method at these places.
 complete_pushed_cards()
+check_loading(read_shapes)

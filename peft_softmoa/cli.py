@@ -13,9 +13,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, HfArgumentParser
 
 from .arguments import AdapterArguments, make_config
+from .saving.contents import check_adapter
 from .targets.description import describe_targets
 
 USAGE = """peft-softmoa targets MODEL [options]    show what an adapter would adapt in a model
+       peft-softmoa check ADAPTER [options]    show what somebody's adapter would change, or refuse it
        peft-softmoa inspect ADAPTER [options]  see what the experts of an adapter do"""
 
 
@@ -33,16 +35,17 @@ class TargetsArguments:
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    """Run a command: `peft-softmoa targets MODEL` or `peft-softmoa inspect ADAPTER`.
+    """Run a command: `peft-softmoa targets MODEL`, `peft-softmoa check ADAPTER` or `peft-softmoa inspect ADAPTER`.
 
     `targets` prints what an adapter would adapt in a model, of which only the config is loaded; the fields of
-    `SoftMoAConfig` are options. `inspect` writes a report of what the experts of an adapter do.
+    `SoftMoAConfig` are options. `check` prints what an adapter would change, from its files alone. `inspect` writes a
+    report of what the experts of an adapter do.
 
     Args:
         arguments (list[str], optional): the words after the command. Default: those of this process.
     """
     given = sys.argv[1:] if arguments is None else arguments
-    commands = {"targets": show_targets, "inspect": inspect}
+    commands = {"targets": show_targets, "check": check, "inspect": inspect}
     parser = ArgumentParser(prog="peft-softmoa", usage=USAGE)
     parser.add_argument("command", choices=commands)
     command = parser.parse_args(given[:1]).command
@@ -65,6 +68,20 @@ def show_targets(arguments: list[str]) -> None:
     model = empty_model(rest.model, options.revision)
     config = make_config(adapter, modules_to_save=options.modules_to_save, label_names=options.label_names)
     print(describe_targets(model, config))
+
+
+def check(arguments: list[str]) -> None:
+    """Print what an adapter would change, or refuse it.
+
+    Args:
+        arguments (list[str]): the words after `check`.
+    """
+    parser = ArgumentParser(prog="peft-softmoa check")
+    parser.add_argument("adapter", help="Id on the Hub or folder of the adapter; nothing of it is loaded into a model.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the adapter.")
+    parser.add_argument("--subfolder", help="Where the adapter is in there.")
+    given = parser.parse_args(arguments)
+    print(check_adapter(given.adapter, subfolder=given.subfolder, revision=given.revision))
 
 
 def inspect(arguments: list[str]) -> None:

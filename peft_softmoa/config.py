@@ -23,6 +23,7 @@ from .fields import (
     check_fields,
     is_integer,
     resolve_fields,
+    shorten,
 )
 from .registration import SOFTMOA
 
@@ -261,8 +262,7 @@ class SoftMoAConfig(PeftConfig):
         Raises:
             ValueError: if the file is too large, is no JSON object, is another method's, or has unknown fields.
         """
-        size = os.path.getsize(path_json_file)
-        if size > LARGEST_CONFIG:
+        if (size := os.path.getsize(path_json_file)) > LARGEST_CONFIG:
             raise ValueError(f"it has {size:,} bytes, and more than {LARGEST_CONFIG:,} are no config")
         try:
             given = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
@@ -271,12 +271,11 @@ class SoftMoAConfig(PeftConfig):
         if not isinstance(given, dict):
             raise ValueError(f"it holds a {type(given).__name__} instead of the fields of a config")
         if given.get("peft_type") != SOFTMOA:
-            raise ValueError(f"`peft_type` must be '{SOFTMOA.value}', got {given.get('peft_type')!r}")
-        unknown = sorted(given.keys() - {entry.name for entry in fields(cls)})
-        if unknown:
+            raise ValueError(f"`peft_type` must be '{SOFTMOA.value}', got {shorten(given.get('peft_type'))}")
+        if unknown := sorted(given.keys() - {entry.name for entry in fields(cls)}):
             raise ValueError(
-                f"the fields {unknown} are unknown. A newer version may have written them: upgrade peft-softmoa and "
-                "peft. If they do not belong there, remove them"
+                f"the fields {shorten(unknown)} are unknown. A newer version may have written them: upgrade "
+                "peft-softmoa and peft. If they do not belong there, remove them"
             )
         return given
 
@@ -298,11 +297,15 @@ class SoftMoAConfig(PeftConfig):
         Args:
             save_directory (str): the folder; it is made if it is missing.
             kwargs (Any): passed on to `PeftConfig.save_pretrained`.
-        """
-        from .saving.card import write_model_card  # which a config that is not saved does not need
 
+        Raises:
+            ValueError: if PEFT has just written the adapter's weights as a pickle.
+        """
+        from .saving import card, pickles  # which a config that is not saved does not need
+
+        pickles.refuse_written(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        write_model_card({**self.to_dict(), **self.resolved_fields()}, save_directory)
+        card.write_model_card({**self.to_dict(), **self.resolved_fields()}, save_directory)
 
 
 # The only place where a field is explained is the field itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -17,7 +18,14 @@ Placement = Literal["attention", "ffn", "both"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 # What is larger is a mistake, or meant to exhaust memory.
-LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_NAMES = 65_536, 1_023, 10_000, 256
+LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION = 65_536, 1_023, 10_000
+# PEFT makes all endings of each name of `target_modules`, and expressions of the names of `modules_to_save`.
+LONGEST_NAME, MOST_TARGETS, MOST_NAMES, MOST_INDICES = 256, 5_000, 256, 1_000
+# Compiling an expression writes out what is repeated: its length times the numbers of all its repetitions, at most.
+LARGEST_EXPRESSION = 100_000
+REPETITION = regex.compile(r"\{([0-9]{0,9})(,[0-9]{0,9})?\}")
+# Calls of a part of the expression itself, whose memory has no bound.
+RECURSION = regex.compile(r"\(\?(R|P>|&|[+-]?[0-9])")
 
 # The others have parameters of their own, which would be shared by all experts.
 ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
@@ -78,7 +86,14 @@ def check_fields(values: Mapping[str, Any]) -> None:
 
 def _require(values: Mapping[str, Any], name: str, allowed: str, is_allowed: bool) -> None:
     if not is_allowed:
-        raise ValueError(f"`{name}` must be {allowed}, got {values[name]!r}.")
+        raise ValueError(f"`{name}` must be {allowed}, got {shorten(values[name])}.")
+
+
+def shorten(value: Any) -> str:
+    """A value as Python writes it, in an error: not all of what is long or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
 
 
 def _check_numbers(values: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
@@ -141,15 +156,27 @@ def _are_names(value: Any) -> bool:
     )
 
 
+def _are_modules(value: Any, most: int = MOST_TARGETS) -> bool:
+    names = value or ()
+    return _are_names(value) and len(names) <= most and all(len(name) <= LONGEST_NAME for name in names)
+
+
 def _are_paths(value: Any) -> bool:
     names = [value] if isinstance(value, str) else value
     path = regex.compile(r"[\w-]+(\.[\w-]+)*")
-    return _are_names(names) and len(names or ()) <= MOST_NAMES and all(map(path.fullmatch, names or ()))
+    return _are_modules(names, MOST_NAMES) and all(map(path.fullmatch, names or ()))
 
 
 def _is_expression(value: Any) -> bool:
     # PEFT has one string that stands for no module.
     if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION or value == DUMMY_TARGET_MODULES:
+        return False
+    # Any other brace would be a count with spaces or comments in it, or a match that is only alike.
+    if set("{}") & set(REPETITION.sub("", value)) or RECURSION.search(value):
+        return False
+    # What may be left out is not written out: the least number counts.
+    repetitions = math.prod(max(1, int(least or 1)) for least, _ in REPETITION.findall(value))
+    if len(value) * repetitions > LARGEST_EXPRESSION:
         return False
     try:
         regex.compile(value)
@@ -163,21 +190,34 @@ def _are_distinct_names(value: Any) -> bool:
 
 
 def _are_indices(value: Any) -> bool:
-    return value is None or is_integer(value) or (isinstance(value, list) and all(map(is_integer, value)))
+    return (
+        value is None
+        or is_integer(value)
+        or (isinstance(value, list) and len(value) <= MOST_INDICES and all(map(is_integer, value)))
+    )
+
+
+def _is_flat(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(each, (str, bool, type(None))) for each in value.values())
+    )
 
 
 SIZE = f"an integer from 1 to {LARGEST_SIZE}"
 Rule = tuple[str, Callable[[Any], bool]]
 _TEXT: Rule = ("None or a string", lambda value: value is None or isinstance(value, str))
 _SWITCH: Rule = ("True or False", lambda value: isinstance(value, bool))
+_NAMES = f"of at most {LONGEST_NAME} letters, digits, dots and dashes"
 _MODULES: Rule = (
-    f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters",
-    lambda value: _is_expression(value) or _are_names(value),
+    f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters, without recursion, and with "
+    f"braces only around the numbers of repetitions; its length times all these numbers is at most "
+    f"{LARGEST_EXPRESSION:,}, and there are at most {MOST_TARGETS:,} names of {LONGEST_NAME} characters",
+    lambda value: _is_expression(value) or _are_modules(value),
 )
 # What a field may be whatever the others are, and how the error says so.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), _TEXT),
-    "auto_mapping": ("None or a dictionary", lambda value: value is None or isinstance(value, dict)),
+    "auto_mapping": ("None or a dictionary of strings", _is_flat),
     **dict.fromkeys(("inference_mode", "normalize", "patch_grid", "train_norms", "init_weights"), _SWITCH),
     **{
         name: (f"one of {', '.join(map(str, options))}", options.__contains__)
@@ -194,11 +234,11 @@ RULES: dict[str, Rule] = {
     "scaling": ("a finite number", _is_number),
     **dict.fromkeys(("target_modules", "exclude_modules"), _MODULES),
     # PEFT puts these names into regular expressions.
-    "layers_pattern": ("None, the name of a list of layers, or several", _are_paths),
+    "layers_pattern": (f"None, the name of a list of layers, or several, {_NAMES}", _are_paths),
     "modules_to_save": (
-        f"None or a list of at most {MOST_NAMES} names",
+        f"None or a list of at most {MOST_NAMES} names {_NAMES}",
         lambda value: not isinstance(value, str) and _are_paths(value),
     ),
-    "layers_to_transform": ("None, an index or a list of indices", _are_indices),
+    "layers_to_transform": (f"None, an index or a list of indices, {MOST_INDICES:,} at most", _are_indices),
     "label_names": ("a list of distinct class names", lambda value: value is None or _are_distinct_names(value)),
 }

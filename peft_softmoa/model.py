@@ -22,7 +22,8 @@ from .config import SoftMoAConfig
 from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
-from .targets.choice import Target, find_targets, is_target
+from .saving.pickles import begin_saving
+from .targets.choice import Target, find_targets, is_target, name_targets
 from .targets.description import mixture_options, mixture_shapes
 from .targets.heads import base_classes, find_head, fit_head, name_classes
 from .targets.placement import choose_targets
@@ -82,6 +83,7 @@ class SoftMoAModel(BaseTuner):
         loaded = None if source is None else read_shapes(source.model_id, source.subfolder, **source.hub)
         choose_targets(peft_config, model)
         self._targets = targets = find_targets(peft_config, model)
+        name_targets(peft_config, model, targets)
         saved = find_saved(peft_config, model, targets.values())
         self._head = find_head(model, saved, peft_config.label_names)
         if saved and loaded is None and peft_config.problem_type is None:
@@ -133,6 +135,9 @@ class SoftMoAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.peft_config[adapter_name].target_modules, str):
+            # The names that an expression matches are of this model; the config may be for others, too.
+            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         before = Snapshot(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -222,10 +227,9 @@ class SoftMoAModel(BaseTuner):
             if isinstance(module, ModulesToSaveWrapper):
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, module.original_module)
-        for module in self.model.modules():
-            if is_adapted(module):
-                for adapter_name in list(self.peft_config):
-                    module.delete_adapter(adapter_name)
+        for module in filter(is_adapted, self.model.modules()):
+            for adapter_name in list(self.peft_config):
+                module.delete_adapter(adapter_name)
         self._name_classes(enabled=False)
         return super().unload()
 
@@ -235,6 +239,11 @@ class SoftMoAModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: SoftMoAConfig, *args: Any, **kwargs: Any) -> Any:
+        begin_saving(config)
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -31,8 +31,8 @@ assert not new & {"datasets", "evaluate", "matplotlib", "soundfile", "soxr"}, ne
 RANKS = [
     {"registration", "fields", "method", "calls"},
     {"config"},
-    {"targets", "saving"},
-    {"layer", "arguments"},
+    {"targets"},
+    {"layer", "arguments", "saving"},
     {"adapter_hooks", "averaging", "training"},
     {"model", "inspection"},
     {"cli"},

@@ -26,6 +26,7 @@ GUARDS = {
         "_create_and_replace": "test_model.py::test_named_targets",
         "_enable_adapter_layers": "test_model.py::test_disable_adapter",
         "_enable_peft_forward_hooks": "calls/test_mixed_batch.py::test_equals_one_by_one",
+        "_get_adapter_state_dict": "saving/test_pickles.py::test_what_is_not_read_is_not_written",
         "_prepare_adapter_config": "test_model.py::test_placement_chooses_and_the_config_says_what",
         "_prepare_model": "test_model.py::test_what_cannot_be_adapted_leaves_the_model_as_it_was",
         "_remap_adapter_state_dict_for_load": "test_sharing.py::test_adapters_of_earlier_versions_still_load",

@@ -1,11 +1,13 @@
 """The model card of an adapter: what it is and how to load it.
 
-PEFT writes a card of its own before it saves the adapter's config. A card that is still an empty form is replaced;
-one that somebody has written keeps its text and gets the section at its end.
+PEFT writes a card of its own before it saves the adapter's config. A card that is still PEFT's empty form, or a part of
+it, is replaced; one that somebody has written keeps its text and gets the section at its end. What this module writes
+lies between marks, with a digest that tells whether somebody has changed it since: it is then theirs, and stays.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +21,10 @@ HEADING = "## Mixture of adapters"
 RESULTS = "## Results of training"
 # Names of metrics on the Hub, by the names that `peft_softmoa.training` gives them.
 METRICS = {"accuracy": ("accuracy", "Accuracy"), "f1_macro": ("f1", "Macro F1")}
+
+# Around what this module writes. The first has a digest of it.
+BEGIN, END = "<!-- peft-softmoa {}: saving writes this part anew, unless it was changed -->", "<!-- end of the part -->"
+VERSIONS = "### Framework versions"  # which PEFT adds at the end of a card
 
 SECTION = """{heading}
 
@@ -35,8 +41,7 @@ from {library} import {loader}
 ```
 
 The method: U. Cappellazzo, D. Falavigna, A. Brutti, *Efficient Fine-tuning of Audio Spectrogram Transformers via Soft
-Mixture of Adapters*, Interspeech 2024, [arXiv:2402.00828](https://arxiv.org/abs/2402.00828).
-"""
+Mixture of Adapters*, Interspeech 2024, [arXiv:2402.00828](https://arxiv.org/abs/2402.00828)."""
 
 
 ROUTINGS = {
@@ -47,6 +52,15 @@ ROUTINGS = {
     "expert_choice": "every expert takes its best tokens of a sample, {capacity_factor} times an equal share.",
 }
 SINGLE = "the only expert reads every token."
+
+# What versions before 0.2 wrote, as long as nobody has changed it.
+_FIELD = re.compile(r"\\\{\w+\\\}")
+UNMARKED = {
+    HEADING: re.compile(
+        _FIELD.sub(".*", re.escape(SECTION.replace("{heading}", HEADING)).replace(r"\{call\}", r"(?:.*\n){0,2}.*"))
+    ),
+    RESULTS: re.compile(rf"^{re.escape(RESULTS)}\n\n(?:\|.*\n)+", re.MULTILINE),
+}
 
 
 def write_model_card(config: dict[str, Any], folder: str | os.PathLike[str]) -> None:
@@ -61,10 +75,11 @@ def write_model_card(config: dict[str, Any], folder: str | os.PathLike[str]) -> 
     path = Path(folder) / "README.md"
     form = ModelCard.from_template(ModelCardData())
     card = ModelCard.load(path) if path.exists() else form
-    if _own_words(card.text) == _own_words(form.text):
-        card.text = _section(config)
+    if _is_form(card, form):
+        card.text = card.text[card.text.index(VERSIONS) :] if VERSIONS in card.text else ""
+        card.text = f"{_marked(_section(config))}\n\n{card.text}"
     else:
-        card.text = _with_section(card.text, HEADING, _section(config))
+        card.text = _with_part(card.text, HEADING, _section(config))
     card.data["library_name"] = "peft"
     # The Hub takes ids of models here, not folders of one computer.
     tags = {*(card.data.tags or []), *TAGS}
@@ -73,7 +88,18 @@ def write_model_card(config: dict[str, Any], folder: str | os.PathLike[str]) -> 
         card.data["base_model"] = None
     if config["label_names"] and not card.data.pipeline_tag:
         card.data["pipeline_tag"] = "audio-classification"
-    card.save(path)
+    _save(card, path)
+
+
+def remove_form(folder: str | os.PathLike[str]) -> None:
+    """Remove a card in which nobody has written anything.
+
+    Args:
+        folder (str or PathLike): where it may be.
+    """
+    path = Path(folder) / "README.md"
+    if path.exists() and _is_form(ModelCard.load(path), ModelCard.from_template(ModelCardData())):
+        path.unlink()
 
 
 def add_results(
@@ -127,24 +153,71 @@ def add_results(
     lines = [RESULTS, "", "| dataset | split | metric | value |", "| --- | --- | --- | --- |"]
     for each in card.data.eval_results:
         cells = (each.dataset_name, each.dataset_split, each.metric_name, f"{each.metric_value:.4f}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    card.text = _with_section(card.text, RESULTS, "\n".join([*lines, ""]))
-    card.save(path)
+        lines.append(f"| {' | '.join(_shown(str(cell)).replace('|', chr(92) + '|') for cell in cells)} |")
+    card.text = _with_part(card.text, RESULTS, "\n".join(lines))
+    _save(card, path)
 
 
-def _with_section(text: str, heading: str, section: str) -> str:
-    """A card's text with a section in the place of the one that begins with the same line, or at the end."""
-    found = re.search(rf"^{re.escape(heading)}$", text, re.MULTILINE)
-    if found is None:
-        return f"{text.rstrip()}\n\n{section}"
-    _, following, rest = text[found.end() :].partition("\n## ")
-    return text[: found.start()] + section + following + rest
+def _save(card: ModelCard, path: Path) -> None:
+    """Write a card so that it is whole or as it was."""
+    written = path.with_name(".README.md.part")
+    card.save(written)
+    os.replace(written, path)
+
+
+def _digest(part: str) -> str:
+    return hashlib.sha256(part.encode(errors="replace")).hexdigest()[:12]
+
+
+def _marked(part: str) -> str:
+    return f"{BEGIN.format(_digest(part))}\n{part}\n{END}"
+
+
+def _with_part(text: str, heading: str, part: str) -> str:
+    """A card's text with a part in the place of the earlier one with that heading, or at the end."""
+    new, (mark, then) = _marked(part), BEGIN.split("{}")
+    pattern = rf"{re.escape(mark)}(\w+){re.escape(then)}\n({re.escape(heading)}\n.*?)\n{END}"
+    parts = list(re.finditer(pattern, text, re.DOTALL))
+    for found in parts:
+        if _digest(found[2]) == found[1]:
+            return text[: found.start()] + new + text[found.end() :]
+    for found in parts:
+        text = text.replace(found[0], found[2])
+    # PEFT writes the card anew, too, and may be stopped in the middle.
+    before, _, cut = text.rpartition(mark)
+    written, versions, rest = cut.partition(VERSIONS)
+    if cut and new.startswith(f"{mark}{written.rstrip()}"):
+        text = f"{before}{versions}{rest}"
+    # Earlier versions had no marks.
+    if unmarked := UNMARKED[heading].search(text):
+        return text[: unmarked.start()] + new + text[unmarked.end() :]
+    return f"{text.rstrip()}\n\n{new}\n"
+
+
+def _is_form(card: ModelCard, form: ModelCard) -> bool:
+    """Whether a card is PEFT's empty form, or as much of it as was written before something went wrong."""
+    lines = _own_words(card.text)
+    for whole in (form.text, f"---\n{card.data.to_yaml()}\n---\n{form.text}"):
+        expected = _own_words(whole)[: len(lines)]
+        if lines[:-1] == expected[:-1] and (not lines or expected[-1].startswith(lines[-1])):
+            return True
+    return False
 
 
 def _own_words(text: str) -> list[str]:
     """Lines of a card, but for the versions that PEFT puts at its end, and what transformers says of its empty form."""
-    lines = text.partition("### Framework versions")[0].splitlines()
+    lines = text.partition(VERSIONS)[0].splitlines()
     return [line for line in lines if line.strip() and "card has been automatically generated" not in line]
+
+
+def _literal(text: str) -> str:
+    """A string as Python writes it, in double quotes if it is an ordinary one."""
+    return f'"{text}"' if text.isprintable() and not {'"', "\\"} & set(text) else repr(text)
+
+
+def _shown(text: str) -> str:
+    """A string for a line of Markdown, between backticks or in a cell."""
+    return "".join(each if each.isprintable() and each != "`" else "?" for each in text)
 
 
 def _section(config: dict[str, Any]) -> str:
@@ -153,7 +226,7 @@ def _section(config: dict[str, Any]) -> str:
         base_model = os.path.basename(base_model.rstrip("/"))
     if config["label_names"]:
         library, loader = "transformers", "AutoFeatureExtractor, pipeline"
-        call = f'feature_extractor = AutoFeatureExtractor.from_pretrained("{base_model}")\n'
+        call = f"feature_extractor = AutoFeatureExtractor.from_pretrained({_literal(base_model)})\n"
         call += 'adapter = "path/or/id/of/this/adapter"\n'
         call += 'classifier = pipeline("audio-classification", model=adapter, feature_extractor=feature_extractor)'
     else:
@@ -161,12 +234,12 @@ def _section(config: dict[str, Any]) -> str:
         call = 'model = PeftModel.from_pretrained(base_model, "path/or/id/of/this/adapter")'
     targets = config["target_modules"] or "chosen by the placement"
     if not isinstance(targets, str):
-        targets = ", ".join(f"`{target}`" for target in sorted(targets))
+        targets = ", ".join(f"`{_shown(target)}`" for target in sorted(targets))
     routing = SINGLE if config["num_experts"] == 1 and config["routing"] == "dense" else ROUTINGS[config["routing"]]
     names = ("num_experts", "expert_type", "r", "activation")
     return SECTION.format(
         heading=HEADING,
-        base_model=base_model,
+        base_model=_shown(base_model),
         targets=targets,
         library=library,
         loader=loader,

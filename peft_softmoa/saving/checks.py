@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..config import SoftMoAConfig
-
-# The environment variable with which a user lets PEFT read pickled weights.
-ALLOW_PICKLE = "SOFTMOA_ALLOW_PICKLE"
+from .pickles import are_allowed, refuse_pickle
 
 DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors
+
+LARGEST_HEADER = 2**22  # bytes; reading it takes many times as much memory
 
 # An adapter has at most so many parameters, or so many times those of its base model, whichever is more.
 MOST_PARAMETERS = 2**24
@@ -44,29 +44,52 @@ def read_shapes(model_id: str, subfolder: Optional[str], **hub: Any) -> Optional
     Raises:
         ValueError: if the weights are damaged, or if they are pickled: reading them could run a program.
     """
-    path, has_pickle = _find_weights(model_id, subfolder, hub)
-    if path is None and has_pickle and not os.environ.get(ALLOW_PICKLE):
-        raise ValueError(
-            f"'{model_id}' has its weights in '{WEIGHTS_NAME}' only. That is a pickle, which is not read: it could "
-            f"hold a program. Ask its author for '{SAFETENSORS_WEIGHTS_NAME}', or, if you trust its author, set the "
-            f"environment variable {ALLOW_PICKLE}=1."
-        )
-    if path is None:
-        return None
+    path, has_pickle = find_weights(model_id, subfolder, hub)
+    if path is None and has_pickle and not are_allowed():
+        raise refuse_pickle(model_id)
+    return None if path is None else {name: shape for name, (shape, _) in read_tensors(path).items()}
+
+
+def read_tensors(path: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Read the header of a file of tensors.
+
+    Args:
+        path (str): the file.
+
+    Returns:
+        dict[str, tuple[tuple[int, ...], str]]: the shape and dtype of each tensor, by its name.
+
+    Raises:
+        ValueError: if the file is damaged, its header too large, or a dtype that of no adapter.
+    """
+    with open(path, "rb") as binary:
+        size = int.from_bytes(binary.read(8), "little")
+    if LARGEST_HEADER < size <= os.path.getsize(path):
+        raise ValueError(f"'{path}' has a header of {size:,} bytes, and more than {LARGEST_HEADER:,} are no adapter's.")
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             slices = {name: file.get_slice(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged, or was not written to its end: {error}. Get it again.") from error
-    for name, tensor in slices.items():
-        if ".softmoa_" in name and tensor.get_dtype() not in DTYPES:
-            raise ValueError(f"'{path}' has '{name}' as {tensor.get_dtype()}; it must be one of {', '.join(DTYPES)}.")
-    return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    tensors = {name: (tuple(tensor.get_shape()), tensor.get_dtype()) for name, tensor in slices.items()}
+    for name, (_, dtype) in tensors.items():
+        if ".softmoa_" in name and dtype not in DTYPES:
+            raise ValueError(f"'{path}' has '{name}' as {dtype}; it must be one of {', '.join(DTYPES)}.")
+    return tensors
 
 
-def _find_weights(model_id: str, subfolder: Optional[str], hub: Mapping[str, Any]) -> tuple[Optional[str], bool]:
-    """The file of an adapter's tensors, if there is one, and whether, if not, there is one of pickled tensors."""
+def find_weights(model_id: str, subfolder: Optional[str], hub: Mapping[str, Any]) -> tuple[Optional[str], bool]:
+    """Find the file of an adapter's tensors.
+
+    Args:
+        model_id (str): the adapter's folder, or its id on the Hub.
+        subfolder (str, optional): where it is in there.
+        hub (mapping): arguments of `huggingface_hub.hf_hub_download`.
+
+    Returns:
+        tuple[Optional[str], bool]: the file, if there is one, and whether, if not, there is one of pickled tensors.
+    """
     if os.path.isdir(model_id):
         folder = Path(model_id, subfolder or "")
         path = folder / SAFETENSORS_WEIGHTS_NAME

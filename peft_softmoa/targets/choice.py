@@ -24,8 +24,8 @@ from .probes import block_widths
 # Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
 ARROW = "->"
 
-# Seconds that matching may take: a regular expression with one name, and everything with all names.
-LONGEST_MATCH, LONGEST_SEARCH = 0.2, 1.0
+# Seconds that matching may take: an expression with one name, one with all names, and names with all names.
+LONGEST_MATCH, LONGEST_EXPRESSION_SEARCH, LONGEST_SEARCH = 0.1, 0.4, 1.0
 
 
 class Target(NamedTuple):
@@ -90,6 +90,58 @@ def _find_entry(config: SoftMoAConfig, name: str) -> Optional[str]:
     return next(iter(entries - {name}), None)
 
 
+def find_matches(config: SoftMoAConfig, names: list[str]) -> list[str]:
+    """Find the names that a config matches.
+
+    Args:
+        config (SoftMoAConfig): its `target_modules` are given.
+        names (list[str]): names of modules.
+
+    Returns:
+        list[str]: those of modules that would be adapted.
+
+    Raises:
+        ValueError: if it takes too long.
+    """
+    by_expression = isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
+    longest = LONGEST_EXPRESSION_SEARCH if by_expression else LONGEST_SEARCH
+    found = []
+    started = time.thread_time()
+    for name in names:
+        if is_target(config, name):
+            found.append(name)
+        if time.thread_time() - started > longest:
+            raise ValueError(
+                f"`target_modules` or `exclude_modules` take more than {longest} seconds to match against "
+                f"{len(names)} names of modules. Give fewer names, or a simpler expression."
+            )
+    return found
+
+
+def name_targets(config: SoftMoAConfig, model: nn.Module, targets: Iterable[str]) -> None:
+    """Write the names of the adapted modules in the place of an expression, which PEFT would match without limits.
+
+    Args:
+        config (SoftMoAConfig): the config; nothing happens if it has no expression that matches anything.
+        model (nn.Module): the model.
+        targets (iterable of str): the modules that it matches.
+
+    Raises:
+        ValueError: if the names would match other modules, too.
+    """
+    names = set(targets)
+    if not isinstance(config.target_modules, str) or not names:
+        return
+    expression, config.target_modules = config.target_modules, names
+    others = [name for name, _ in model.named_modules() if name not in names and is_target(config, name)]
+    if others:
+        name = next(name for name in names if others[0].endswith(f".{name}"))
+        raise ValueError(
+            f"`target_modules={expression!r}` matches '{name}', but not '{others[0]}', whose name ends alike. Name the "
+            "latter in `exclude_modules`, or let the expression match both."
+        )
+
+
 def find_targets(config: SoftMoAConfig, model: nn.Module) -> dict[str, Target]:
     """Find the modules that an adapter adapts, and check that it can adapt all of them.
 
@@ -110,16 +162,7 @@ def find_targets(config: SoftMoAConfig, model: nn.Module) -> dict[str, Target]:
     modules = dict(model.named_modules())
     adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
     inside_adapted = tuple(f"{name}." for name in adapted)
-    names = []
-    started = time.thread_time()
-    for name in modules:
-        if name and not name.startswith(inside_adapted) and is_target(config, name):
-            names.append(name)
-        if time.thread_time() - started > LONGEST_SEARCH:
-            raise ValueError(
-                f"`target_modules` or `exclude_modules` take more than {LONGEST_SEARCH} seconds to match against the "
-                f"{len(modules)} modules of the model. Give fewer names, or a simpler expression."
-            )
+    names = find_matches(config, [name for name in modules if name and not name.startswith(inside_adapted)])
     if config.loaded_from is None:
         _check_all_match(config, [name for name in modules if not name.startswith(inside_adapted)], names)
     targets = {}

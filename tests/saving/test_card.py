@@ -1,3 +1,4 @@
+import ast
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from peft import get_peft_model
 from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.saving.card import HEADING, add_results
+from peft_softmoa.saving.card import HEADING, RESULTS, add_results
 
 
 def save(folder, base_model="MIT/ast-finetuned-audioset-10-10-0.4593", **options):
@@ -124,3 +125,117 @@ def test_results_are_stated_for_the_hub_and_for_readers(tmp_path):
     save(tmp_path / "birds")
     again = ModelCard.load(tmp_path / "birds" / "README.md")
     assert HEADING in again.text and "## Results of training" in again.text and len(again.data.eval_results) == 3
+
+
+def write_words(folder):
+    """A card with words around and between what was generated."""
+    path = folder / "README.md"
+    head, generated, rest = path.read_text().partition("<!-- peft-softmoa")
+    generated, end, rest = f"{generated}{rest}".partition("<!-- end of the part -->")
+    path.write_text(
+        f"{head}\nWords before.\n{generated}{end}\nWords after.\n\n### Notes\n\nMore words.\n{rest}\nLast words."
+    )
+    return ["Words before.", "Words after.", "### Notes", "More words.", "Last words."]
+
+
+def test_words_around_the_generated_parts_stay(tmp_path):
+    save(tmp_path)
+    words = write_words(tmp_path)
+    add_results(tmp_path, {"accuracy": 0.5}, dataset="user/birds", split="test")
+    with open(tmp_path / "README.md", "a") as file:
+        file.write("\nWords after the results.\n")
+    for options in ({"r": 2}, {"r": 2}, {"r": 4}):
+        save(tmp_path, **options)
+        add_results(tmp_path, {"accuracy": 0.75}, dataset="user/birds", split="test")
+    text = (tmp_path / "README.md").read_text()
+    places = [text.index(each) for each in [*words[:4], "Words after the results."]]
+    assert places == sorted(places) and text.count("Last words.") == 1
+    assert text.count(HEADING) == text.count(RESULTS) == text.count("import peft_softmoa") == 1
+    assert "r 4," in text and "r 2," not in text and "0.7500" in text and "0.5000" not in text
+
+
+@pytest.mark.parametrize(
+    "old, new", [("The base model is unchanged.", "I changed the base model."), ("2402.00828](", "](")]
+)
+def test_words_in_the_generated_part_stay_too(tmp_path, old, new):
+    save(tmp_path)
+    path = tmp_path / "README.md"
+    changed = path.read_text().replace(old, new)
+    assert new in changed
+    path.write_text(changed)
+    for _ in range(2):
+        save(tmp_path, r=2)
+    text = path.read_text()
+    assert new in text and "r 6," in text  # what was changed is a person's now
+    assert text.count("r 2,") == 1 and text.count("<!-- peft-softmoa") == text.count("<!-- end of the part -->") == 1
+
+
+def test_a_card_from_before_there_were_marks(tmp_path):
+    """Earlier versions wrote the same without them; what was not changed is written anew."""
+    save(tmp_path)
+    add_results(tmp_path, {"accuracy": 0.5}, dataset="user/birds", split="test")
+    path = tmp_path / "README.md"
+    path.write_text(re.sub(r"<!-- (peft-softmoa|end of the part).*-->\n", "", path.read_text()) + "\nLast words.\n")
+    assert HEADING in path.read_text() and "<!-- peft-softmoa" not in path.read_text()
+    save(tmp_path, r=2)
+    add_results(tmp_path, {"accuracy": 0.75}, dataset="user/birds", split="test")
+    text = path.read_text()
+    assert text.count(HEADING) == text.count(RESULTS) == 1 and "Last words." in text
+    assert "r 2," in text and "r 6," not in text and "0.7500" in text and "0.5000" not in text
+
+
+def test_what_is_cut_off_is_nobodys_words(tmp_path):
+    """PEFT writes its form, and later the whole card, without care for what stops it."""
+    model = save(tmp_path / "whole")
+    (tmp_path / "form").mkdir()
+    model.create_or_update_model_card(tmp_path / "form")
+    form = (tmp_path / "form/README.md").read_text()
+    for cut in range(0, len(form) + 1, 97):
+        (tmp_path / "form/README.md").write_text(form[:cut])
+        model.save_pretrained(tmp_path / "form")
+        assert (tmp_path / "form/README.md").read_text() == (tmp_path / "whole/README.md").read_text(), form[:cut]
+    whole = (tmp_path / "whole/README.md").read_text()
+    begin, end = whole.index(HEADING), whole.index("<!-- end of the part -->")
+    for cut in range(begin, end, 197):
+        (tmp_path / "whole/README.md").write_text(
+            whole[:begin].replace("---\n<!--", "---\nWords.\n<!--") + whole[begin:cut]
+        )
+        model.save_pretrained(tmp_path / "whole")
+        text = (tmp_path / "whole/README.md").read_text()
+        assert "Words." in text and text.count("The base model is unchanged") == text.count(HEADING) == 1, whole[:cut]
+
+
+def test_a_card_is_written_at_once(tmp_path, monkeypatch):
+    save(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+
+    def stopped(card, path):
+        path.write_text(str(card)[:100])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ModelCard, "save", stopped)
+    with pytest.raises(OSError, match="No space"):
+        add_results(tmp_path, {"accuracy": 0.5}, dataset="user/birds", split="test")
+    assert (tmp_path / "README.md").read_text() == before
+
+
+HOSTILE = 'me/"); import os; print("owned")\n```\n# `'
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_names_in_the_card_are_no_code(tmp_path, classifier):
+    save(tmp_path, HOSTILE, **({"modules_to_save": ["classifier"], "label_names": ["a", "b"]} if classifier else {}))
+    text = ModelCard.load(tmp_path / "README.md").text
+    code = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(code) == 1 and text.count("\n```") == 2
+    strings = [node.value for node in ast.walk(ast.parse(code[0])) if isinstance(node, ast.Constant)]
+    assert HOSTILE in strings or not classifier
+    assert "import os" not in [ast.unparse(node) for node in ast.walk(ast.parse(code[0])) if isinstance(node, ast.stmt)]
+    assert 'adapter for `me/"); import os; print("owned")?????# ?`, made with' in text
+
+
+def test_names_in_the_table_of_results_are_cells(tmp_path):
+    save(tmp_path)
+    add_results(tmp_path, {"accuracy": 0.5}, dataset="a | b\nc", split="`x`")
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| a")]
+    assert rows == [r"| a \| b?c | ?x? | Accuracy | 0.5000 |"]

@@ -4,10 +4,16 @@ import copy
 import dataclasses
 import json
 import os
+import re
+import struct
+import sys
 import time
 import warnings
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import tiny_ast_config
@@ -15,11 +21,12 @@ from families import FAMILIES, MASKED_WAVE, build
 from hub import loopback_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save, save_file
+from test_expressions import BOMBS
 from transformers import ASTForAudioClassification, Wav2Vec2Config, Wav2Vec2ForCTC
 
-from peft_softmoa import SoftMoAConfig
+from peft_softmoa import SoftMoAConfig, check_adapter
 from peft_softmoa.saving.checks import read_shapes
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -104,7 +111,7 @@ def assert_unchanged(model, before):
         ({"task_type": "SEQ_CLS", "num_experts": 4}, r"it lacks '.*down_bias' of shape \(4, 2\)"),
         ({"base_model_name_or_path": 5}, "`base_model_name_or_path` must be None or a string, got 5"),
         ({"inference_mode": "yes"}, "`inference_mode` must be True or False, got 'yes'"),
-        ({"auto_mapping": [1]}, r"`auto_mapping` must be None or a dictionary, got \[1\]"),
+        ({"auto_mapping": [1]}, r"`auto_mapping` must be None or a dictionary of strings, got \[1\]"),
         ({"task_type": "CAUSAL_LM"}, "`task_type='CAUSAL_LM'` is for models that generate text"),
         ({"num_experts": 4}, r"it lacks '.*down_bias' of shape \(4, 2\).*it has '.*slots' of shape \(8, 3\)"),
         (
@@ -331,19 +338,22 @@ def test_the_same_over_the_hub(tmp_path, saved, subfolder):
     assert shapes_of(SoftMoAConfig.from_pretrained("user/pickle", **options)) is None  # only its config is here
 
 
+# In the text of a config: lists in lists, as deep as Python still reads, or deeper.
+NESTED = {"nested": 300, "nested deeper": 100_000}
 # Values that a config could hold.
 ODD = st.recursive(
     st.one_of(
         st.none(),
         st.booleans(),
         st.integers(-3, 20),
-        st.sampled_from([2**16, 2**31, 2**63, 10**30, -(10**9)]),
+        st.sampled_from([2**16, 2**31, 2**63, 10**30, -(10**9), 10**4000]),
         st.floats(),
         st.text(max_size=8),
         st.sampled_from(["attention", "mlp", "q_proj", "fc1->fc2", "layers", "classifier", "dense", "soft", "top_k"]),
         st.sampled_from(
             ["(a+)+$", "(.*)*x", "((.|[a-z])+)+[A-Z]", "(", "a{1,99999}", ".*", "(?i)(x+x+)+y", "all-linear"]
         ),
+        st.sampled_from([*BOMBS.values(), *NESTED, "a." * 5000, "a" * 2**21, ["a.b"] * 10_000, [0] * 100_000]),
         st.sampled_from(["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]),
     ),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -351,37 +361,83 @@ ODD = st.recursive(
 )
 FIELDS = [field.name for field in dataclasses.fields(SoftMoAConfig) if field.name != "peft_type"]
 SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-slowest = {"configs": 0.0, "files": 0.0}
-outcomes = {"configs": [0, 0], "files": [0, 0]}
+WAYS = ("PeftModel", "AutoPeftModel", "load_adapter", "check")
+slowest, outcomes, peak = Counter(), Counter(), Counter()
+
+
+@pytest.fixture(scope="module")
+def fuzzed(saved, tmp_path_factory):
+    """A config that names its base model, which AutoPeftModel loads; no other is looked for on the Hub."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model().save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield {**saved.config, "base_model_name_or_path": str(folder)}
+
+
+def memory(what):
+    """The memory of this process in MB, as Linux tells it: `VmRSS` that it has, or `VmHWM` that it has had."""
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else f"{what}: 0"
+    return int(re.search(rf"{what}:\s+(\d+)", status)[1]) / 1024
+
+
+def forget_peak():
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def load(kind, folder):
-    """Load an adapter that may be damaged: it works, or is one of three errors and changes nothing."""
+    """Load an adapter that may be damaged, by each way: it works, or is one of a few errors and changes nothing."""
+    loaded = {way: load_by(way, kind, folder) for way in WAYS}
+    if loaded["PeftModel"] is not None and all(
+        tensor.isfinite().all() for tensor in loaded["PeftModel"].state_dict().values()
+    ):
+        assert loaded["check"] is not None  # what works is not refused
+    return loaded["PeftModel"]
+
+
+def load_by(way, kind, folder):
     model = tiny_model()
+    if way == "load_adapter":
+        model = get_peft_model(model, SoftMoAConfig(init_weights=False))
     before = copy.deepcopy(model.state_dict())
-    started = time.perf_counter()
+    # It loads a base model that the config names, of a class that it names.
+    named = (KeyError, TypeError, AttributeError, ImportError) if way == "AutoPeftModel" else ()
+    forget_peak()
+    had, started = memory("VmRSS"), time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = PeftModel.from_pretrained(model, folder)
-    except (ValueError, OSError):
-        assert_unchanged(model, before)
+            if way == "check":
+                loaded = check_adapter(folder)
+            elif way == "AutoPeftModel":
+                loaded = AutoPeftModel.from_pretrained(folder)
+            elif way == "load_adapter":
+                model.load_adapter(folder, "second")
+                loaded = model
+            else:
+                loaded = PeftModel.from_pretrained(model, folder)
+    except (ValueError, OSError, RecursionError, *named):
         loaded = None
-    slowest[kind] = max(slowest[kind], time.perf_counter() - started)
-    outcomes[kind][loaded is None] += 1
-    if loaded is not None:
-        for name, tensor in before.items():
-            now = model.state_dict()
-            assert torch.equal(now.get(name, now.get(_moved(name, now))), tensor), name
+    slowest[kind, way] = max(slowest[kind, way], time.process_time() - started)
+    peak[kind, way] = max(peak[kind, way], memory("VmHWM") - had)
+    outcomes[kind, way, loaded is not None] += 1
+    now = (loaded if way == "AutoPeftModel" and loaded is not None else model).state_dict()
+    if loaded is None or way == "check":
+        assert list(now) == list(before) and hasattr(model, "peft_config") == (way == "load_adapter")
+    for name, tensor in before.items():
+        assert torch.equal(now[name] if name in now else now[_moved(name, now)], tensor), name
     return loaded
 
 
 def _moved(name, state):
-    """A tensor's name after the modules around it were adapted or copied."""
+    """A tensor's name after the modules around it were adapted or copied, or the model around it."""
     return next(
         other
         for other in state
-        if other.replace(".base_layer", "").replace(".original_module", "") == name and ".modules_to_save." not in other
+        if other.replace(".base_layer", "").replace(".original_module", "").removeprefix("base_model.model.")
+        == name.replace(".base_layer", "").replace(".original_module", "").removeprefix("base_model.model.")
+        and ".modules_to_save." not in other
     )
 
 
@@ -390,21 +446,27 @@ def _moved(name, state):
     dropped=st.sets(st.sampled_from(FIELDS), max_size=2),
 )
 @settings(max_examples=CONFIGS, **SETTINGS)
-def test_made_up_configs(saved, tmp_path_factory, changes, dropped):
+def test_made_up_configs(saved, fuzzed, tmp_path_factory, changes, dropped):
     folder = tmp_path_factory.mktemp("fuzz")
-    config = {name: value for name, value in {**saved.config, **changes}.items() if name not in dropped}
-    (folder / CONFIG).write_text(json.dumps(config))
+    config = {name: value for name, value in {**fuzzed, **changes}.items() if name not in dropped}
+    text = json.dumps(config)
+    for word, depth in NESTED.items():
+        text = text.replace(f'"{word}"', "[" * depth + "]" * depth)
+    (folder / CONFIG).write_text(text)
     save_file(saved.tensors, folder / WEIGHTS)
     load("configs", folder)
 
 
+KINDS = ["whole", "drop", "rename", "reshape", "dtype", "extra", "value", "cut", "flip", "header", "pickle", "zeros"]
+
+
 @given(data=st.data())
 @settings(max_examples=FILES, **SETTINGS)
-def test_made_up_files(saved, tmp_path_factory, data):
+def test_made_up_files(saved, fuzzed, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")
     tensors = dict(saved.tensors)
     name = data.draw(st.sampled_from(sorted(tensors)))
-    kind = data.draw(st.sampled_from(["whole", "drop", "rename", "reshape", "dtype", "extra", "cut", "flip"]))
+    kind = data.draw(st.sampled_from(KINDS))
     if kind == "drop":
         del tensors[name]
     elif kind == "rename":
@@ -417,17 +479,26 @@ def test_made_up_files(saved, tmp_path_factory, data):
         tensors[name] = tensors[name].to(data.draw(st.sampled_from(dtypes)))
     elif kind == "extra":
         tensors[data.draw(st.sampled_from([QUERY, SLOTS + "x", "x", "embed_tokens.weight"]))] = torch.ones(8, 8)
+    elif kind == "value":
+        tensors[name] = torch.full_like(tensors[name], data.draw(st.sampled_from([float("nan"), float("-inf")])))
     content = save(tensors)
     if kind == "cut":
         content = content[: data.draw(st.integers(0, len(content) - 1))]
     elif kind == "flip":
         index = data.draw(st.integers(0, len(content) - 1))
         content = content[:index] + bytes([content[index] ^ data.draw(st.integers(1, 255))]) + content[index + 1 :]
-    (folder / CONFIG).write_text(json.dumps(saved.config))
-    (folder / WEIGHTS).write_bytes(content)
+    elif kind == "header":
+        entry = b'":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"'
+        start, part = data.draw(st.sampled_from([(b"", b"["), (b'{"', b'a":{"'), (b'{"', entry), (b"", b" ")]))
+        text = start + part * data.draw(st.sampled_from([100, 10**5, 10**6]))
+        content = struct.pack("<Q", data.draw(st.sampled_from([len(text), 2**30, 2**63]))) + text
+    (folder / CONFIG).write_text(json.dumps(fuzzed))
+    (folder / (PICKLE if kind == "pickle" else WEIGHTS)).write_bytes(content)
+    if kind == "zeros":  # a file of 4 GB, of which the disk holds nothing
+        os.truncate(folder / WEIGHTS, 2**32)
     loaded = load("files", folder)
-    assert kind != "whole" or loaded is not None
-    if loaded is not None and kind not in ("flip", "cut"):
+    assert (kind != "whole" or loaded is not None) and (kind not in ("header", "pickle", "zeros") or loaded is None)
+    if loaded is not None and kind not in ("flip", "cut", "value"):
         state = loaded.state_dict()
         for name, tensor in tensors.items():
             if ".softmoa_" in name:
@@ -436,6 +507,12 @@ def test_made_up_files(saved, tmp_path_factory, data):
 
 def test_say_how_it_went():
     """Of the two tests before it; `make fuzz` shows it."""
-    for kind, (loaded, refused) in outcomes.items():
-        assert loaded and refused
-        print(f"{kind}: {loaded} loaded, {refused} refused, the slowest in {slowest[kind]:.2f} s")
+    for kind, way in sorted(slowest):
+        worked, refused = outcomes[kind, way, True], outcomes[kind, way, False]
+        assert worked and refused
+        print(
+            f"{kind}, {way}: {worked} work, {refused} refused, the base unchanged by all; the slowest in "
+            f"{slowest[kind, way]:.2f} s of CPU time, the largest in {peak[kind, way]:.1f} MB"
+        )
+    assert len(slowest) == 2 * len(WAYS)
+    assert max(slowest.values()) < 2 and max(peak.values()) < 1024
