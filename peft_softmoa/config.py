@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from peft import PeftConfig
@@ -22,6 +20,7 @@ from .fields import (
     Routing,
     check_fields,
     is_integer,
+    read_json,
     resolve_fields,
     shorten,
 )
@@ -32,8 +31,6 @@ Modules = Optional[Union[list[str], set[str], str]]
 
 # What PEFT adds to `modules_to_save` when it wraps a model for a task.
 TASK_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
-
-LARGEST_CONFIG = 2**20  # bytes
 
 
 class LoadedFrom(NamedTuple):
@@ -250,24 +247,8 @@ class SoftMoAConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read the fields of a config from a file.
-
-        Args:
-            path_json_file (str): the file.
-            kwargs (Any): not used; PEFT's method has them.
-
-        Returns:
-            dict[str, Any]: what the file gives, not yet checked.
-
-        Raises:
-            ValueError: if the file is too large, is no JSON object, is another method's, or has unknown fields.
-        """
-        if (size := os.path.getsize(path_json_file)) > LARGEST_CONFIG:
-            raise ValueError(f"it has {size:,} bytes, and more than {LARGEST_CONFIG:,} are no config")
-        try:
-            given = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"it is no JSON: {error}") from error
+        """Read the fields of a config from a file; a ValueError says why they are none of this method."""
+        given = read_json(path_json_file)
         if not isinstance(given, dict):
             raise ValueError(f"it holds a {type(given).__name__} instead of the fields of a config")
         if given.get("peft_type") != SOFTMOA:

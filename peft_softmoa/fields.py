@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import reprlib
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import regex
@@ -26,6 +29,7 @@ LARGEST_EXPRESSION = 100_000
 REPETITION = regex.compile(r"\{([0-9]{0,9})(,[0-9]{0,9})?\}")
 # Calls of a part of the expression itself, whose memory has no bound.
 RECURSION = regex.compile(r"\(\?(R|P>|&|[+-]?[0-9])")
+LARGEST_CONFIG = 2**20  # bytes
 
 # The others have parameters of their own, which would be shared by all experts.
 ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
@@ -134,6 +138,26 @@ def _check_modules(values: Mapping[str, Any]) -> None:
     if values["label_names"] is not None:
         allowed = "the name of the head, if `label_names` is given"
         _require(values, "modules_to_save", allowed, bool(values["modules_to_save"]))
+
+
+def read_json(path: str) -> Any:
+    """Read the file of a config, if it is as small as one.
+
+    Args:
+        path (str): the file.
+
+    Returns:
+        Any: what it holds.
+
+    Raises:
+        ValueError: if it is too large, or no JSON.
+    """
+    if (size := os.path.getsize(path)) > LARGEST_CONFIG:
+        raise ValueError(f"it has {size:,} bytes, and more than {LARGEST_CONFIG:,} are no config")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON: {error}") from error
 
 
 def is_integer(value: Any) -> bool:

@@ -20,8 +20,8 @@ from .calls.masks import argument_names
 from .calls.mixed_batch import make_mixed_batch
 from .config import SoftMoAConfig
 from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
-from .registration import SOFTMOA, name_since_0_2
-from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes
+from .registration import SOFTMOA, name_in_model, name_since_0_2
+from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes, text_embeddings
 from .saving.pickles import begin_saving
 from .targets.choice import Target, find_targets, is_target, name_targets
 from .targets.description import mixture_options, mixture_shapes
@@ -98,7 +98,7 @@ class SoftMoAModel(BaseTuner):
             expected = saved_shapes(saved, self._head)
             for target, shapes in zip(targets, blocks):
                 expected.update({f"{target}.softmoa_mixture.{tensor}": shape for tensor, shape in shapes.items()})
-            current = {_saved_name(name_since_0_2(name), adapter_name=""): shape for name, shape in loaded.items()}
+            current = {name_in_model(name): shape for name, shape in loaded.items()}
             check_shapes(current, expected, embedding_shapes(model))
 
     def _create_and_replace(
@@ -183,11 +183,11 @@ class SoftMoAModel(BaseTuner):
 
     def get_input_embeddings(self) -> Optional[nn.Module]:
         """The base model's embeddings of text, which PEFT saves if they were resized; None if it reads audio."""
-        return _embeddings(self.model, "get_input_embeddings")
+        return text_embeddings(self.model)[0]
 
     def get_output_embeddings(self) -> Optional[nn.Module]:
         """The base model's head that writes text, which PEFT saves if it was resized; None if there is none."""
-        return _embeddings(self.model, "get_output_embeddings")
+        return text_embeddings(self.model)[1]
 
     def average_adapters(
         self, adapter_names: Sequence[str], weights: Optional[Sequence[float]] = None, new_name: str = "average"
@@ -261,12 +261,12 @@ class SoftMoAModel(BaseTuner):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         # Any other tensor would replace one of the base model's.
         given = {
-            _saved_name(key, adapter_name): tuple(tensor.shape)
+            name_in_model(key, adapter_name): tuple(tensor.shape)
             for key, tensor in remapped.items()
             if f".modules_to_save.{adapter_name}." not in key
         }
         expected = {
-            _saved_name(f"{name}.softmoa_mixture.{path}", adapter_name): tuple(parameter.shape)
+            name_in_model(f"{name}.softmoa_mixture.{path}"): tuple(parameter.shape)
             for name, layer in base.named_modules()
             if is_adapted(layer) and adapter_name in layer.softmoa_mixture
             for path, parameter in layer.softmoa_mixture[adapter_name].named_parameters()
@@ -293,19 +293,3 @@ class SoftMoAModel(BaseTuner):
         active = [config for config in active if config.peft_type == SOFTMOA]
         label_names = next((config.label_names for config in active if config.label_names), None)
         name_classes(self.model, label_names, next((each.problem_type for each in active if each.problem_type), None))
-
-
-def _saved_name(key: str, adapter_name: str) -> str:
-    """The name that a tensor of an adapter has in its file, from its name in a model."""
-    # FSDP wraps modules, and its state has the names without the wrapping.
-    name = key.replace("_fsdp_wrapped_module.", "").removeprefix("base_model.model.")
-    return name.replace(f".softmoa_mixture.{adapter_name}.", ".softmoa_mixture.")
-
-
-def _embeddings(model: nn.Module, name: str) -> Optional[nn.Module]:
-    # Encoders of audio have the method, and some of them raise an error in it.
-    try:
-        embeddings: Optional[nn.Module] = getattr(model, name)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return embeddings

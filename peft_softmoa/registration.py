@@ -88,6 +88,21 @@ def name_since_0_2(key: str) -> str:
     return key
 
 
+def name_in_model(key: str, adapter_name: str = "") -> str:
+    """The name that a tensor of an adapter has in the base model, without the adapter's name.
+
+    Args:
+        key (str): its name in a file, or in a model's state.
+        adapter_name (str): the adapter's name, if the state has it. Default: it does not.
+
+    Returns:
+        str: the name.
+    """
+    # FSDP wraps modules, and its state has the names without the wrapping.
+    name = name_since_0_2(key).replace("_fsdp_wrapped_module.", "").removeprefix("base_model.model.")
+    return name.replace(f".softmoa_mixture.{adapter_name}.", ".softmoa_mixture.") if adapter_name else name
+
+
 def rename_first_containers() -> None:
     """Let transformers, which reads adapters by itself, find the tensors of adapters from before version 0.2.
 

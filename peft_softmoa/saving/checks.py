@@ -155,6 +155,25 @@ def check_shapes(
         )
 
 
+def text_embeddings(model: nn.Module) -> tuple[Optional[nn.Module], Optional[nn.Module]]:
+    """The modules that read and write text; None for those that a model does not have.
+
+    Args:
+        model (nn.Module): the base model.
+
+    Returns:
+        tuple[nn.Module, optional, nn.Module, optional]: the embeddings, and the head.
+    """
+    # Encoders of audio have both methods, and some of them raise an error there.
+    found: list[Any] = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, name)())
+        except (AttributeError, NotImplementedError):
+            found.append(None)
+    return found[0], found[1]
+
+
 def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The text embeddings of a model, which PEFT saves with an adapter if they were resized.
 
@@ -165,10 +184,7 @@ def embedding_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         dict[str, tuple[int, ...]]: the shapes of the input's and the output's, by their names; none if the model reads
         no text.
     """
-    try:
-        both = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return {}
+    both = text_embeddings(model)
     if not isinstance(both[0], nn.Embedding):
         return {}
     modules = {name: module for name, module in model.named_modules() if any(module is each for each in both)}

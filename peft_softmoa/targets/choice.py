@@ -193,8 +193,7 @@ def _check_all_match(config: SoftMoAConfig, modules: list[str], targets: list[st
         else:
             endings = {each: f".{each.rpartition(ARROW)[2]}" for each in given or ()}
             unknown = [each for each, end in endings.items() if not any(f".{name}".endswith(end) for name in modules)]
-        # PEFT has an error of its own if nothing is adapted.
-        if unknown and (targets or field == "exclude_modules"):
+        if unknown and (targets or field == "exclude_modules"):  # PEFT has an error of its own if nothing is adapted
             raise ValueError(f"`{field}` has names that match no module of the model: {sorted(unknown)}.")
     indices = config.layers_to_transform
     for index in [indices] if isinstance(indices, int) else indices or ():
@@ -228,7 +227,7 @@ def _make_target(
     if layer is not None:
         return Target(name, entry, in_features, out_features, layer.name, _find_masks(model, layer, entry or name))
     # What is no layer as `find_layers` knows it may still be called with a mask.
-    masks = [each for each in around if _takes_mask(model, each)][:1]
+    masks = [each for each in around if takes_mask(find_module(model, each))][:1]
     return Target(name, entry, in_features, out_features, next(iter(masks or around), None), tuple(masks))
 
 
@@ -268,20 +267,16 @@ def _crosses(layers: Iterable[Layer], name: str) -> bool:
     return any(f"{name}.".startswith(f"{attention.module}.") for layer in layers for attention in layer.attentions[1:])
 
 
-def _takes_mask(model: nn.Module, name: str) -> bool:
-    return takes_mask(find_module(model, name))
-
-
 def _find_masks(model: nn.Module, layer: Layer, entry: str) -> tuple[str, ...]:
     """The modules around or before a block that are called with the mask of its tokens."""
     attention = layer.attentions[0].module
     if f"{entry}.".startswith(f"{attention}."):
         sources = [attention]
-    elif _takes_mask(model, layer.name):
+    elif takes_mask(find_module(model, layer.name)):
         sources = [layer.name, attention]
     else:
         sources = []  # the layer's own mask, if it makes one, is for windows of the attention only
-    return tuple(source for source in sources if _takes_mask(model, source))
+    return tuple(source for source in sources if takes_mask(find_module(model, source)))
 
 
 def _check_order_in_time(config: SoftMoAConfig, model: nn.Module, name: str, layer: str) -> None:
