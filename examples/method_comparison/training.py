@@ -173,7 +173,7 @@ class Classifier(ASTForAudioClassification):
 def load_model(folder: Path, num_labels: int) -> Classifier:
     """The pretrained transformer with a fresh head, which is drawn from torch's generator."""
     model = Classifier(AutoConfig.from_pretrained(folder, num_labels=num_labels))
-    model.audio_spectrogram_transformer = ASTModel.from_pretrained(folder)
+    model.audio_spectrogram_transformer.load_state_dict(ASTModel.from_pretrained(folder).state_dict())
     return model
 
 
