@@ -48,7 +48,7 @@ GUARDS = {
         "_split_kwargs": "test_sharing.py::test_push_and_load_by_id",
     },
     enum: {
-        "_hashable_values_": "test_registration.py::test_the_member_is_like_the_others",
+        "_hashable_values_": "test_registration.py::test_the_second_list_of_values_has_it",
         "_member_map_": "test_registration.py::test_the_member_is_like_the_others",
         "_member_names_": "test_registration.py::test_the_member_is_like_the_others",
         "_name_": "test_registration.py::test_the_member_is_like_the_others",

@@ -20,6 +20,20 @@ def test_the_member_is_like_the_others():
     assert repr(SOFTMOA) == repr(PeftType.LORA).replace("LORA", "SOFTMOA")
     assert str(SOFTMOA) == str(PeftType.LORA).replace("LORA", "SOFTMOA")
     assert SOFTMOA in PeftType and SOFTMOA in list(PeftType) and "SOFTMOA" in PeftType.__members__
+    if sys.version_info >= (3, 12):  # before, the `in` of an enum takes members only
+        assert "SOFTMOA" in PeftType
+
+
+def test_the_second_list_of_values_has_it():
+    """Python keeps it since 3.12.3 and 3.13.1, and answers `in` from it; here any Python does."""
+    script = """
+from peft.utils import PeftType
+if not hasattr(PeftType, "_hashable_values_"):
+    type.__setattr__(PeftType, "_hashable_values_", [member.value for member in PeftType])
+import peft_softmoa
+assert PeftType._hashable_values_ == [member.value for member in PeftType]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_member_survives_copy_pickle_and_json():
