@@ -23,7 +23,7 @@ from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_in_model, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes, text_embeddings
 from .saving.pickles import begin_saving
-from .targets.choice import Target, find_targets, is_target, name_targets
+from .targets.choice import Target, find_targets, is_matched_by_peft, is_target, name_targets
 from .targets.description import mixture_options, mixture_shapes
 from .targets.heads import base_classes, find_head, fit_head, name_classes
 from .targets.placement import choose_targets
@@ -135,8 +135,8 @@ class SoftMoAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.peft_config[adapter_name].target_modules, str):
-            # The names that an expression matches are of this model; the config may be for others, too.
+        if is_matched_by_peft(self.peft_config[adapter_name], model):
+            # The names that take the expression's place are of this model; the config may be for others, too.
             self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         before = Snapshot(model)
         try:

@@ -126,12 +126,17 @@ def test_peft_never_matches_an_expression(tmp_path):
     assert isinstance(json.loads((tmp_path / "transformers/adapter_config.json").read_text())["target_modules"], list)
 
 
-def test_an_expression_may_serve_several_models():
+@pytest.mark.parametrize("embeddings", [None, "embed_tokens"])
+def test_an_expression_may_serve_several_models(embeddings):
     config = SoftMoAConfig(target_modules=r".*layers\.\d+\.attention")
     for layers in (1, 3):
         model = ASTForAudioClassification(tiny_ast_config(num_hidden_layers=layers))
-        adapted = get_peft_model(model, config).peft_config["default"].target_modules
-        assert adapted == {f"audio_spectrogram_transformer.layers.{index}.attention" for index in range(layers)}
+        if embeddings:
+            model.add_module(embeddings, torch.nn.Embedding(2, 2))
+        adapted = get_peft_model(model, config)
+        names = {f"audio_spectrogram_transformer.layers.{index}.attention" for index in range(layers)}
+        assert set(adapted.targeted_module_names) == names
+        assert adapted.peft_config["default"].target_modules == (names if embeddings else config.target_modules)
 
 
 def test_names_that_an_expression_matches_may_not_mean_others_too():
@@ -140,14 +145,15 @@ def test_names_that_an_expression_matches_may_not_mean_others_too():
     class Both(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.proj = torch.nn.Linear(4, 4)
-            self.inner = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})
+            self.lm_head = torch.nn.Linear(4, 4)
+            self.inner = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(4, 4)})
 
-    with pytest.raises(ValueError, match="`target_modules='proj'` matches 'proj', but not 'inner.proj'"):
-        get_peft_model(Both(), SoftMoAConfig(target_modules="proj", routing="dense"))
-    model = get_peft_model(Both(), SoftMoAConfig(target_modules=r".*proj", routing="dense"))
+    with pytest.raises(ValueError, match="`target_modules='lm_head'` matches 'lm_head', but not 'inner.lm_head'"):
+        get_peft_model(Both(), SoftMoAConfig(target_modules="lm_head", routing="dense"))
+    model = get_peft_model(Both(), SoftMoAConfig(target_modules=r".*lm_head", routing="dense"))
     assert len([name for name, _ in model.named_modules() if name.endswith("softmoa_mixture")]) == 2
-    assert list(find_targets(SoftMoAConfig(target_modules=["inner.proj"], routing="dense"), Both())) == ["inner.proj"]
+    names = ["inner.lm_head"]
+    assert list(find_targets(SoftMoAConfig(target_modules=names, routing="dense"), Both())) == names
 
 
 # Names are matched, too: PEFT makes all endings of each, and puts some into expressions of Python's `re`.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional
 
 import regex
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ..calls.forward_pass import MODEL
@@ -48,15 +49,7 @@ class Target(NamedTuple):
 
 
 def is_target(config: SoftMoAConfig, name: str) -> Any:
-    """Whether an adapter adapts a module: PEFT's own rule, applied to the end of a block that has two.
-
-    Args:
-        config (SoftMoAConfig): says which.
-        name (str): name of the module.
-
-    Returns:
-        What `peft.tuners.tuners_utils.check_target_module_exists` returns.
-    """
+    """Whether an adapter adapts a module: PEFT's `check_target_module_exists`, for the end of a block that has two."""
     config = copy.copy(config)
     for field in ("target_modules", "exclude_modules"):
         names = getattr(config, field)
@@ -118,11 +111,17 @@ def find_matches(config: SoftMoAConfig, names: list[str]) -> list[str]:
     return found
 
 
+def is_matched_by_peft(config: SoftMoAConfig, model: nn.Module) -> bool:
+    """Whether PEFT matches a config's expression itself, without limits: when it saves a model with text embeddings."""
+    parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return isinstance(config.target_modules, str) and not parts.isdisjoint(EMBEDDING_LAYER_NAMES)
+
+
 def name_targets(config: SoftMoAConfig, model: nn.Module, targets: Iterable[str]) -> None:
-    """Write the names of the adapted modules in the place of an expression, which PEFT would match without limits.
+    """Write the names of the adapted modules in the place of an expression that PEFT would match.
 
     Args:
-        config (SoftMoAConfig): the config; nothing happens if it has no expression that matches anything.
+        config (SoftMoAConfig): the config; nothing happens if it has no such expression, or that matches nothing.
         model (nn.Module): the model.
         targets (iterable of str): the modules that it matches.
 
@@ -130,7 +129,7 @@ def name_targets(config: SoftMoAConfig, model: nn.Module, targets: Iterable[str]
         ValueError: if the names would match other modules, too.
     """
     names = set(targets)
-    if not isinstance(config.target_modules, str) or not names:
+    if not (names and is_matched_by_peft(config, model)):
         return
     expression, config.target_modules = config.target_modules, names
     others = [name for name, _ in model.named_modules() if name not in names and is_target(config, name)]
