@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Optional
 
 from peft.utils.other import ModulesToSaveWrapper
@@ -55,4 +54,4 @@ def add_hooks(model: nn.Module, adapter_name: str, config: SoftMoAConfig) -> Non
     handles += follow_calls(model, blocks[0].forward_passes, adapter_name, layers, wrappers)
     handles += freeze_statistics(model)
     if wrappers:
-        handles.append(model.register_forward_hook(partial(keep_problem_type, blocks[0], adapter_name, config)))
+        handles += keep_problem_type(model, blocks[0], adapter_name, config)

@@ -29,6 +29,8 @@ LARGEST_EXPRESSION = 100_000
 REPETITION = regex.compile(r"\{([0-9]{0,9})(,[0-9]{0,9})?\}")
 # Calls of a part of the expression itself, whose memory has no bound.
 RECURSION = regex.compile(r"\(\?(R|P>|&|[+-]?[0-9])")
+# Full case-folding, whose sets of characters grow without a bound.
+FULL_CASE = regex.compile(r"\(\?[a-zA-Z0-9]*f")
 LARGEST_CONFIG = 2**20  # bytes
 
 # The others have parameters of their own, which would be shared by all experts.
@@ -196,7 +198,7 @@ def _is_expression(value: Any) -> bool:
     if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION or value == DUMMY_TARGET_MODULES:
         return False
     # Any other brace would be a count with spaces or comments in it, or a match that is only alike.
-    if set("{}") & set(REPETITION.sub("", value)) or RECURSION.search(value):
+    if set("{}") & set(REPETITION.sub("", value)) or RECURSION.search(value) or FULL_CASE.search(value):
         return False
     # What may be left out is not written out: the least number counts.
     repetitions = math.prod(max(1, int(least or 1)) for least, _ in REPETITION.findall(value))

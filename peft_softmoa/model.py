@@ -25,7 +25,7 @@ from .saving.checks import check_shapes, check_size, embedding_shapes, read_shap
 from .saving.pickles import begin_saving
 from .targets.choice import Target, find_targets, is_matched_by_peft, is_target, name_targets
 from .targets.description import mixture_options, mixture_shapes
-from .targets.heads import base_classes, find_head, fit_head, name_classes
+from .targets.heads import base_classes, find_head, fit_head, name_classes, note_problem_type
 from .targets.placement import choose_targets
 from .targets.probes import block_widths
 from .targets.rollback import Snapshot
@@ -66,7 +66,7 @@ class SoftMoAModel(BaseTuner):
     tuner_layer_cls = SoftMoALayer
     target_module_mapping: dict[str, list[str]] = {}
     peft_config: dict[str, SoftMoAConfig]  # type: ignore[assignment]
-    _before: Optional[Snapshot] = None
+    _before: Optional[tuple[str, Snapshot]] = None
 
     def _prepare_adapter_config(self, peft_config: SoftMoAConfig, model_config: dict[str, Any]) -> SoftMoAConfig:
         return peft_config  # its targets depend on more than the model's config
@@ -135,9 +135,11 @@ class SoftMoAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if is_matched_by_peft(self.peft_config[adapter_name], model):
-            # The names that take the expression's place are of this model; the config may be for others, too.
-            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        is_shared = any(other is config for name, other in self.peft_config.items() if name != adapter_name)
+        # What is written into it is of this adapter and, in place of an expression, of this model.
+        if is_shared or is_matched_by_peft(config, model):
+            self.peft_config[adapter_name] = copy.copy(config)
         before = Snapshot(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -147,12 +149,22 @@ class SoftMoAModel(BaseTuner):
         except BaseException:
             before.restore()
             raise
-        # Weights are loaded next, which may fail, too.
-        self._before = before if self.peft_config[adapter_name].inference_mode else None
+        # Its weights may be loaded next, and that may fail, too.
+        config = self.peft_config[adapter_name]
+        self._before = (adapter_name, before) if config.inference_mode or config.loaded_from else None
+
+    def end_loading(self, adapter_name: str, failed: bool) -> None:
+        """Note that `PeftModel.load_adapter` has ended; if it failed, remove an adapter that was added for it."""
+        added, self._before = self._before, None
+        if failed and added is not None and added[0] == adapter_name:
+            added[1].restore()
+            self.peft_config.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
         # For a task type PEFT gives the arguments of models of text, most of them None, which others do not take.
+        if self._before is not None:
+            self._before = None
         given = {name: each for name, each in kwargs.items() if each is not None or name in self._argument_names}
         return self.model(*args, **given)
 
@@ -243,6 +255,7 @@ class SoftMoAModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: SoftMoAConfig, *args: Any, **kwargs: Any) -> Any:
         begin_saving(config)
+        note_problem_type(model, config)
         return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
@@ -271,20 +284,8 @@ class SoftMoAModel(BaseTuner):
             if is_adapted(layer) and adapter_name in layer.softmoa_mixture
             for path, parameter in layer.softmoa_mixture[adapter_name].named_parameters()
         }
-        try:
-            check_shapes(given, expected, embedding_shapes(base))
-        except ValueError:
-            cls._take_back(model, adapter_name)
-            raise
+        check_shapes(given, expected, embedding_shapes(base))
         return remapped
-
-    @staticmethod
-    def _take_back(model: nn.Module, adapter_name: str) -> None:
-        """Remove an adapter that was added to be loaded, and never was."""
-        tuner = model.base_model if isinstance(model, PeftModel) else None
-        if isinstance(tuner, SoftMoAModel) and tuner._before is not None:
-            tuner._before.restore()
-            del tuner.peft_config[adapter_name]
 
     def _name_classes(self, enabled: bool = True) -> None:
         """Let the model say the classes of the head that is in use, and its loss."""

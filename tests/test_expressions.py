@@ -16,6 +16,7 @@ from peft_softmoa.targets.choice import find_targets
 
 # Each takes over 1 s or 200 MB where nothing bounds it, or has what could.
 BOMBS = {
+    "full case": "(?fi)(?:" + "[ß-\uffff]" * 18 + "){900}",
     "repeated": "a{10000000}",
     "repeated at least": "a{10000000,}",
     "repeated group": "(ab){1000000}",

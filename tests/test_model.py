@@ -854,3 +854,41 @@ def test_combining_adapters_as_lora_does_says_what_it_is_called_here(tiny_ast):
     model = get_peft_model(tiny_ast, SoftMoAConfig())
     with pytest.raises(ValueError, match="average_adapters"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+def test_a_load_that_fails_leaves_the_adapters_that_were_there(tiny_ast, base_folder, spectrograms, tmp_path):
+    for r in (2, 3):
+        saved = get_peft_model(
+            ASTForAudioClassification.from_pretrained(base_folder), SoftMoAConfig(r=r, init_weights=False)
+        )
+        saved.save_pretrained(tmp_path / str(r))
+    model = PeftModel.from_pretrained(tiny_ast, tmp_path / "2")
+    model.load_adapter(tmp_path / "2", "second")
+    expected = model(spectrograms).logits
+    for name in ("default", "second"):
+        with pytest.raises(ValueError, match="does not fit its config"):
+            model.load_adapter(tmp_path / "3", name)
+    assert list(model.peft_config) == ["default", "second"]
+    assert torch.equal(model(spectrograms).logits, expected)
+    model.set_adapter("second")
+    assert torch.equal(model(spectrograms).logits, expected)
+
+
+def test_a_config_may_serve_two_adapters(tiny_ast, spectrograms):
+    config = SoftMoAConfig(modules_to_save=["classifier"])
+    model = get_peft_model(tiny_ast, config).eval()
+    model.add_adapter("multi", config)
+    model(spectrograms, labels=torch.tensor([0, 1, 2]))
+    model.set_adapter("multi")
+    model(spectrograms, labels=torch.rand(3, 5))
+    assert [each.problem_type for each in model.peft_config.values()] == [
+        "single_label_classification",
+        "multi_label_classification",
+    ]
+
+
+def test_what_is_excluded_may_lie_in_an_adapted_block(tiny_ast):
+    config = SoftMoAConfig(target_modules=["attention"], exclude_modules=["layers.1.attention"])
+    model = get_peft_model(tiny_ast, config)
+    model.add_adapter("second", SoftMoAConfig(target_modules=["attention"], exclude_modules=["attention.q_proj"]))
+    assert "second" in model.peft_config

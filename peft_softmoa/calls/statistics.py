@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from peft.utils.other import ModulesToSaveWrapper
@@ -20,7 +19,7 @@ def freeze_statistics(model: nn.Module) -> list[RemovableHandle]:
         model (nn.Module): the base model, with the adapter.
 
     Returns:
-        list[RemovableHandle]: removes the hook that does it; empty if there are no such norms.
+        list[RemovableHandle]: remove the hooks that do it; empty if there are no such norms.
     """
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     saved = {id(module) for wrapper in wrappers for module in wrapper.modules_to_save.modules()}
@@ -29,10 +28,9 @@ def freeze_statistics(model: nn.Module) -> list[RemovableHandle]:
         for module in model.modules()
         if getattr(module, "running_mean", None) is not None and id(module) not in saved
     ]
-    return [model.register_forward_pre_hook(partial(_use_running_statistics, norms))] if norms else []
+    return [norm.register_forward_pre_hook(_use_running_statistics) for norm in norms]
 
 
-def _use_running_statistics(norms: list[nn.Module], model: nn.Module, args: tuple[Any, ...]) -> None:
-    for norm in norms:
-        if norm.training and not any(parameter.requires_grad for parameter in norm.parameters(recurse=False)):
-            norm.eval()
+def _use_running_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    if norm.training and not any(parameter.requires_grad for parameter in norm.parameters(recurse=False)):
+        norm.eval()

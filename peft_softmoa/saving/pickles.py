@@ -89,7 +89,7 @@ def refuse_written(config: Any, folder: str | os.PathLike[str]) -> None:
 
 
 def check_loading(check: Any) -> None:
-    """Let `PeftModel.load_adapter` check a file of weights before it reads it, wherever the config has come from.
+    """Let `PeftModel.load_adapter` check a file before it reads it, and leave no adapter behind that it fails to load.
 
     Where a config is given, or the adapter is there already, PEFT asks nothing of this package before it reads.
 
@@ -103,12 +103,18 @@ def check_loading(check: Any) -> None:
     @functools.wraps(load_adapter)
     def load_checked(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config: Any = self.peft_config.get(adapter_name)
-        if config is not None and config.peft_type == SOFTMOA:
-            source = config.loaded_from
-            if source is None or source.model_id != model_id:
+        failed = True
+        try:
+            if config is not None and config.peft_type == SOFTMOA:
                 hub, _, _ = config._split_kwargs(kwargs)
                 check(os.fspath(model_id), hub.pop("subfolder", None), **hub)
-        return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+            result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
+            failed = False
+        finally:
+            tuner: Any = self.base_model
+            if hasattr(tuner, "end_loading"):
+                tuner.end_loading(adapter_name, failed)
+        return result
 
     load_checked.checks_softmoa = True  # type: ignore[attr-defined]
     PeftModel.load_adapter = load_checked  # type: ignore[method-assign]

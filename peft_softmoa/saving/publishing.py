@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +34,11 @@ def complete_card(folder: str | os.PathLike[str]) -> None:
 def complete_pushed_cards() -> None:
     """Let `push_to_hub` of models complete the card.
 
-    It saves the adapter with its card, and then saves a card of its own in its place. Nothing else lies between that
-    and the upload, so this is the one method of another library that is replaced.
+    It saves the adapter with its card, and then saves a card of its own in its place. Nothing of this package runs
+    between that and the upload.
     """
     upload: Callable[..., Any] = PushToHubMixin._upload_modified_files
-    if hasattr(upload, "__wrapped__"):
+    if hasattr(upload, "completes_softmoa_cards"):
         return
 
     @functools.wraps(upload)
@@ -47,8 +48,14 @@ def complete_pushed_cards() -> None:
         complete_card(working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
+    complete_and_upload.completes_softmoa_cards = True  # type: ignore[attr-defined]
     PushToHubMixin._upload_modified_files = complete_and_upload  # type: ignore[method-assign]
 
 
 def _has_adapter(folder: str | os.PathLike[str]) -> bool:
-    return Path(folder, CONFIG_NAME).is_file() and PeftConfig._get_peft_type(os.fspath(folder)) == SOFTMOA
+    try:
+        given = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # Other libraries have a file of this name, too.
+    return isinstance(given, dict) and given.get("peft_type") == SOFTMOA

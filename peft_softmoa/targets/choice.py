@@ -163,7 +163,7 @@ def find_targets(config: SoftMoAConfig, model: nn.Module) -> dict[str, Target]:
     inside_adapted = tuple(f"{name}." for name in adapted)
     names = find_matches(config, [name for name in modules if name and not name.startswith(inside_adapted)])
     if config.loaded_from is None:
-        _check_all_match(config, [name for name in modules if not name.startswith(inside_adapted)], names)
+        _check_all_match(config, [name.replace(".base_layer", "") for name in modules], names)
     targets = {}
     for name in names:
         inner = next((other for other in adapted if f"{other}.".startswith(f"{name}.")), None)

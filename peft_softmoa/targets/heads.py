@@ -8,10 +8,12 @@ base model's head stays as it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Optional, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
@@ -98,7 +100,13 @@ def find_head(model: nn.Module, saved: Mapping[str, nn.Module], label_names: Opt
         )
     )
     # Another layer may happen to be as wide.
-    named = [path for path in found if set(path.split(".")) & set(SEQ_CLS_HEAD_NAMES)]
+    named = [path for path in found if _is_named_head(path)]
+    elsewhere = [
+        name
+        for name, module in model.named_modules()
+        if not named and isinstance(module, nn.Linear) and module.out_features == len(names) and _is_named_head(name)
+    ]
+    found = [] if elsewhere else found
     found = named if len(found) > 1 and named else found
     problem = (
         f"`label_names` gives {len(label_names)} classes, but what `modules_to_save` matches, {sorted(saved)}, has"
@@ -114,6 +122,10 @@ def find_head(model: nn.Module, saved: Mapping[str, nn.Module], label_names: Opt
             f"classification head of {type(model).__name__}. Name only the head."
         )
     return None if names == label_names else Head(found[0], len(label_names))
+
+
+def _is_named_head(path: str) -> bool:
+    return not set(SEQ_CLS_HEAD_NAMES).isdisjoint(path.split("."))
 
 
 def fit_head(model: nn.Module, adapter_name: str, head: Head) -> None:
@@ -140,7 +152,24 @@ def fit_head(model: nn.Module, adapter_name: str, head: Head) -> None:
             new.requires_grad_(old.weight.requires_grad)
 
 
-def keep_problem_type(
+def keep_problem_type(model: nn.Module, block: BaseTunerLayer, adapter_name: str, config: SoftMoAConfig) -> list[Any]:
+    """Let an adapter's config say what transformers finds from the labels of its first loss.
+
+    Args:
+        model (nn.Module): the base model.
+        block (BaseTunerLayer): a block that the adapter adapts.
+        adapter_name (str): its name.
+        config (SoftMoAConfig): its config.
+
+    Returns:
+        list[RemovableHandle]: removes the hook that does it; empty if the base model or the adapter says it already.
+    """
+    if config.problem_type is not None or base_classes(model).problem_type is not None:
+        return []
+    return [model.register_forward_hook(partial(_keep_problem_type, block, adapter_name, config))]
+
+
+def _keep_problem_type(
     block: BaseTunerLayer,
     adapter_name: str,
     config: SoftMoAConfig,
@@ -148,20 +177,25 @@ def keep_problem_type(
     args: tuple[Any, ...],
     output: Any,
 ) -> None:
-    """Hook of a model: write into an adapter's config what transformers has found from the labels of its first loss.
-
-    Args:
-        block (BaseTunerLayer): a block that the adapter adapts.
-        adapter_name (str): its name.
-        config (SoftMoAConfig): its config.
-        model (nn.Module): the base model.
-        args (tuple): not used.
-        output (Any): not used.
-    """
     if config.problem_type is not None or torch.compiler.is_compiling():
         return
-    if adapter_name in block.active_adapters and not block.disable_adapters:
-        config.problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+    found = getattr(getattr(model, "config", None), "problem_type", None)
+    if found is not None and adapter_name in block.active_adapters and not block.disable_adapters:
+        config.problem_type = found
+        setattr(model, BASE_CLASSES, replace(base_classes(model), problem_type=None))
+
+
+def note_problem_type(model: Any, config: SoftMoAConfig) -> None:
+    """The same when an adapter is saved: a compiled model does not run the hook.
+
+    Args:
+        model (nn.Module): the model that is saved; nothing happens if it is no `PeftModel`, or the adapter not active.
+        config (SoftMoAConfig): the adapter's config.
+    """
+    if isinstance(model, PeftModel) and config.modules_to_save and config.problem_type is None:
+        configs: Any = model.peft_config
+        if any(configs[name] is config for name in model.active_adapters):
+            config.problem_type = getattr(getattr(model.get_base_model(), "config", None), "problem_type", None)
 
 
 def name_classes(model: nn.Module, label_names: Optional[list[str]], problem_type: Optional[str]) -> None:
@@ -176,11 +210,15 @@ def name_classes(model: nn.Module, label_names: Optional[list[str]], problem_typ
     if not getattr(config, "id2label", None):
         return
     base = base_classes(model)
-    if not hasattr(model, BASE_CLASSES):
+    if label_names is None and problem_type is None:
+        if not hasattr(model, BASE_CLASSES):
+            return
+        delattr(model, BASE_CLASSES)
+    else:
         setattr(model, BASE_CLASSES, base)
-    config.id2label = dict(base.id2label) if label_names is None else dict(enumerate(label_names))
-    own = {name: index for index, name in config.id2label.items()}
-    config.label2id = dict(base.label2id) if label_names is None else own
+    own = dict(enumerate(label_names or ()))
+    config.id2label = own or dict(base.id2label)
+    config.label2id = {name: index for index, name in own.items()} or dict(base.label2id)
     # transformers keeps here what it has guessed from the labels of the latest adapter.
     config.problem_type = problem_type or base.problem_type
     for module in base.repeating:

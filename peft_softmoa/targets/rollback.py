@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Snapshot:
-    """What adding an adapter changes in a model: its modules, hooks, attributes, flags and config.
+    """What adding an adapter changes in a model: its modules, hooks, attributes, flags and config; as they are now.
 
     Values of parameters and buffers are not kept: nothing that is added changes them.
 

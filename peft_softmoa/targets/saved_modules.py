@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from typing import Optional
 
@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import SoftMoAConfig
 from .choice import Target
@@ -21,8 +22,6 @@ from .probes import norms_before
 
 # They hold modules, and have no forward pass of their own.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-# Parameters that some checkpoints lack and nothing but training reads.
-FOR_TRAINING_ONLY = {"masked_spec_embed"}
 
 
 def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target]) -> dict[str, nn.Module]:
@@ -53,7 +52,7 @@ def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target
     head = SEQ_CLS_HEAD_NAMES if config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else []
     names = [*(config.modules_to_save or []), *head]
     saved = _matching(model, names)
-    fresh, parameters = find_fresh(model)
+    fresh, parameters = find_fresh(model, [target.name for target in targets])
     fresh = {
         path: each for path, each in fresh.items() if not f"{path}.".startswith(tuple(f"{name}." for name in saved))
     }
@@ -62,8 +61,8 @@ def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target
         if parameters:
             raise ValueError(
                 f"The checkpoint of the base model does not have {parameters}, which would be drawn at random, "
-                "differently each time the model is loaded, and PEFT saves whole modules only. Save the base model "
-                "with `save_pretrained`, and load it from there."
+                "differently each time the model is loaded, and PEFT saves whole modules only. Load a checkpoint that "
+                "has it, or leave out what it belongs to in the model's config."
             )
         _add_names(config, list(fresh))
         saved = {name: each for name, each in saved.items() if not name.startswith(tuple(f"{path}." for path in fresh))}
@@ -78,34 +77,43 @@ def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target
     return saved
 
 
-def find_fresh(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
-    """Find what the checkpoint did not have from which a model was loaded, so that it was drawn at random.
+def find_fresh(model: nn.Module, targets: Collection[str]) -> tuple[dict[str, nn.Module], list[str]]:
+    """Find what a checkpoint did not have from which a model was loaded, beside the part that is adapted.
+
+    transformers marks the parameters that it has loaded, and the modules whose missing ones it has drawn at random.
+    Where there are no such marks, as in a copy of a model, nothing is found.
 
     Args:
         model (nn.Module): the base model, with or without adapters.
+        targets (collection of str): names of the adapted blocks.
 
     Returns:
         tuple[dict[str, nn.Module], list[str]]: the modules, without what is inside others of them, and the names of
-        parameters beside modules that were loaded; both empty for a model that was not loaded.
+        parameters of the model that no module holds.
     """
-    modules = {name: each for name, each in _own_modules(model).items() if not isinstance(each, CONTAINERS)}
-    # Adapters are loaded from elsewhere.
-    if not any(_is_loaded(each) for module in modules.values() for each in module.parameters(recurse=False)):
+    if not isinstance(model, PreTrainedModel):
+        return {}, []
+    parts = {name.split(".")[0] for name in targets}
+    own = _own_modules(model)
+    adapted = [module for name, module in own.items() if name.split(".")[0] in parts]
+    if not any(_is_loaded(parameter) for module in adapted for parameter in module.parameters(recurse=False)):
         return {}, []
     fresh: dict[str, nn.Module] = {}
-    alone = []
-    for name, module in modules.items():
-        if name.startswith(tuple(f"{path}." for path in fresh)):
-            continue
-        own = [path for path, parameter in module.named_parameters(recurse=False) if not _is_loaded(parameter)]
-        inside = any(map(_is_loaded, module.parameters()))
-        if (own and not any(True for _ in module.children())) or (
-            not inside and any(True for _ in module.parameters())
-        ):
+    for name, module in own.items():
+        outside = name and name.split(".")[0] not in parts and not name.startswith(tuple(f"{path}." for path in fresh))
+        if outside and not isinstance(module, CONTAINERS) and _is_fresh(module):
             fresh[name] = module
-        else:
-            alone += [f"{name}.{path}".lstrip(".") for path in own if path not in FOR_TRAINING_ONLY]
+    alone = [name for name, parameter in model.named_parameters(recurse=False) if not _is_loaded(parameter)]
     return fresh, alone
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether all of a module, or some of what it holds itself, was drawn at random by transformers."""
+    owners = [each for each in module.modules() if any(True for _ in each.parameters(recurse=False))]
+    is_whole = owners and not any(map(_is_loaded, module.parameters()))
+    is_part = owners == [module] and not all(map(_is_loaded, module.parameters()))
+    # A module that somebody has put in later has no mark.
+    return bool(is_whole or is_part) and all(getattr(each, "_is_hf_initialized", False) for each in owners)
 
 
 def _is_loaded(parameter: nn.Parameter) -> bool:

@@ -16,7 +16,7 @@ def cast_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         model (nn.Module): the model, with or without an adapter.
-        inputs (mapping): its inputs by name; what is no floating tensor stays as it is.
+        inputs (mapping): its inputs by name; what is no floating tensor stays as it is, and so do labels.
 
     Returns:
         dict[str, Any]: the inputs.
@@ -27,6 +27,8 @@ def cast_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         if parameter.is_floating_point() and ".softmoa_" not in name
     )
     return {
-        name: value.to(weight.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.to(weight.dtype)
+        if isinstance(value, Tensor) and value.is_floating_point() and name != "labels"
+        else value
         for name, value in inputs.items()
     }

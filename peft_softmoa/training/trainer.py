@@ -243,7 +243,9 @@ class AudioTrainer(Trainer):
         if self._checkpoint_folder is not None:
             return  # it is pushed when it is complete
         self._warn_of_failed_pushes()
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        is_pushed = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not is_busy)
+        if self.is_world_process_zero() and is_pushed:
             # The Trainer copies the adapter, but not its card.
             checkpoint, folder = Path(checkpoint_folder), Path(self._get_output_dir(None))
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD):

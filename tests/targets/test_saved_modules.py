@@ -26,6 +26,7 @@ from transformers import (
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.targets.heads import find_head
+from peft_softmoa.targets.saved_modules import find_fresh
 
 BASE_LABELS = ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"]
 
@@ -287,3 +288,41 @@ def test_the_kind_of_problem_of_a_regression(tiny_ast, spectrograms):
 def test_names_that_match_nothing(tiny_ast, fields, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(tiny_ast, SoftMoAConfig(**fields))
+
+
+def test_only_what_transformers_has_drawn_is_fresh(tmp_path):
+    """Not what somebody has put in later, nor what lies in the part that is adapted, nor other models."""
+    Wav2Vec2Model(Wav2Vec2Config(**SMALL)).save_pretrained(tmp_path)
+    base = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path)
+    base.projector = nn.Linear(16, 8)
+    base.wav2vec2.encoder.layers[0].attention.q_proj = nn.Linear(16, 16)
+    assert set(find_fresh(base, ["wav2vec2.encoder.layers.0.attention"])[0]) == {"classifier"}
+    both = nn.ModuleDict({"encoder": base.wav2vec2, "front": nn.Linear(4, 4)})
+    assert find_fresh(both, ["encoder.encoder.layers.0.attention"]) == ({}, [])
+    assert find_fresh(Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SMALL)), ["wav2vec2"]) == ({}, [])
+
+
+def test_the_base_may_get_other_classes_between_adapters(tiny_ast):
+    base = get_peft_model(tiny_ast, config("a", "b")).unload()
+    base.classifier.dense = nn.Linear(32, 2)
+    base.config.id2label, base.config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
+    base.config.problem_type = "multi_label_classification"
+    model = get_peft_model(base, SoftMoAConfig(modules_to_save=["classifier"]), "second")
+    assert labels(model) == ["yes", "no"] and model.peft_config["second"].problem_type == "multi_label_classification"
+    model.add_adapter("third", config("x", "y", "z"))
+    model.set_adapter("third")
+    assert labels(model) == ["x", "y", "z"]
+    assert labels(model.unload()) == ["yes", "no"]
+
+
+def test_the_kind_of_problem_of_a_compiled_model(tiny_ast, spectrograms, tmp_path):
+    model = get_peft_model(tiny_ast, SoftMoAConfig(modules_to_save=["classifier"]))
+    torch.compile(model, backend="eager")(spectrograms, labels=torch.rand(3, 5)).loss.backward()
+    model.save_pretrained(tmp_path)
+    assert SoftMoAConfig.from_pretrained(str(tmp_path)).problem_type == "multi_label_classification"
+
+
+def test_another_layer_is_not_taken_for_a_head_that_is_not_saved():
+    base = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SMALL, num_labels=8))
+    with pytest.raises(ValueError, match="no classification head"):
+        get_peft_model(base, SoftMoAConfig(modules_to_save=["projector"], label_names=["a", "b"]))
