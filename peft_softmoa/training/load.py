@@ -11,6 +11,7 @@ from transformers import SequenceFeatureExtractor
 from .features import ExtractFeatures
 from .fingerprint import RowDigest
 from .options import DataOptions
+from .places import name_tables
 from .rows import (
     DatasetSummary,
     check_selection,
@@ -77,7 +78,8 @@ def load_stream(
             labels = _labelled_rows(
                 source, options.label_column, rows, where, *filter(None, [audio_column]), found=found
             )
-            summary = summarize_rows(labels, options.label_column, where, digest=digest, audio_column=audio_column)
+            with name_tables(source.tables):
+                summary = summarize_rows(labels, options.label_column, where, digest=digest, audio_column=audio_column)
             if rows:
                 check_selection(rows, found, f"{source.name} ({source.split})")
         elif not rows:

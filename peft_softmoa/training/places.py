@@ -6,11 +6,14 @@ import io
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Audio, Features, IterableDataset, Value
+
+from .rows import name_some
 
 # What a dataset from elsewhere may name besides its own files; no other scheme, as `file://` reads this computer.
 REMOTE = re.compile(r"(https?|hf)://")
@@ -122,3 +125,22 @@ def find_place(name: str, audio_column: str, files: Sequence[str]) -> Place:
     repository = re.match(r"hf://datasets/[^@]+@[^/]+", folder)
     root = repository[0] if repository else folder
     return Place(name, audio_column, root, folder, is_local=os.path.isdir(name))
+
+
+@contextmanager
+def name_tables(files: Sequence[str]) -> Iterator[None]:
+    """Let errors of what reads tables say which tables these are.
+
+    Args:
+        files (Sequence[str]): the tables; if there are none, errors stay as they are.
+
+    Raises:
+        ValueError: what pandas, pyarrow or `datasets` raise, with the names of the tables.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_foreign = type(error).__module__.partition(".")[0] in ("pandas", "pyarrow", "datasets")
+        if not files or not (is_foreign or isinstance(error, UnicodeDecodeError)):
+            raise
+        raise ValueError(f"{name_some(files)} cannot be read: {error.__cause__ or error}.") from error

@@ -15,7 +15,7 @@ from .fingerprint import fingerprint_files
 from .layouts import Clips, Layout, Splits, describe_folder, describe_layouts, find_layout
 from .network import retry
 from .options import DataOptions
-from .places import Place, find_place
+from .places import Place, find_place, name_tables
 from .rows import DatasetSummary, check_columns, class_names, column_names, name_some, undecoded
 
 
@@ -35,6 +35,7 @@ class Source:
         files (str, optional): fingerprint of the files that hold the rows with their audio. Default: none; then each
             row names a file of its own.
         place (Place, optional): where the files are that the rows name. Default: the rows name them in full.
+        tables (tuple[str, ...]): the files that `datasets` reads, for errors. Default: none.
         builder (DatasetBuilder, optional): reads single columns of a remote or Parquet dataset. Default: none.
     """
 
@@ -47,6 +48,7 @@ class Source:
     num_rows: Optional[int] = None
     files: Optional[str] = None
     place: Optional[Place] = None
+    tables: tuple[str, ...] = ()
     builder: Optional[DatasetBuilder] = field(default=None, repr=False)
 
     def read(self, columns: Optional[Sequence[str]] = None) -> IterableDataset:
@@ -137,19 +139,23 @@ def open_source(name: str, split: str, options: Optional[DataOptions] = None) ->
         )
     if builder.info.splits and split not in builder.info.splits:
         raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(builder.info.splits)}.")
-    rows = undecoded(_all_rows(builder, split, options.streaming))
+    tables = tuple((builder.config.data_files or {}).get(split) or ())
+    with name_tables(tables):
+        rows = undecoded(_all_rows(builder, split, options.streaming))
+        columns = tuple(column_names(rows))
     declared = (rows.info.splits or {}).get(split)
     reads_single_columns = hasattr(builder.config, "columns")
     return Source(
         name,
         split,
         rows,
-        columns=tuple(column_names(rows)),
+        columns=columns,
         classes={column: names for column in rows.features or () if (names := class_names(rows, column)) is not None},
         reads_single_columns=reads_single_columns,
         num_rows=declared.num_examples if declared else None,
         files=fingerprint_files(builder, split),
-        place=find_place(name, options.audio_column, list((builder.config.data_files or {}).get(split) or ())),
+        place=find_place(name, options.audio_column, tables),
+        tables=tables,
         builder=builder if reads_single_columns and options.streaming else None,
     )
 

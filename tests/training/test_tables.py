@@ -82,3 +82,19 @@ def test_files_elsewhere(tmp_path):
     rows = load_rows(folder, "train", DataOptions(label_column=None), columns=["audio"])
     expected = ["/sounds/a.wav", f"{folder}/../b.wav", "https://example.org/c.wav", f"{folder}/sub/d.wav"]
     assert [row["audio"]["path"] for row in rows] == expected
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"audio,label\na.wav,x\nb.wav,y,3\n", "train.csv cannot be read: .*Expected 2 fields in line 3, saw 3"),
+        (b"audio,label\na.wav,Ger\xe4usch\n", "train.csv cannot be read: 'utf-8' codec can't decode"),
+        (b"", "train.csv cannot be read: No columns"),
+    ],
+)
+def test_tables_that_datasets_reads(tmp_path, content, message, streaming):
+    (tmp_path / "train.csv").write_bytes(content)
+    options = DataOptions(streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=message):
+        load_stream(str(tmp_path), "train", ASTFeatureExtractor(), options)
