@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import ASTFeatureExtractor, ASTForAudioClassification, Trainin
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.training import AudioTrainer, DataOptions, load_rows, load_stream
+from peft_softmoa.training.layouts import LAYOUTS
 
 
 def write(folder, *files, **texts):
@@ -216,6 +218,14 @@ def test_a_table_in_one_class_folder(tmp_path):
     assert clips(tmp_path, "dog") == [("dog/a.wav", "dog")]
 
 
+def test_a_table_beside_parquet(tmp_path):
+    write(tmp_path, "dog/a.wav")
+    write_text(tmp_path, "dog/metadata.csv", "file_name,label", "a.wav,dog")
+    pq.write_table(pa.table({"label": ["dog"]}), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="no split 'train', only: dog.*; there is: train.parquet, dog/ .*metadata.csv"):
+        clips(tmp_path)
+
+
 def test_workers_divide_the_rows_of_a_layout(tmp_path):
     write(tmp_path, *(f"{name}/{index}.wav" for name in ("dog", "cat") for index in range(3)))
     found = load_stream(str(tmp_path), "train", ASTFeatureExtractor(), DataOptions(seed=3))
@@ -253,3 +263,10 @@ def test_esc50_trains_as_it_is(real_esc50, tmp_path):
     assert AudioTrainer(model, arguments, train_dataset=found).train().global_step == 2
     assert found.extract.skipped == []
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_the_readme_names_each_layout():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    names = [each.name for each in LAYOUTS]
+    rows = re.findall(r"^\| ([^|]+) \|", readme, re.MULTILINE)
+    assert [row for row in rows if row in names] == names
