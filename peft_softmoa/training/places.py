@@ -15,8 +15,9 @@ from datasets import Audio, Features, IterableDataset, Value
 
 from .rows import name_some
 
-# What a dataset from elsewhere may name besides its own files; no other scheme, as `file://` reads this computer.
-REMOTE = re.compile(r"(https?|hf)://")
+# What a dataset from elsewhere may name besides its own files: `file://` reads this computer, and `hf://` and others
+# use the access tokens of who reads the dataset.
+WEB = re.compile(r"https?://")
 
 
 class Place(NamedTuple):
@@ -85,13 +86,21 @@ class Place(NamedTuple):
         """
         if self.is_local:
             return path if "://" in path else os.path.join(self.folder, path)
-        if REMOTE.match(path) and "::" not in path:
+        repository = self.root.partition("@")[0]
+        is_own = bool(repository) and path.startswith((f"{repository}/", f"{repository}@")) and ".." not in path
+        if (is_own or WEB.match(path)) and "::" not in path:
             return path
         inner = posixpath.normpath(posixpath.join(self.folder[len(self.root) :].strip("/"), path.replace("\\", "/")))
-        if "://" in path or "::" in path or inner.startswith(("/", "..")) or re.match("[A-Za-z]:", path):
+        if (
+            not repository
+            or "://" in path
+            or "::" in path
+            or inner.startswith(("/", ".."))
+            or re.match("[A-Za-z]:", path)
+        ):
             raise ValueError(
                 f"'{self.name}' is a dataset from elsewhere, and a row names '{path}'. Such rows may name files of the "
-                "dataset and URLs only. If you trust it, download it and give its local folder."
+                "dataset and web addresses only. If you trust it, download it and give its local folder."
             )
         return f"{self.root}/{inner}"
 

@@ -96,7 +96,7 @@ def open_source(name: str, split: str, options: Optional[DataOptions] = None) ->
     id on the Hub, or a local folder with Parquet, CSV or JSON files.
 
     A path in a table begins at the folder of the table. Local tables may name any file and URL, those on the Hub only
-    files of their own dataset and URLs.
+    files of their own dataset and web addresses.
 
     Args:
         name (str): id on the Hub or local folder.

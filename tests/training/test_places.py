@@ -107,10 +107,20 @@ def test_a_csv_on_the_hub_names_no_other_files(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["/etc/hostname", "../../b.wav", "a/../../../b.wav", "file:///etc/hostname", "local:///etc/hostname", "C:/b.wav"]
-    + ["C:\\b.wav", "..\\..\\b.wav", "https://a.org/b::file:///etc/hostname", "s3://bucket/b.wav"],
+    + ["C:\\b.wav", "..\\..\\b.wav", "https://a.org/b::file:///etc/hostname", "s3://bucket/b.wav"]
+    + ["hf://datasets/user/private/b.wav", "hf://datasets/user/sounds-private/b.wav"]
+    + ["hf://datasets/user/sounds/../private/b.wav"],
 )
 def test_names_that_a_stranger_may_not_give(name):
     place = find_place("user/sounds", "audio", ["hf://datasets/user/sounds@abc/data/train.parquet"])
     assert place.find("b..wav") == "hf://datasets/user/sounds@abc/data/b..wav"
+    own = "hf://datasets/user/sounds/b.wav"
+    assert place.find(own) == own
     with pytest.raises(ValueError, match="dataset from elsewhere"):
         place.find(name)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "etc/hostname"])
+def test_a_dataset_from_elsewhere_without_a_folder(name):
+    with pytest.raises(ValueError, match="dataset from elsewhere"):
+        find_place("user/sounds", "audio", []).find(name)
