@@ -250,6 +250,7 @@ def real_esc50(request, tmp_path):
     return tmp_path / "esc50"
 
 
+@pytest.mark.real_audio
 def test_esc50_trains_as_it_is(real_esc50, tmp_path):
     extractor = ASTFeatureExtractor(max_length=64)
     found = load_stream(str(real_esc50), "train", extractor, DataOptions(), rows="fold=1,2,3,4")
