@@ -19,6 +19,7 @@ from transformers import DataCollatorWithPadding
 from ..training.features import shortest_clip
 from ..training.load import load_stream
 from ..training.options import DataOptions
+from ..training.rows import name_some
 from ..training.source import open_source
 from .clips import FRAME_SECONDS, ClipReading, load_adapter, prepare_batches, read_clip, shared_name
 from .page import write_page
@@ -103,7 +104,7 @@ def inspect_adapter(
         if stream.extract.skipped:
             data_folder = dataset if os.path.isdir(dataset) else None
             skipped = [f"{shared_name(name, data_folder)}: {reason}" for name, reason in stream.extract.skipped]
-            notes.append(f"Clips that cannot be used: {'; '.join(skipped)}.")
+            notes.append(f"Clips that cannot be used: {name_some(skipped, separator='; ')}.")
     elif reading is not None:
         report = expert_report(model, prepare_batches(model, [reading.inputs]), show_progress=False)
         notes.append("These are numbers of one clip. A dataset shows what holds for the adapter in general.")

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from torch import nn
 
+from .rows import name_some
 from .streams import AudioStream
 
 # What transformers calls the classes of a model that has no names for them.
@@ -64,12 +65,10 @@ def _difference(expected: Sequence[str], given: Sequence[str]) -> str:
     """How two lists of classes differ, in words; empty if they do not."""
     lacking = [name for name in expected if name not in given]
     more = [name for name in given if name not in expected]
-    parts = [f"it lacks {_some(lacking)}"] * bool(lacking) + [f"it has {_some(more)} besides"] * bool(more)
+    parts = [f"it lacks {name_some(map(repr, lacking), 5)}"] * bool(lacking) + [
+        f"it has {name_some(map(repr, more), 5)} besides"
+    ] * bool(more)
     if not parts and list(expected) != list(given):
         index = next(index for index, pair in enumerate(zip(expected, given)) if pair[0] != pair[1])
         parts = [f"class {index} is {given[index]!r} and not {expected[index]!r}"]
     return ", ".join(parts)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -17,7 +17,7 @@ from ..targets.placement import find_encoder
 from ..targets.probes import token_probe
 from .audio import AudioError, decode_audio, name_and_content
 from .options import DataOptions
-from .rows import label_name
+from .rows import label_name, name_some
 
 logger = logging.getLogger(__name__)
 LONGEST_TOKEN = 30  # seconds; no token reads so much
@@ -155,7 +155,7 @@ class ExtractFeatures:
             if label_column is not None:
                 label = label_name(rows[label_column][index], self.class_names, name)
                 if label not in self.label_ids:
-                    raise ValueError(f"{name}: label '{label}' is none of the classes {', '.join(self.label_ids)}.")
+                    raise ValueError(f"{name}: label '{label}' is none of the classes {name_some(self.label_ids)}.")
             try:
                 inputs = self._extract(audio, name, generator)
             except AudioError as error:
@@ -193,5 +193,7 @@ class ExtractFeatures:
         """
         if not self._warned.issuperset(self.skipped):
             count = f"{len(self.skipped)}{'' if num_rows is None else f' of {num_rows}'}"
-            logger.warning(f"Skipped {count} audio files that cannot be used: {'; '.join(map(str, self.skipped))}")
+            logger.warning(
+                f"Skipped {count} audio files that cannot be used: {name_some(map(str, self.skipped), separator='; ')}"
+            )
         self._warned.update(self.skipped)

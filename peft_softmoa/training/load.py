@@ -11,7 +11,16 @@ from transformers import SequenceFeatureExtractor
 from .features import ExtractFeatures
 from .fingerprint import RowDigest
 from .options import DataOptions
-from .rows import DatasetSummary, label_name, parse_selection, select_rows, summarize_rows
+from .places import name_tables
+from .rows import (
+    DatasetSummary,
+    check_selection,
+    label_name,
+    name_some,
+    parse_selection,
+    select_rows,
+    summarize_rows,
+)
 from .source import Source, open_source
 from .streams import AudioStream
 
@@ -65,8 +74,14 @@ def load_stream(
         names = source.classes.get(options.label_column)
         if names is None or source.reads_single_columns:
             audio_column = options.audio_column if digest.names_files else None
-            labels = _labelled_rows(source, options.label_column, rows, where, *filter(None, [audio_column]))
-            summary = summarize_rows(labels, options.label_column, where, digest=digest, audio_column=audio_column)
+            found: set[str] = set()
+            labels = _labelled_rows(
+                source, options.label_column, rows, where, *filter(None, [audio_column]), found=found
+            )
+            with name_tables(source.tables):
+                summary = summarize_rows(labels, options.label_column, where, digest=digest, audio_column=audio_column)
+            if rows:
+                check_selection(rows, found, f"{source.name} ({source.split})")
         elif not rows:
             summary = source.declared_summary(options.label_column)
     if summary is None and needs_length:
@@ -81,7 +96,7 @@ def load_stream(
     unknown = sorted(set(summary.labels) - set(label_names)) if summary else []
     if unknown:
         raise ValueError(
-            f"{where} has labels that are none of the classes {', '.join(label_names)}: {', '.join(unknown)}."
+            f"{where} has labels that are none of the classes {name_some(label_names)}: {name_some(unknown)}."
         )
     stream = AudioStream(
         _labelled_rows(source, options.label_column, rows, where, options.audio_column),
@@ -96,14 +111,19 @@ def load_stream(
 
 
 def _labelled_rows(
-    source: Source, label_column: Optional[str], rows: Optional[str], where: str, *more: str
+    source: Source,
+    label_column: Optional[str],
+    rows: Optional[str],
+    where: str,
+    *more: str,
+    found: Optional[set[str]] = None,
 ) -> IterableDataset:
     """The selected rows with their label and some more columns; several label columns are joined to one."""
     label_columns = label_column.split(",") if label_column else []
     selection_columns = [parse_selection(rows)[0]] if rows else []
     labelled = source.read([*more, *label_columns, *selection_columns])
     if rows:
-        labelled = select_rows(labelled, rows, source.name)
+        labelled = select_rows(labelled, rows, source.name, found=found)
     if len(label_columns) < 2:
         return labelled
     names_of = {column: source.classes.get(column) for column in label_columns}

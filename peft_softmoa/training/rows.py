@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-from datasets import ClassLabel, IterableDataset
+from datasets import Audio, ClassLabel, IterableDataset
 from tqdm.auto import tqdm
 
 from .fingerprint import RowDigest
@@ -26,28 +27,55 @@ class DatasetSummary(NamedTuple):
     rows_per_shard: Optional[tuple[int, ...]] = None
 
 
-def select_rows(rows: IterableDataset, selection: str, name: str = "the dataset") -> IterableDataset:
+def select_rows(
+    rows: IterableDataset, selection: str, name: str = "the dataset", *, found: Optional[set[str]] = None
+) -> IterableDataset:
     """Select the rows in which a column has one of some values, as for cross-validation by folds.
 
     Args:
         rows (IterableDataset): all rows.
         selection (str): column and values, such as `"fold=1,2,3"`.
         name (str): name of the dataset, for errors. Default: `"the dataset"`.
+        found (set[str], optional): gets the values that rows have, while the rows are read. Default: none.
 
     Returns:
         IterableDataset: the rows whose value, as a string or as the name of its class, is one of the values.
 
     Raises:
-        ValueError: if the selection has another form or names a column that does not exist.
+        ValueError: if the selection has another form, or names a column that does not exist or what is none of its
+            classes.
     """
     column, values = parse_selection(selection)
     check_columns(column_names(rows), [column], name)
     names = class_names(rows, column)
-    return rows.filter(_has_value, input_columns=[column], fn_kwargs={"values": values, "names": names})
+    if names is not None:
+        check_selection(selection, {*names, *map(str, range(len(names)))}, name)
+    arguments = {"values": values, "names": names, "found": found}
+    return rows.filter(_has_value, input_columns=[column], fn_kwargs=arguments)
+
+
+def check_selection(selection: str, present: Collection[str], name: str) -> None:
+    """Check that each value of a selection is there: a part of `"label=cat, small"` may be a class of its own.
+
+    Args:
+        selection (str): column and values.
+        present (Collection[str]): the values of the column.
+        name (str): name of the dataset, for errors.
+
+    Raises:
+        ValueError: if a value is not there.
+    """
+    column, values = parse_selection(selection)
+    missing = [value for value in values if value not in present]
+    if missing:
+        raise ValueError(
+            f"{name} has no row with {column}={name_some(missing)}. A value with a comma in it stands in double "
+            f'quotes, as in {column}="cat, small",dog.'
+        )
 
 
 def parse_selection(selection: str) -> tuple[str, tuple[str, ...]]:
-    """Split `"fold=1,2,3"` into the column and its values.
+    """Split `"fold=1,2,3"` into the column and its values; in double quotes, a value may have commas.
 
     Args:
         selection (str): column and values.
@@ -59,7 +87,8 @@ def parse_selection(selection: str) -> tuple[str, tuple[str, ...]]:
         ValueError: if the selection has another form.
     """
     column, equals, values = selection.partition("=")
-    selected = tuple(value.strip() for value in values.split(",") if value.strip())
+    cells = next(csv.reader([values], skipinitialspace=True), [])
+    selected = tuple(value.strip() for value in cells if value.strip())
     if not (column.strip() and equals and selected):
         raise ValueError(f"A selection of rows has the form column=value,value, such as fold=1,2,3; got '{selection}'.")
     return column.strip(), selected
@@ -113,14 +142,20 @@ def label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
         str: the name.
 
     Raises:
-        ValueError: if there is no label, or it is not the index of a class.
+        ValueError: if there is no label, it is not the index of a class, or it is of a type that names no class.
     """
+    value = value.strip() if isinstance(value, str) else value
     if names is None:
-        if value in (None, ""):
+        if value in (None, "") or value != value:
             raise ValueError(f"{where}: a row has no label.")
+        if not isinstance(value, (str, int)):
+            raise ValueError(
+                f"{where}: label {value} is a {type(value).__name__}, but each row has one class, a string or an "
+                "integer. Give another `label_column`, or write the class of each row into a column."
+            )
         return str(value)
     if value is None or not 0 <= value < len(names):
-        raise ValueError(f"{where}: label {value} is no index of the {len(names)} classes {', '.join(names)}.")
+        raise ValueError(f"{where}: label {value} is no index of the {len(names)} classes {name_some(names)}.")
     name: str = names[value]
     return name
 
@@ -193,8 +228,46 @@ def check_columns(present: Collection[str], columns: Sequence[str], name: str) -
     """
     for column in columns if present else ():
         if column not in present:
-            raise ValueError(f"{name} has no column '{column}'; its columns are: {', '.join(present)}.")
+            raise ValueError(f"{name} has no column '{column}'; its columns are: {name_some(present, 50)}.")
 
 
-def _has_value(value: Any, values: Sequence[str], names: Optional[Sequence[str]]) -> bool:
-    return str(value) in values or (names is not None and 0 <= value < len(names) and names[value] in values)
+def name_some(names: Iterable[str], most: int = 10, separator: str = ", ") -> str:
+    """Name the first of many things: a message with thousands is not read.
+
+    Args:
+        names (iterable of str): the names.
+        most (int): how many are named. Default: 10.
+        separator (str): what stands between two names. Default: `", "`.
+
+    Returns:
+        str: the first names, and the number of the others.
+    """
+    names = list(names)
+    return separator.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def undecoded(rows: IterableDataset) -> IterableDataset:
+    """Rows whose audio stays as it is in the dataset: the decoder of `datasets` needs a system FFmpeg.
+
+    Args:
+        rows (IterableDataset): the rows.
+
+    Returns:
+        IterableDataset: the rows.
+    """
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, Audio):
+            rows = rows.cast_column(column, Audio(decode=False))
+    return rows
+
+
+def _has_value(value: Any, values: Sequence[str], names: Optional[Sequence[str]], found: Optional[set[str]]) -> bool:
+    forms = {str(value).strip()}
+    if names is not None and value is not None and 0 <= value < len(names):
+        forms.add(names[value])
+    if isinstance(value, float) and value.is_integer():  # pandas makes floats of integers beside a missing one
+        forms.add(str(int(value)))
+    chosen = forms.intersection(values)
+    if found is not None:
+        found |= chosen
+    return bool(chosen)

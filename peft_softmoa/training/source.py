@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import csv
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from datasets import Audio, DatasetBuilder, Features, IterableDataset, Value, load_dataset_builder
+from datasets import DatasetBuilder, IterableDataset, load_dataset_builder
 
 from .fingerprint import fingerprint_files
+from .layouts import Clips, Layout, Splits, describe_folder, describe_layouts, find_layout
 from .network import retry
 from .options import DataOptions
-from .rows import DatasetSummary, check_columns, class_names, column_names
-
-METADATA = "metadata.csv"
+from .places import Place, find_place, name_tables
+from .rows import DatasetSummary, check_columns, class_names, column_names, name_some, undecoded
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Source:
     Args:
         name (str): id on the Hub or local folder.
         split (str): name of the split.
-        rows (IterableDataset): all rows with all columns; the audio is not decoded.
+        rows (IterableDataset): all rows with all columns, as the files have them; the audio is not decoded.
         columns (tuple[str, ...]): names of the columns; empty if there are no rows.
         classes (mapping): names of the classes that the dataset declares, by the column of the labels.
         reads_single_columns (bool): whether a column can be read without the others, as in Parquet files, so that it is
@@ -35,6 +34,8 @@ class Source:
         num_rows (int, optional): number of rows, if the dataset states it.
         files (str, optional): fingerprint of the files that hold the rows with their audio. Default: none; then each
             row names a file of its own.
+        place (Place, optional): where the files are that the rows name. Default: the rows name them in full.
+        tables (tuple[str, ...]): the files that `datasets` reads, for errors. Default: none.
         builder (DatasetBuilder, optional): reads single columns of a remote or Parquet dataset. Default: none.
     """
 
@@ -46,6 +47,8 @@ class Source:
     reads_single_columns: bool
     num_rows: Optional[int] = None
     files: Optional[str] = None
+    place: Optional[Place] = None
+    tables: tuple[str, ...] = ()
     builder: Optional[DatasetBuilder] = field(default=None, repr=False)
 
     def read(self, columns: Optional[Sequence[str]] = None) -> IterableDataset:
@@ -61,15 +64,16 @@ class Source:
             ValueError: if a column is missing.
         """
         if columns is None:
-            return self.rows
+            return self.place.locate(self.rows) if self.place else self.rows
         check_columns(self.columns, columns, self.name)
         columns = list(dict.fromkeys(columns))
         rows = self.rows
         if self.builder is not None:
             builder = copy.copy(self.builder)
             builder.config, builder.info = replace(builder.config, columns=columns), builder.info.copy()
-            rows = _undecoded(retry(builder.as_streaming_dataset, split=self.split))
-        return rows.select_columns(columns)
+            rows = undecoded(retry(builder.as_streaming_dataset, split=self.split))
+        rows = rows.select_columns(columns)
+        return self.place.locate(rows) if self.place and self.place.audio_column in columns else rows
 
     def declared_summary(self, label_column: str) -> Optional[DatasetSummary]:
         """Size and labels as the dataset declares them; no row is read.
@@ -87,9 +91,12 @@ class Source:
 def open_source(name: str, split: str, options: Optional[DataOptions] = None) -> Source:
     """Look up a split of a dataset.
 
-    A local folder with a `metadata.csv`, whose column `file_name` holds paths relative to the folder, is one split,
-    `train`. A folder with one such folder for each split has these splits. `datasets` reads everything else: an id on
-    the Hub, or a local folder with Parquet files.
+    A local folder may have one of the layouts of `LAYOUTS`: a table such as `metadata.csv` with a column `file_name`,
+    folders whose names are classes, or how some well-known datasets are published. `datasets` reads everything else: an
+    id on the Hub, or a local folder with Parquet, CSV or JSON files.
+
+    A path in a table begins at the folder of the table. Local tables may name any file and URL, those on the Hub only
+    files of their own dataset and web addresses.
 
     Args:
         name (str): id on the Hub or local folder.
@@ -101,40 +108,54 @@ def open_source(name: str, split: str, options: Optional[DataOptions] = None) ->
         Source: the split.
 
     Raises:
-        ValueError: if the split does not exist, or the dataset cannot be read without FFmpeg.
+        ValueError: if the split does not exist, or the dataset has no layout that can be read.
     """
     options = options or DataOptions()
-    folder = _metadata_folder(name, split)
-    if folder is not None:
-        return _open_table(name, split, folder, options)
-    builder = retry(
-        load_dataset_builder,
-        name,
-        options.config_name,
-        revision=options.revision,
-        token=options.token,
-        cache_dir=options.cache_dir,
-    )
-    if builder.__module__.endswith("audiofolder"):
+    root = Path(name)
+    layout = find_layout(root) if root.is_dir() else None
+    if layout is not None:
+        return _open_layout(name, split, *layout, options)
+    try:
+        builder = retry(
+            load_dataset_builder,
+            name,
+            options.config_name,
+            revision=options.revision,
+            token=options.token,
+            cache_dir=options.cache_dir,
+        )
+    except FileNotFoundError as error:
+        if not root.is_dir():
+            raise
+        raise ValueError(_no_layout(name)) from error
+    kind = builder.__module__.rpartition(".")[2]
+    if root.is_dir() and kind in ("audiofolder", "text"):
+        raise ValueError(_no_layout(name))
+    if kind == "audiofolder":
         raise ValueError(
             f"'{name}' is a folder of audio files, which datasets reads with torchcodec and a system FFmpeg only. "
-            f"Give it as a local folder with a {METADATA} (columns file_name and label) in it, or as Parquet: on the "
-            "Hub, revision 'refs/convert/parquet' may have that."
+            "Download it and give the local folder, or give it as Parquet: revision 'refs/convert/parquet' may have "
+            "that."
         )
     if builder.info.splits and split not in builder.info.splits:
         raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(builder.info.splits)}.")
-    rows = _undecoded(_all_rows(builder, split, options.streaming))
+    tables = tuple((builder.config.data_files or {}).get(split) or ())
+    with name_tables(tables):
+        rows = undecoded(_all_rows(builder, split, options.streaming))
+        columns = tuple(column_names(rows))
     declared = (rows.info.splits or {}).get(split)
     reads_single_columns = hasattr(builder.config, "columns")
     return Source(
         name,
         split,
         rows,
-        columns=tuple(column_names(rows)),
+        columns=columns,
         classes={column: names for column in rows.features or () if (names := class_names(rows, column)) is not None},
         reads_single_columns=reads_single_columns,
         num_rows=declared.num_examples if declared else None,
         files=fingerprint_files(builder, split),
+        place=find_place(name, options.audio_column, tables),
+        tables=tables,
         builder=builder if reads_single_columns and options.streaming else None,
     )
 
@@ -159,34 +180,36 @@ def load_rows(
     return open_source(name, split, options).read(columns)
 
 
-def _metadata_folder(name: str, split: str) -> Optional[Path]:
-    """The folder whose metadata.csv lists a split; None if the dataset is not of that kind."""
-    root = Path(name)
-    if (root / METADATA).is_file():
-        if split != "train":
-            raise ValueError(f"'{name}' has one {METADATA}, so its only split is 'train', not '{split}'.")
-        return root
-    splits = sorted(path.parent.name for path in root.glob(f"*/{METADATA}")) if root.is_dir() else []
-    if splits and split not in splits:
-        raise ValueError(f"'{name}' has no split '{split}', only: {', '.join(splits)}.")
-    return root / split if splits else None
-
-
-def _open_table(name: str, split: str, folder: Path, options: DataOptions) -> Source:
-    path = str(folder / METADATA)
-    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
-        # pandas numbers the columns without a name, as those of an index.
-        columns = [column or f"Unnamed: {index}" for index, column in enumerate(next(csv.reader(file), []))]
-    check_columns(columns, ["file_name"], path)
-    # As strings: guessed types would make a class NA a missing label, and fold 1 a fold 1.0.
-    text = Features({column: Value("string") for column in columns})
-    builder = load_dataset_builder(
-        "csv", data_files=path, cache_dir=options.cache_dir, features=text, keep_default_na=False
+def _open_layout(name: str, split: str, layout: Layout, splits: Splits, options: DataOptions) -> Source:
+    if split not in splits:
+        raise ValueError(
+            f"'{name}' has no split '{split}', only: {name_some(splits)}. It is read by its layout '{layout.name}', "
+            f"which has {layout.has}; there is: {describe_folder(Path(name))}."
+        )
+    clips = partial(_clip_rows, splits[split], options.audio_column)
+    first = next(clips(), None)
+    if first is None:
+        raise ValueError(f"'{name}' has no clips in the split '{split}', by its layout '{layout.name}'.")
+    return Source(
+        name,
+        split,
+        IterableDataset.from_generator(clips),
+        columns=tuple(first),
+        classes={},
+        reads_single_columns=True,
     )
-    rows = _all_rows(builder, "train", options.streaming)
-    rows = rows.map(_local_audio, fn_kwargs={"folder": str(folder), "audio_column": options.audio_column})
-    columns = [*dict.fromkeys([*columns, options.audio_column])]
-    return Source(name, split, rows, tuple(columns), classes={}, reads_single_columns=True)
+
+
+def _clip_rows(clips: Callable[[], Clips], audio_column: str) -> Iterator[dict[str, Any]]:
+    for file, row in clips():
+        yield {**row, audio_column: {"path": file, "bytes": None}}
+
+
+def _no_layout(name: str) -> str:
+    return (
+        f"'{name}' is a folder of no layout that is read. Looked for: {describe_layouts()}; Parquet, CSV or JSON files."
+        f" Found: {describe_folder(Path(name))}. Put a metadata.csv with the columns file_name and label into it."
+    )
 
 
 def _all_rows(builder: DatasetBuilder, split: str, streaming: bool) -> IterableDataset:
@@ -194,15 +217,3 @@ def _all_rows(builder: DatasetBuilder, split: str, streaming: bool) -> IterableD
         return retry(builder.as_streaming_dataset, split=split)
     retry(builder.download_and_prepare)
     return builder.as_dataset(split=split).to_iterable_dataset()
-
-
-def _undecoded(rows: IterableDataset) -> IterableDataset:
-    """Rows whose audio stays as it is in the dataset: the decoder of `datasets` needs a system FFmpeg."""
-    for column, feature in (rows.features or {}).items():
-        if isinstance(feature, Audio):
-            rows = rows.cast_column(column, Audio(decode=False))
-    return rows
-
-
-def _local_audio(row: dict[str, Any], folder: str, audio_column: str) -> dict[str, Any]:
-    return {audio_column: {"path": os.path.join(folder, row["file_name"]), "bytes": None}}

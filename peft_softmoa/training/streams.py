@@ -15,7 +15,7 @@ from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 
 from .features import ExtractFeatures
-from .rows import DatasetSummary, check_columns, column_names
+from .rows import DatasetSummary, check_columns, column_names, name_some
 
 BATCH = 8  # rows that are decoded at a time
 
@@ -142,7 +142,9 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             if not (worker and epoch):
                 self.extract.warn_of_skipped(self.summary.num_rows if self.summary else None)
         if yielded == 0 and skipped and readers == 1:
-            raise ValueError(f"None of the {len(skipped)} audio files can be used: {'; '.join(map(str, skipped))}")
+            raise ValueError(
+                f"None of the {len(skipped)} audio files can be used: {name_some(map(str, skipped), separator='; ')}"
+            )
         if self.batch_size and num_rows is not None:
             while math.ceil(yielded / self.batch_size) < math.ceil(num_rows / self.batch_size):
                 before = yielded
@@ -153,7 +155,9 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                         yield example
                         yielded += 1
                 if yielded == before:
-                    raise ValueError(f"None of the rows of {self.name} can be used: {'; '.join(map(str, skipped))}")
+                    raise ValueError(
+                        f"None of the rows of {self.name} can be used: {name_some(map(str, skipped), separator='; ')}"
+                    )
         elif self.batch_size:
             while yielded:
                 epoch += 1

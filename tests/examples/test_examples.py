@@ -103,7 +103,7 @@ def test_bad_audio_is_named_once(base_folder, tones_folder, tmp_path):
         ({"train_rows": "label=low"}, "labels that are none of the classes low: high"),
         ({"eval_rows": "fold=1"}, "share rows: choose different ones with --train_rows, --eval_rows"),
         ({"eval_rows": "fold=7"}, "No rows are left of .*fold=7"),
-        ({"eval_split_name": "validation"}, "its only split is 'train', not 'validation'"),
+        ({"eval_split_name": "validation"}, "has no split 'validation', only: train"),
         ({"num_experts": 0}, "--num_experts must be an integer from 1 to 65536, got 0"),
         ({"routing": "top_k", "label_smoothing_factor": 0.1}, "label_smoothing_factor and --routing top_k do not go"),
         ({"routing": "dense", "num_slots": 2}, "--num_slots must be left out unless routing='soft'"),

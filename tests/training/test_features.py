@@ -57,6 +57,18 @@ def test_bad_audio_is_skipped_counted_and_named_once(tmp_path, feature_extractor
         assert name in messages[0]
 
 
+def test_a_warning_of_thousands_names_some(tmp_path, feature_extractor, caplog):
+    write_tone(tmp_path / "good.wav")
+    names = ["good.wav", *(f"missing-{index}.wav" for index in range(5000))]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},x" for name in names)]))
+    stream = AudioStream(load_rows(str(tmp_path), "train"), ExtractFeatures(feature_extractor, ["x"]))
+    with caplog.at_level(logging.WARNING):
+        assert len(list(stream)) == 1
+    [message] = [record.message for record in caplog.records if record.name.startswith("peft_softmoa")]
+    assert message.startswith("Skipped 5000 audio files") and message.endswith(" and 4,990 more")
+    assert "missing-9.wav" in message and len(message) < 3000
+
+
 def test_every_skipped_clip_counts(tmp_path, tones_folder, feature_extractor, caplog):
     """Also those without a name, and those with the same name; also if the pass does not end."""
     rows = [{"audio": audio, "label": "x"} for audio in [None, b"no audio", {"path": None, "bytes": b""}]]
