@@ -17,7 +17,7 @@ BLOCK_FRAMES = 65_536
 RATES, MOST_CHANNELS = (1_000, 1_000_000), 256
 # Without those that read other files, such as playlists.
 FFMPEG_FORMATS = "aac,ac3,aiff,amr,ape,asf,au,caf,flac,matroska,mov,mp3,ogg,tta,voc,w64,wav,wv"
-READABLE = "WAV, AIFF, AU, CAF, FLAC, MP3, Ogg, Opus, M4A, MP4, AAC, WebM, WMA, AMR, WavPack and APE"
+READABLE = "WAV, AIFF, AU, CAF, VOC, FLAC, MP3, Ogg, Opus, M4A, MP4, AAC, WebM, WMA, 3GP, AMR and WavPack"
 # Seconds by which what is decoded may be shorter than what the container says: a frame or two of a codec. WMA counts
 # the time before playing.
 TOLERANCE, ASF_TOLERANCE = 0.06, 0.5
