@@ -22,7 +22,7 @@ before = set(sys.modules)
 import peft_softmoa
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert "peft_softmoa.training" not in sys.modules and "peft_softmoa.inspection" not in sys.modules
-assert not new & {"datasets", "evaluate", "matplotlib", "soundfile", "soxr"}, new
+assert not new & {"av", "datasets", "evaluate", "matplotlib", "soundfile", "soxr"}, new
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 

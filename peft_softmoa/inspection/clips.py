@@ -24,7 +24,7 @@ from ..method import PatchGrid
 from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
-from ..training.audio import AudioError, decode_audio
+from ..training.audio import AudioError, audio_seconds, decode_audio
 from ..training.features import check_length, shortest_clip
 from ..training.inputs import cast_inputs
 from .clip_plots import Clip
@@ -132,7 +132,7 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     )
     return ClipReading(
         clip,
-        max(_declared_seconds(audio), seconds),
+        max(0.0 if "://" in audio else audio_seconds(audio), seconds),
         inputs,
         grid,
         tuple(records),
@@ -211,17 +211,6 @@ def mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
     """
     low, high = (hertz_to_mel(frequency, mel_scale="kaldi") for frequency in (LOWEST_FREQUENCY, sampling_rate / 2))
     return np.asarray(mel_to_hertz(np.linspace(low, high, bins + 2)[1:-1], mel_scale="kaldi"))
-
-
-def _declared_seconds(audio: str) -> float:
-    """Duration that the header of a file declares."""
-    import soundfile
-
-    if "://" in audio:
-        return 0.0
-    with soundfile.SoundFile(audio) as file:
-        seconds: float = file.frames / file.samplerate
-        return seconds
 
 
 def _predicted_class(model: PeftModel, output: Any) -> Optional[str]:

@@ -1,4 +1,4 @@
-"""Audio files: decode, mix to mono and resample, with soundfile and soxr."""
+"""Audio files: decode, mix to mono and resample, whole or in part."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import os
 import re
 import stat
 import sys
-from pathlib import Path
-from typing import Any, BinaryIO, Optional, Union
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, Union
 
 import numpy as np
 import numpy.typing as npt
 
+from .containers import Source
+from .decoders import DecodeError, Decoder, Samples, open_decoder
 from .network import read_url
 
-BLOCK_FRAMES = 65_536
+# Shorter clips are decoded whole before a part is cut out.
+WHOLE_SECONDS = 60
+# Around a part, for the filter of the resampler and for codecs that need the frames in front.
+MARGIN_SECONDS = 0.5
+MOST_SAMPLES = 2**28  # one gibibyte; 4.7 hours at 16 kHz
 UNNAMED = "a clip without a name"
 
 
@@ -50,42 +57,81 @@ def decode_audio(
         np.ndarray: `(samples,)` float32, the mean of all channels.
 
     Raises:
-        AudioError: if the file is missing, not a regular file, unreadable, truncated or empty, or has samples that are
-            not finite.
+        AudioError: if the file is missing, not a regular file, unreadable, damaged, truncated or empty, is longer than
+            4.6 hours at 16 kHz, or has samples that are not finite.
         OSError: if it is there but cannot be read, such as a URL during an outage, as for `read_url`.
-        ImportError: if soundfile or soxr is not installed.
+        ImportError: if soundfile, soxr or av is not installed.
     """
-    try:
-        import soundfile
-        import soxr
-    except ImportError as error:
-        raise ImportError("Decoding audio needs soundfile and soxr: pip install 'peft-softmoa[audio]'") from error
     name, content = name_and_content(audio)
-    # What cannot be read is no bad audio: an outage would have all of it skipped.
-    with _open(name, content, whole=max_seconds is None) as source:
-        try:
-            with soundfile.SoundFile(source) as file:
-                wanted = sys.maxsize if max_seconds is None else math.ceil(max_seconds * file.samplerate)
-                # In blocks: a broken header may declare any length, and memory is not for it to claim.
-                blocks = [file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)]
-                while len(blocks[-1]) and sum(map(len, blocks)) < wanted:
-                    blocks.append(file.read(BLOCK_FRAMES, dtype="float32", always_2d=True))
-                samples = np.concatenate(blocks)[:wanted]
-                declared, log, source_rate = file.frames, file.extra_info, file.samplerate
-        except (ValueError, soundfile.LibsndfileError) as error:
-            raise AudioError(name, f"unreadable ({getattr(error, 'error_string', error)})") from error
-        is_truncated = len(samples) < min(declared, wanted)
-        if len(samples) < wanted and not is_truncated:  # the file is read to its end
-            source.seek(0)
-            is_truncated = _is_truncated(source.read(), log)
-    if is_truncated:
-        raise AudioError(name, "truncated")
-    if len(samples) == 0:
-        raise AudioError(name, "no samples")
-    if not np.isfinite(samples).all():
-        raise AudioError(name, "samples that are not finite")
-    resampled: npt.NDArray[np.float32] = soxr.resample(samples.mean(axis=1), source_rate, sampling_rate)
-    return resampled
+    with _open(name, content) as (source, decoder):
+        wanted = sys.maxsize if max_seconds is None else math.ceil(max_seconds * decoder.sampling_rate)
+        return _resample(name, source, _cut(decoder.blocks(), 0, wanted), decoder.sampling_rate, sampling_rate)
+
+
+def decode_crop(
+    audio: Union[str, os.PathLike[str], bytes, dict[str, Any]],
+    sampling_rate: int,
+    length: int,
+    generator: np.random.Generator,
+) -> npt.NDArray[np.float32]:
+    """Decode a part of an audio file at a random place, in memory that does not depend on the length of the clip.
+
+    Each place is as likely as any other. The part equals that of the whole clip from `decode_audio`, up to rounding.
+
+    Args:
+        audio (str, PathLike, bytes or dict): the clip, as for `decode_audio`.
+        sampling_rate (int): in Hz.
+        length (int): number of samples of the part.
+        generator (np.random.Generator): draws the place, if the clip is longer.
+
+    Returns:
+        np.ndarray: `(length,)` float32, or the whole clip if it is not longer.
+
+    Raises:
+        AudioError: as for `decode_audio`.
+        OSError: as for `decode_audio`.
+        ImportError: as for `decode_audio`.
+    """
+    name, content = name_and_content(audio)
+    with _open(name, content) as (source, decoder):
+        rate = decoder.sampling_rate
+        short = WHOLE_SECONDS * rate
+        if not decoder.can_seek or decoder.count_frames() <= short:
+            whole = list(_cut(decoder.blocks(), 0, short + 1))
+            if sum(map(len, whole)) <= short:
+                samples = _resample(name, source, iter(whole), rate, sampling_rate)
+                start = int(generator.integers(len(samples) - length + 1)) if len(samples) > length else 0
+                return samples[start : start + length]
+        total = decoder.count_frames()
+        # What `soxr.resample` makes of all frames.
+        start = int(generator.integers(max(math.floor(total * sampling_rate / rate + 0.5) - length, 0) + 1))
+        # Both rates meet where a sample of one lies on a sample of the other: so the part has the phase of the whole.
+        unit, frames = (each // math.gcd(rate, sampling_rate) for each in (sampling_rate, rate))
+        margin = math.ceil(MARGIN_SECONDS * sampling_rate)
+        first = max(start - margin, 0) // unit
+        end = math.ceil((start + length + margin) * rate / sampling_rate)
+        blocks = _cut(decoder.blocks(first * frames), first * frames, end)
+        samples = _resample(name, source, blocks, rate, sampling_rate)
+        return samples[start - first * unit :][:length]
+
+
+def audio_seconds(audio: Union[str, os.PathLike[str], bytes, dict[str, Any]]) -> float:
+    """Measure how long an audio file is.
+
+    Args:
+        audio (str, PathLike, bytes or dict): the clip, as for `decode_audio`.
+
+    Returns:
+        float: the duration of what can be decoded, in seconds.
+
+    Raises:
+        AudioError: as for `decode_audio`.
+        OSError: as for `decode_audio`.
+        ImportError: as for `decode_audio`.
+    """
+    name, content = name_and_content(audio)
+    with _open(name, content) as (_, decoder):
+        return decoder.count_frames() / decoder.sampling_rate
 
 
 def name_and_content(
@@ -107,31 +153,60 @@ def name_and_content(
     return path or UNNAMED, content
 
 
-def _open(name: str, content: Optional[bytes], whole: bool) -> BinaryIO:
-    """Open a clip, from memory if its whole content is needed anyway."""
+@contextmanager
+def _open(name: str, content: Optional[bytes]) -> Iterator[tuple[Source, Decoder]]:
+    """Open a clip and its decoder; what is wrong with it is an AudioError."""
+    try:
+        import av  # noqa: F401
+        import soundfile  # noqa: F401
+        import soxr  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Decoding audio needs soundfile, soxr and av: pip install 'peft-softmoa[audio]'") from error
     path = re.sub("^(file|local)://", "", name)
     if content is None and "://" in path:
         content = read_url(path)
-    if content is not None:
-        return io.BytesIO(content)
     try:
         # A pipe may never end, and neither does a device such as /dev/zero.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise AudioError(name, "not a regular file")
-        return io.BytesIO(Path(path).read_bytes()) if whole else open(path, "rb")
+        file = open(path, "rb") if content is None else io.BytesIO(content)  # noqa: SIM115 - `Source` closes it
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AudioError(name, f"unreadable ({error.strerror})") from error
+    with Source(file) as source:
+        try:
+            yield source, open_decoder(source)
+        except DecodeError as error:
+            # What cannot be read is no bad audio: an outage would have all of it skipped.
+            raise source.error or AudioError(name, str(error)) from error
 
 
-def _is_truncated(content: bytes, log: str) -> bool:
-    """Whether the content of a file ends before its format says; libsndfile reads what is there and only logs it."""
-    if content.startswith(b"OggS"):
-        # The last page of an Ogg stream has the end-of-stream bit, and its length in a table of segments.
-        page = content.rfind(b"OggS")
-        segments = content[page + 27 : page + 27 + content[page + 26]] if len(content) > page + 26 else b""
-        return not (segments and content[page + 5] & 4 and len(content) >= page + 27 + len(segments) + sum(segments))
-    for declared, actual in re.findall(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", log):
-        # Writers that stream do not know the length, and declare zero or about the largest number, signed or not.
-        if int(actual) < int(declared) < 2**31 - 2**12:
-            return True
-    return False
+def _cut(blocks: Iterator[Samples], place: int, end: int) -> Iterator[Samples]:
+    """Blocks that begin at a frame, up to another frame."""
+    for block in blocks:
+        yield block[: end - place]
+        place += len(block)
+        if place >= end:
+            return
+
+
+def _resample(name: str, source: Source, blocks: Iterator[Samples], rate: int, sampling_rate: int) -> Samples:
+    """Resample block by block, which gives what `soxr.resample` gives at once, in less memory."""
+    import soxr
+
+    stream = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
+    resampled, length = [], 0
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise AudioError(name, "samples that are not finite")
+        resampled.append(stream.resample_chunk(block))
+        length += len(resampled[-1])
+        if length > MOST_SAMPLES:
+            raise AudioError(
+                name,
+                f"longer than {MOST_SAMPLES / sampling_rate / 3600:.1f} hours: cut it, or set `max_length_seconds`",
+            )
+    if source.error:
+        raise source.error
+    if not resampled:
+        raise AudioError(name, "no samples")
+    return np.concatenate([*resampled, stream.resample_chunk(np.zeros(0, np.float32), last=True)])

@@ -15,7 +15,7 @@ from transformers import SequenceFeatureExtractor
 
 from ..targets.placement import find_encoder
 from ..targets.probes import token_probe
-from .audio import AudioError, decode_audio, name_and_content
+from .audio import AudioError, decode_audio, decode_crop, name_and_content
 from .options import DataOptions
 from .rows import label_name, name_some
 
@@ -171,11 +171,11 @@ class ExtractFeatures:
 
     def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Any:
         rate, seconds = self.feature_extractor.sampling_rate, self.options.max_length_seconds
-        waveform = decode_audio(audio, rate, None if self.random_crop else seconds)
-        if seconds is not None and len(waveform) > round(seconds * rate):
-            length = round(seconds * rate)
-            start = int(generator.integers(len(waveform) - length + 1)) if self.random_crop else 0
-            waveform = waveform[start : start + length]
+        length = None if seconds is None else round(seconds * rate)
+        if self.random_crop and length is not None:
+            waveform = decode_crop(audio, rate, length, generator)
+        else:
+            waveform = decode_audio(audio, rate, seconds)[:length]
         check_length(name, len(waveform), self.min_samples, rate)
         try:
             features = self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")

@@ -1,8 +1,8 @@
 """Audio files: what is decoded, and what is an error."""
 
 import errno
+import io
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,9 +132,10 @@ def test_files_have_urls_too(tmp_path):
 def test_a_disk_that_fails_is_no_bad_audio(tmp_path, monkeypatch):
     write_tone(tmp_path / "tone.wav")
 
-    def fail(*args):
-        raise OSError(errno.EIO, "Input/output error", str(tmp_path / "tone.wav"))
+    class Failing(io.BytesIO):
+        def read(self, *size):
+            raise OSError(errno.EIO, "Input/output error", str(tmp_path / "tone.wav"))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr("builtins.open", lambda *args: Failing(b"RIFF"))
     with pytest.raises(OSError, match="Input/output error: '.*tone.wav'"):
         decode_audio(tmp_path / "tone.wav", SAMPLING_RATE)

@@ -1,0 +1,218 @@
+"""What the bytes of an audio file say before it is decoded: where it begins, what is missing, who reads it best."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple, Optional
+
+# Some writers count the header as samples.
+HEADER_BYTES = 44
+# About the largest number, signed or not: the writer did not know the length.
+UNKNOWN_SIZE = 2**31 - 2**12
+OGG_PAGE = 65_307  # bytes, at most
+XING_FRAMES, XING_BYTES = 1, 2
+
+
+class Source(io.RawIOBase):
+    """An open file from its audio on, without tags in front of it.
+
+    Decoders in C hide an error of the disk and take it for the end of the file, so the source remembers it.
+
+    Args:
+        file (BinaryIO): the file; it is closed with the source.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._start = 0
+        self.error: Optional[OSError] = None
+        self.bytes_read = 0
+        self.size = file.seek(0, os.SEEK_END)
+        self.seek(0)
+        while (head := self.read(10))[:3] == b"ID3" and len(head) == 10:
+            size = sum((byte & 127) << 7 * place for place, byte in enumerate(reversed(head[6:])))
+            skipped = min(10 + size + (10 if head[5] & 16 else 0), self.size)  # the tag may have a footer
+            self._start, self.size = self._start + skipped, self.size - skipped
+            self.seek(0)
+        self.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
+        # A broken header may send a decoder anywhere.
+        place = min(max(base + offset, 0), self.size)
+        self._file.seek(self._start + place)
+        return place
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            content = self._file.read(len(buffer))
+        except OSError as error:
+            self.error = error
+            return 0
+        buffer[: len(content)] = content
+        self.bytes_read += len(content)
+        return len(content)
+
+    def read_at(self, place: int, count: int) -> bytes:
+        """Read a few bytes at a place.
+
+        Args:
+            place (int): the place.
+            count (int): how many.
+
+        Returns:
+            bytes: the bytes, fewer at the end.
+        """
+        self.seek(place)
+        return self.read(count) or b""
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Chunk(NamedTuple):
+    name: bytes
+    start: int
+    size: int
+
+
+def is_truncated(source: Source) -> bool:
+    """Whether the container of an audio file says that bytes are missing; decoders read what is there.
+
+    Args:
+        source (Source): the file.
+
+    Returns:
+        bool: True if the end of RIFF, RF64, Wave64, AIFF, CAF, AU, VOC, MP3 or Ogg is missing; up to 44 bytes may be.
+    """
+    head = source.read_at(0, 40)
+    if head.startswith(b"OggS"):
+        return not _has_last_page(source)
+    if head.startswith((b".snd", b"dns.")):
+        order = "big" if head.startswith(b".snd") else "little"
+        start, size = (int.from_bytes(head[place : place + 4], order) for place in (4, 8))  # type: ignore[arg-type]
+        return size < UNKNOWN_SIZE and start + size - source.size > HEADER_BYTES
+    if head.startswith(b"Creative Voice File\x1a"):
+        return _voice_end(source, int.from_bytes(head[20:22], "little")) > source.size + HEADER_BYTES
+    if head[:1] == b"\xff":
+        return _mp3_length(source) - source.size > HEADER_BYTES
+    for chunk in _chunks(source, head):
+        if chunk.name in (b"data", b"SSND", b"BODY"):
+            known = chunk.size < UNKNOWN_SIZE or (head.startswith((b"RF64", b"riff", b"caff")) and chunk.size < 2**62)
+            return known and chunk.start + chunk.size - source.size > HEADER_BYTES
+    return False
+
+
+def needs_ffmpeg(source: Source) -> bool:
+    """Whether libsndfile opens an audio file, but reads it wrong or not at all.
+
+    Args:
+        source (Source): the file.
+
+    Returns:
+        bool: True for FLAC, MP3, AAC, Ogg that is chained or neither Vorbis nor Opus, and WAV that was streamed.
+    """
+    head = source.read_at(0, 40)
+    if head.startswith(b"fLaC"):  # of any depth, with any total
+        return True
+    if head.startswith(b"OggS"):
+        codec = head[28:36]
+        return not codec.startswith((b"\x01vorbis", b"OpusHead")) or _is_chained(source)
+    # Between blocks libsndfile seeks, which is not exact in MP3, and it believes a length that is guessed.
+    if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
+        return True
+    if head.startswith(b"RIFF"):
+        for chunk in _chunks(source, head):
+            if chunk.name == b"data" and chunk.size == 0:
+                return not _ends_in_chunks(source, head)
+    return False
+
+
+def _chunks(source: Source, head: bytes) -> Iterator[_Chunk]:
+    """The chunks of RIFF, RF64, AIFF, CAF and Wave64, as far as their headers are there."""
+    wave64, core = head.startswith(b"riff\x2e\x91\xcf\x11"), head.startswith(b"caff")
+    if not wave64 and not core and not head.startswith((b"RIFF", b"RIFX", b"RF64", b"FORM")):
+        return
+    place, width, align = (40, 24, 8) if wave64 else (8, 12, 1) if core else (12, 8, 2)
+    order = "big" if head.startswith((b"FORM", b"RIFX", b"caff")) else "little"
+    long_size = 0
+    # A file of a million empty chunks is no audio.
+    for _ in range(1000):
+        header = source.read_at(place, width)
+        if len(header) < width:
+            return
+        size = int.from_bytes(header[16 if wave64 else 4 :], order)  # type: ignore[arg-type]
+        name, start = header[:4], place + width
+        size = max(size - width, 0) if wave64 else size
+        if name == b"ds64":
+            long_size = int.from_bytes(source.read_at(start + 8, 8), "little")
+        if name == b"data" and head.startswith(b"RF64") and size == 0xFFFFFFFF:
+            size = long_size
+        yield _Chunk(name, start, size)
+        place = start + -(-size // align) * align
+
+
+def _ends_in_chunks(source: Source, head: bytes) -> bool:
+    """Whether all of a file is chunks, so that one of size zero is empty and was not streamed."""
+    *_, last = chunks = list(_chunks(source, head))
+    return (
+        all(re.fullmatch(rb"[ -~]{4}", chunk.name) for chunk in chunks)
+        and last.start + last.size <= source.size <= last.start + last.size + 1
+    )
+
+
+def _voice_end(source: Source, place: int) -> int:
+    """Where the blocks of a VOC file end."""
+    for _ in range(100_000):
+        header = source.read_at(place, 4)
+        if len(header) < 4 or header[0] == 0:
+            break
+        place += 4 + int.from_bytes(header[1:], "little")
+    return place
+
+
+def _has_last_page(source: Source) -> bool:
+    # The last page of an Ogg stream has the end-of-stream bit, and its length in a table of segments.
+    content = source.read_at(max(source.size - 2 * OGG_PAGE, 0), 2 * OGG_PAGE)
+    page = content.rfind(b"OggS")
+    segments = content[page + 27 : page + 27 + content[page + 26]] if len(content) > page + 26 else b""
+    has_end = page >= 0 and bool(segments) and bool(content[page + 5] & 4)
+    return has_end and len(content) >= page + 27 + len(segments) + sum(segments)
+
+
+def _is_chained(source: Source) -> bool:
+    """Whether another Ogg stream follows the first."""
+    overlap, place, block = 5, 28, 2**20
+    while place < source.size:
+        content = source.read_at(place, block + overlap)
+        if b"OggS\x00\x02" in content:
+            return True
+        place += block
+    return False
+
+
+def _mp3_length(source: Source) -> int:
+    """Number of bytes that the first frame of an MP3 declares, or 0."""
+    head = source.read_at(0, 200).ljust(200, b"\0")
+    stereo, mpeg1 = head[3] >> 6 != 3, head[1] >> 3 & 3 == 3
+    place = 4 + (32 if stereo else 17) if mpeg1 else 4 + (17 if stereo else 9)
+    if head[36:40] == b"VBRI":
+        return int.from_bytes(head[46:50], "big")
+    if head[place : place + 4] not in (b"Xing", b"Info"):
+        return 0
+    flags = int.from_bytes(head[place + 4 : place + 8], "big")
+    start = place + (12 if flags & XING_FRAMES else 8)
+    return int.from_bytes(head[start : start + 4], "big") if flags & XING_BYTES else 0

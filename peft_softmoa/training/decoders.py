@@ -1,0 +1,265 @@
+"""Decoders of audio files with one interface: soundfile for what it reads well, PyAV (FFmpeg) for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, Optional, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .containers import Source, is_truncated, needs_ffmpeg
+
+Samples = npt.NDArray[np.float32]
+BLOCK_FRAMES = 65_536
+RATES, MOST_CHANNELS = (1_000, 1_000_000), 256
+# Without those that read other files, such as playlists.
+FFMPEG_FORMATS = "aac,ac3,aiff,amr,ape,asf,au,caf,flac,matroska,mov,mp3,ogg,tta,voc,w64,wav,wv"
+READABLE = "WAV, AIFF, AU, CAF, VOC, FLAC, MP3, Ogg, Opus, M4A, MP4, AAC, WebM, WMA, 3GP, AMR and WavPack"
+# Seconds by which what is decoded may be shorter than what the container says: a frame or two of a codec. WMA counts
+# the time before playing.
+TOLERANCE, ASF_TOLERANCE = 0.06, 0.5
+
+
+class DecodeError(Exception):
+    """What is wrong with the content of an audio file."""
+
+
+class Decoder(Protocol):
+    """One audio file, read as often as needed.
+
+    Its sampling rate is in Hz; `can_seek` is True if it knows its number of frames, and reads from the middle without
+    decoding what is in front.
+    """
+
+    sampling_rate: int
+    can_seek: bool
+
+    def blocks(self, start: int = 0) -> Iterator[Samples]:
+        """Decode.
+
+        Args:
+            start (int): the first frame. Default: 0.
+
+        Yields:
+            np.ndarray: `(frames,)` float32, the mean of all channels.
+
+        Raises:
+            DecodeError: if the file is damaged or, where it ends, truncated.
+        """
+
+    def count_frames(self) -> int:
+        """Count the frames, without decoding them all if that is possible.
+
+        Returns:
+            int: the number of frames.
+
+        Raises:
+            DecodeError: if the file is damaged or truncated.
+        """
+
+
+def open_decoder(source: Source) -> Decoder:
+    """Open an audio file with the decoder that reads it best.
+
+    Args:
+        source (Source): the file.
+
+    Returns:
+        Decoder: its decoder.
+
+    Raises:
+        DecodeError: if no decoder reads it.
+    """
+    if source.size == 0:
+        raise DecodeError("unreadable (the file is empty)")
+    if needs_ffmpeg(source):
+        return FfmpegDecoder(source)
+    try:
+        return SoundfileDecoder(source)
+    except _Unreadable as error:
+        try:
+            return FfmpegDecoder(source)
+        except _Unreadable:
+            raise error from None
+
+
+class _Unreadable(DecodeError):
+    def __init__(self, error: Exception) -> None:
+        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+        super().__init__(f"unreadable ({reason}); audio files are {READABLE}: convert it to one of them")
+
+
+def _check(rate: int, channels: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise DecodeError(f"unreadable (a sampling rate of {rate} Hz; from {RATES[0]} to {RATES[1]} are allowed)")
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise DecodeError(f"unreadable ({channels} channels; from 1 to {MOST_CHANNELS} are allowed)")
+
+
+class SoundfileDecoder:
+    """Decoder of libsndfile.
+
+    Args:
+        source (Source): the file.
+
+    Raises:
+        DecodeError: if it is no file that libsndfile reads.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        with self._open() as file:
+            self.sampling_rate: int = file.samplerate
+            self.can_seek: bool = file.seekable()
+            _check(self.sampling_rate, file.channels)
+
+    def blocks(self, start: int = 0) -> Iterator[Samples]:
+        import soundfile
+
+        with self._open() as file:
+            try:
+                place = file.seek(start) if start else 0
+                while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+                    yield block.mean(axis=1)
+                    place += len(block)
+            except (ValueError, soundfile.LibsndfileError) as error:
+                raise DecodeError(f"damaged ({getattr(error, 'error_string', error)})") from error
+            is_short = place < file.frames
+        if is_short or is_truncated(self._source):
+            raise DecodeError("truncated")
+
+    def count_frames(self) -> int:
+        if not self.can_seek:
+            return sum(map(len, self.blocks()))
+        with self._open() as file:
+            known = max(file.frames - 1, 0)
+        return known + sum(map(len, self.blocks(known)))
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        import soundfile
+
+        self._source.seek(0)
+        try:
+            file = soundfile.SoundFile(self._source)
+        except (ValueError, TypeError, soundfile.LibsndfileError) as error:
+            raise _Unreadable(error) from error
+        with file:
+            yield file
+
+
+class FfmpegDecoder:
+    """Decoder of FFmpeg.
+
+    Args:
+        source (Source): the file.
+
+    Raises:
+        DecodeError: if it is no file that FFmpeg reads, or has no sound.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        with self._open() as container:
+            stream = self._stream(container)
+            self.sampling_rate: int = stream.codec_context.sample_rate
+            _check(self.sampling_rate, stream.codec_context.channels)
+            self._format = container.format.name
+            self._declared = self._declared_seconds(container, stream)
+            # These number their samples, so a seek in them is exact.
+            numbered = self._format == "flac" or self._format.startswith("mov")
+            self.can_seek = numbered and bool(self._declared) and stream.time_base == Fraction(1, self.sampling_rate)
+
+    def blocks(self, start: int = 0) -> Iterator[Samples]:
+        import av
+
+        with self._open() as container:
+            stream = self._stream(container)
+            place = 0
+            error: Optional[Exception] = None
+            waiting: list[Samples] = []
+            try:
+                if self.can_seek and start:
+                    container.seek(start, stream=stream)
+                for packet in container.demux(stream):
+                    try:
+                        frames = packet.decode()
+                    except av.error.FFmpegError as failed:
+                        # Tags between the parts of a joined MP3 are no damage.
+                        if self._format != "mp3" or bytes(packet)[:1] == b"\xff":
+                            error = failed
+                        continue
+                    for frame in frames:
+                        if frame.sample_rate != self.sampling_rate:
+                            raise DecodeError(
+                                f"its sampling rate changes from {self.sampling_rate} to {frame.sample_rate} Hz: "
+                                "convert it to one rate"
+                            )
+                        if self.can_seek and not waiting and place == 0 and start:
+                            place = frame.pts or 0
+                        if place + frame.samples > start:
+                            waiting.append(_mono(frame)[max(start - place, 0) :])
+                        place += frame.samples
+                    if sum(map(len, waiting)) >= BLOCK_FRAMES:
+                        yield np.concatenate(waiting)
+                        waiting = []
+            except av.error.FFmpegError as failed:
+                error = failed
+            if waiting:
+                yield np.concatenate(waiting)
+            tolerance = {"asf": ASF_TOLERANCE, "flac": 0.0}.get(self._format, TOLERANCE)
+            if place / self.sampling_rate < self._declared - tolerance or is_truncated(self._source):
+                raise DecodeError("truncated")
+            if error:
+                raise DecodeError(f"damaged ({getattr(error, 'strerror', None) or error})") from error
+
+    def count_frames(self) -> int:
+        # A header may be wrong: what follows the last frame that it knows is decoded.
+        known = max(round(self._declared * self.sampling_rate) - 1, 0) if self.can_seek else 0
+        return known + sum(map(len, self.blocks(known)))
+
+    def _open(self) -> Any:
+        import av
+
+        self._source.seek(0)
+        try:
+            return av.open(self._source, options={"format_whitelist": FFMPEG_FORMATS})
+        except (av.error.FFmpegError, ValueError) as error:
+            raise _Unreadable(error) from error
+
+    def _stream(self, container: Any) -> Any:
+        if not container.streams.audio:
+            raise DecodeError("unreadable (there is no sound in it)")
+        stream = container.streams.audio[0]
+        if stream.codec_context is None:
+            raise DecodeError("unreadable (its codec is not known): convert it to WAV, FLAC or MP3")
+        # The workers of a loader are already as many as the cores.
+        stream.codec_context.thread_count = 1
+        if container.format.name in ("flac", "ogg"):
+            stream.codec_context.options = {"err_detect": "crccheck+explode"}
+        return stream
+
+    def _declared_seconds(self, container: Any, stream: Any) -> float:
+        """The length in seconds that the container says; 0 where it says none, and FFmpeg guesses from the rate."""
+        if self._format in ("aac", "ac3", "amr", "mp3", "ogg"):
+            return 0.0
+        if stream.duration is not None:
+            return float(stream.duration * stream.time_base)
+        # That of a film may be longer than its sound.
+        alone = len(container.streams) == 1 and container.duration is not None
+        return container.duration / 1e6 if alone else 0.0
+
+
+def _mono(frame: Any) -> Samples:
+    """`(frames,)`, the mean of all channels of a frame, with full scale at 1."""
+    values = frame.to_ndarray()
+    values = values.reshape(-1, len(frame.layout.channels)) if frame.format.is_packed else values.T
+    if values.dtype.kind == "u":
+        values = values.astype(np.float32) / 128 - 1
+    elif values.dtype.kind == "i":
+        values = values.astype(np.float32) / np.float32(2 ** (8 * values.dtype.itemsize - 1))
+    mean: Samples = np.ascontiguousarray(values, dtype=np.float32).mean(axis=1)
+    return mean
