@@ -89,7 +89,7 @@ def open_decoder(source: Source) -> Decoder:
 class _Unreadable(DecodeError):
     def __init__(self, error: Exception) -> None:
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        super().__init__(f"unreadable ({reason}); audio files are {READABLE}: convert it to one of them")
+        super().__init__(f"unreadable ({reason}), where audio files are {READABLE}: convert it to one of them")
 
 
 def _check(rate: int, channels: int) -> None:
