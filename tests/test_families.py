@@ -313,3 +313,12 @@ def test_training_leaves_the_base_as_it_was(name, tmp_path):
     after = model.unload().state_dict()
     assert after.keys() == before.keys()
     assert not [path for path in before if not torch.equal(after[path], before[path])]
+
+
+def test_a_part_that_is_called_by_itself_keeps_its_statistics():
+    """Whoever switches the model to training calls parts of it, too."""
+    model = get_peft_model(build("Wav2Vec2-Conformer"), SoftMoAConfig(r=2, num_experts=2)).train()
+    [norm, *_] = [each for each in model.modules() if isinstance(each, torch.nn.BatchNorm1d)]
+    before = norm.running_mean.clone()
+    norm(torch.randn(4, norm.num_features, 5))
+    assert torch.equal(norm.running_mean, before)

@@ -64,6 +64,13 @@ def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target
                 "differently each time the model is loaded, and PEFT saves whole modules only. Load a checkpoint that "
                 "has it, or leave out what it belongs to in the model's config."
             )
+        adapted = [path for path in fresh if any(f"{target.name}.".startswith(f"{path}.") for target in targets)]
+        if adapted:
+            raise ValueError(
+                f"`target_modules` matches parts of {adapted}, which the checkpoint of the base model does not have: "
+                "they are drawn at random, differently each time, and have to be trained whole. Name them in "
+                "`exclude_modules`; they are then trained and saved with the adapter."
+            )
         _add_names(config, list(fresh))
         saved = {name: each for name, each in saved.items() if not name.startswith(tuple(f"{path}." for path in fresh))}
         saved |= fresh
@@ -78,7 +85,7 @@ def find_saved(config: SoftMoAConfig, model: nn.Module, targets: Iterable[Target
 
 
 def find_fresh(model: nn.Module, targets: Collection[str]) -> tuple[dict[str, nn.Module], list[str]]:
-    """Find what a checkpoint did not have from which a model was loaded, beside the part that is adapted.
+    """Find what a checkpoint did not have from which a model was loaded, beside the loaded part that is adapted.
 
     transformers marks the parameters that it has loaded, and the modules whose missing ones it has drawn at random.
     Where there are no such marks, as in a copy of a model, nothing is found.
@@ -93,10 +100,15 @@ def find_fresh(model: nn.Module, targets: Collection[str]) -> tuple[dict[str, nn
     """
     if not isinstance(model, PreTrainedModel):
         return {}, []
-    parts = {name.split(".")[0] for name in targets}
     own = _own_modules(model)
-    adapted = [module for name, module in own.items() if name.split(".")[0] in parts]
-    if not any(_is_loaded(parameter) for module in adapted for parameter in module.parameters(recurse=False)):
+    loaded = {
+        name.split(".")[0]
+        for name, module in own.items()
+        for parameter in module.parameters(recurse=False)
+        if _is_loaded(parameter)
+    }
+    parts = loaded & {name.split(".")[0] for name in targets}
+    if not parts:
         return {}, []
     fresh: dict[str, nn.Module] = {}
     for name, module in own.items():

@@ -326,3 +326,15 @@ def test_another_layer_is_not_taken_for_a_head_that_is_not_saved():
     base = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**SMALL, num_labels=8))
     with pytest.raises(ValueError, match="no classification head"):
         get_peft_model(base, SoftMoAConfig(modules_to_save=["projector"], label_names=["a", "b"]))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["attention", "projector"]])
+def test_fresh_modules_are_not_adapted(targets, tmp_path):
+    """Below the adapter they would stay as they were drawn, and be drawn anew at each load."""
+    Wav2Vec2Model(Wav2Vec2Config(**SMALL)).save_pretrained(tmp_path)
+    base = Wav2Vec2ForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="matches parts of .*'projector'.*Name them in `exclude_modules`"):
+        get_peft_model(base, SoftMoAConfig(target_modules=targets, routing="dense"))
+    fields = {"target_modules": targets, "exclude_modules": ["projector"] + ["classifier"] * (targets == "all-linear")}
+    model = get_peft_model(base, SoftMoAConfig(routing="dense", **fields))
+    assert set(model.peft_config["default"].modules_to_save) == {"projector", "classifier"}
