@@ -66,7 +66,7 @@ class SoftMoAModel(BaseTuner):
     tuner_layer_cls = SoftMoALayer
     target_module_mapping: dict[str, list[str]] = {}
     peft_config: dict[str, SoftMoAConfig]  # type: ignore[assignment]
-    _before: Optional[tuple[str, Snapshot]] = None
+    _before_adding: Optional[Snapshot] = None  # an adapter that was added to be loaded, until it is
 
     def _prepare_adapter_config(self, peft_config: SoftMoAConfig, model_config: dict[str, Any]) -> SoftMoAConfig:
         return peft_config  # its targets depend on more than the model's config
@@ -140,7 +140,7 @@ class SoftMoAModel(BaseTuner):
         # What is written into it is of this adapter and, in place of an expression, of this model.
         if is_shared or is_matched_by_peft(config, model):
             self.peft_config[adapter_name] = copy.copy(config)
-        before = Snapshot(model)
+        before = Snapshot(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if self._head is not None:
@@ -151,20 +151,20 @@ class SoftMoAModel(BaseTuner):
             raise
         # Its weights may be loaded next, and that may fail, too.
         config = self.peft_config[adapter_name]
-        self._before = (adapter_name, before) if config.inference_mode or config.loaded_from else None
+        self._before_adding = before if config.inference_mode or config.loaded_from else None
 
     def end_loading(self, adapter_name: str, failed: bool) -> None:
         """Note that `PeftModel.load_adapter` has ended; if it failed, remove an adapter that was added for it."""
-        added, self._before = self._before, None
-        if failed and added is not None and added[0] == adapter_name:
-            added[1].restore()
+        before, self._before_adding = self._before_adding, None
+        if failed and before is not None and before.adapter_name == adapter_name:
+            before.restore()
             self.peft_config.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; as a call, unlike in PEFT's own tuners, so that the model's hooks run."""
+        if self._before_adding is not None:  # it is used as it is
+            self._before_adding = None
         # For a task type PEFT gives the arguments of models of text, most of them None, which others do not take.
-        if self._before is not None:
-            self._before = None
         given = {name: each for name, each in kwargs.items() if each is not None or name in self._argument_names}
         return self.model(*args, **given)
 

@@ -864,6 +864,10 @@ def test_a_load_that_fails_leaves_the_adapters_that_were_there(tiny_ast, base_fo
         saved.save_pretrained(tmp_path / str(r))
     model = PeftModel.from_pretrained(tiny_ast, tmp_path / "2")
     model.load_adapter(tmp_path / "2", "second")
+    base = ASTForAudioClassification.from_pretrained(base_folder)
+    never_loaded = copy.deepcopy(get_peft_model(base, SoftMoAConfig(inference_mode=True)))
+    with pytest.raises(ValueError, match="does not fit its config"):
+        never_loaded.load_adapter(tmp_path / "3", "default")
     expected = model(spectrograms).logits
     for name in ("default", "second"):
         with pytest.raises(ValueError, match="does not fit its config"):

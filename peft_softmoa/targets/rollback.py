@@ -15,9 +15,11 @@ class Snapshot:
 
     Args:
         model (nn.Module): the model.
+        adapter_name (str): name of the adapter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
         owners: list[Any] = [*model.modules(), getattr(model, "config", None)]
         self._states = [(vars(owner), _contents(vars(owner))) for owner in owners if hasattr(owner, "__dict__")]
         self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
