@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
+from ..fields import read_json
 from ..registration import SOFTMOA
 from .card import write_model_card
 
@@ -54,7 +53,7 @@ def complete_pushed_cards() -> None:
 
 def _has_adapter(folder: str | os.PathLike[str]) -> bool:
     try:
-        given = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
+        given = read_json(os.path.join(folder, CONFIG_NAME))
     except (OSError, ValueError):
         return False
     # Other libraries have a file of this name, too.

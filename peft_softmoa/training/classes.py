@@ -51,8 +51,11 @@ def check_classes(streams: Mapping[str, Any], model: Optional[nn.Module] = None)
     difference = _difference(expected, names[first])
     if difference and all(map(GENERIC.fullmatch, expected)):
         counts = len(expected), len(names[first])
-        # Two are transformers' default, also of a model that has no classes in its config.
-        difference = "" if counts[0] in (2, counts[1]) else f"the model has {counts[0]}, the stream {counts[1]}"
+        # A model with a head of its own may have the config of its encoder, which knows nothing of the classes.
+        modules = model.modules() if model is not None else ()
+        has_head = any(getattr(module, "out_features", None) == counts[0] for module in modules)
+        differs = has_head and counts[0] != counts[1]
+        difference = f"the model has {counts[0]}, the stream {counts[1]}" if differs else ""
     if difference:
         raise ValueError(
             f"The {first} stream has other classes than the model: {difference}. Give the adapter the classes of the "

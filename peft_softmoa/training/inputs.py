@@ -21,14 +21,15 @@ def cast_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         dict[str, Any]: the inputs.
     """
-    weight = next(
-        parameter
+    dtypes = (
+        parameter.dtype
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and ".softmoa_" not in name
     )
-    return {
-        name: value.to(weight.dtype)
-        if isinstance(value, Tensor) and value.is_floating_point() and name != "labels"
-        else value
-        for name, value in inputs.items()
-    }
+    dtype = next(dtypes, None)
+    cast = dict(inputs)
+    for name, value in inputs.items():
+        # Losses take float32 labels beside logits of any dtype, and rounded ones would be others.
+        if dtype and name != "labels" and isinstance(value, Tensor) and value.is_floating_point():
+            cast[name] = value.to(dtype)
+    return cast

@@ -1,5 +1,7 @@
 """Classes of streams and models are compared: a label is only a number."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import train_no_trainer
@@ -122,3 +124,18 @@ def test_the_plain_loop_compares_too(base_folder, tones_folder, tmp_path, monkey
     index = options.index("--report_to")
     with pytest.raises(ValueError, match="The evaluation stream has other classes .* it lacks 'high'"):
         train_no_trainer.main(options[:index] + options[index + 2 :])
+
+
+def test_a_head_that_the_config_does_not_know(streams):
+    """A model of one's own may have the config of its encoder, with the two classes that transformers puts there."""
+
+    class Own(torch.nn.Module):
+        def __init__(self, outputs):
+            super().__init__()
+            self.config = SimpleNamespace(id2label={0: "LABEL_0", 1: "LABEL_1"})
+            self.head = torch.nn.Linear(4, outputs)
+
+    stream = streams("high", "low", "middle")
+    check_classes({"training": stream}, Own(3))
+    with pytest.raises(ValueError, match="the model has 2, the stream 3"):
+        check_classes({"training": stream}, Own(2))

@@ -293,7 +293,10 @@ FORMATS = {
 }
 
 
-@pytest.mark.skipif("SOFTMOA_ESC10" not in os.environ, reason="SOFTMOA_ESC10 is the folder of ESC-10")
+@pytest.mark.skipif(
+    "SOFTMOA_ESC10" not in os.environ,
+    reason="needs real audio: set SOFTMOA_ESC10",
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_real_recordings_keep_their_length(name):
     folder = Path(os.environ["SOFTMOA_ESC10"])
