@@ -29,6 +29,7 @@ from peft_softmoa.training import (
     summarize_rows,
     write_run_state,
 )
+from peft_softmoa.training.tasks import SingleLabel
 
 # The arguments that determine which checkpoint is tested, besides those that must stay the same in a run.
 CHOICE = ("eval_strategy", "eval_steps")
@@ -104,7 +105,9 @@ def check_folds(own: argparse.Namespace, model_args: ModelArguments, data_args: 
     source = open_source(name, split, collect_options(model_args, data_args))
     if not source.reads_single_columns:
         return None  # it would read all of the audio
-    present = set(summarize_rows(source.read([own.fold_column]), own.fold_column, f"{name} ({split})").labels)
+    present = set(
+        summarize_rows(source.read([own.fold_column]), [own.fold_column], SingleLabel(), f"{name} ({split})").labels
+    )
     expected = {str(fold) for fold in range(1, own.num_folds + 1)}
     if present == expected:
         return None

@@ -152,7 +152,7 @@ class SoftMoAConfig(PeftConfig):
         "The classes of the classification head in modules_to_save, in the order of its outputs. Where the base "
         "model's head has other classes, the adapter gets a fresh head of its own, and the model's config names these "
         "classes while the adapter is active. So an adapter with 10 classes loads onto a checkpoint with 527, in "
-        "pipeline() too.",
+        "pipeline() too. For CTC they are the vocabulary, the blank first.",
     )
     problem_type: Optional[ProblemType] = _option(
         None,

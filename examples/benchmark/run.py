@@ -32,6 +32,7 @@ from peft_softmoa.inspection import record_routing
 from peft_softmoa.inspection.blocks import Statistics
 from peft_softmoa.inspection.callback import utilization
 from peft_softmoa.training import AudioStream, DatasetSummary, ExtractFeatures, load_rows, make_loader
+from peft_softmoa.training.tasks import SingleLabel
 
 from .layer import DTYPES, measure_layer, sweeps
 from .measure import count_flops, environment, import_seconds, in_turn, memory_of, note
@@ -234,7 +235,7 @@ def measure_input(rounds: int, arguments: argparse.Namespace) -> list[dict[str, 
             lines.append(f"{index}.wav,noise")
         Path(folder, "metadata.csv").write_text("\n".join(lines))
         rows = load_rows(folder, "train")
-        extract = ExtractFeatures(ASTFeatureExtractor(max_length=500), ["noise"])
+        extract = ExtractFeatures(ASTFeatureExtractor(max_length=500), SingleLabel(["noise"]))
         stream = AudioStream(rows, extract, DatasetSummary(number, ("noise",), (number,)))
         functions: dict[str, Callable[[], Any]] = {}
         samples = {}

@@ -28,6 +28,7 @@ from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inspection import expert_report
 from peft_softmoa.training import DataOptions, ExtractFeatures, class_names, load_rows
 from peft_softmoa.training.rows import label_name
+from peft_softmoa.training.tasks import SingleLabel
 
 from ..benchmark.measure import memory_of, synchronize
 from ..benchmark.methods import train_adapter, train_all, train_head
@@ -124,7 +125,7 @@ def load_data(
     label_names = sorted(set(labels))
     path = features_path(cache, digest.hexdigest()[:16])
     if not path.exists():
-        extract = ExtractFeatures(extractor, label_names, options, class_names=names[label_column])
+        extract = ExtractFeatures(extractor, SingleLabel(label_names, {label_column: names[label_column]}), options)
         parts = [
             extract({column: [row[column]] for column in columns[:2]})["input_values"][0]
             for row in tqdm(rows, desc="Extracting features", unit=" clips", leave=False)

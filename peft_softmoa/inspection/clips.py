@@ -25,7 +25,7 @@ from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
 from ..training.audio import AudioError, audio_seconds, decode_audio
-from ..training.features import check_length, shortest_clip
+from ..training.frames import check_length, shortest_clip
 from ..training.inputs import cast_inputs
 from .clip_plots import Clip
 from .maps import ReadingMap, reading_map

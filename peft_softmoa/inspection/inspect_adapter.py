@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
-from ..training.features import shortest_clip
+from ..training.frames import shortest_clip
 from ..training.load import load_stream
 from ..training.options import DataOptions
 from ..training.rows import name_some

@@ -15,12 +15,28 @@ from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CTC_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
 HEADING = "## Mixture of adapters"
 RESULTS = "## Results of training"
 # Names of metrics on the Hub, by the names that `peft_softmoa.training` gives them.
-METRICS = {"accuracy": ("accuracy", "Accuracy"), "f1_macro": ("f1", "Macro F1")}
+METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "f1_macro": ("f1", "Macro F1"),
+    "unweighted_average_recall": ("recall", "Unweighted average recall"),
+    "mean_average_precision": ("mean_average_precision", "Mean average precision"),
+    "mae": ("mae", "Mean absolute error"),
+    "pearson": ("pearsonr", "Pearson correlation"),
+    "wer": ("wer", "Word error rate"),
+    "cer": ("cer", "Character error rate"),
+}
+# What the Hub calls a task, by the class of the model.
+RECOGNITION = "automatic-speech-recognition"
+RECOGNIZERS = {*MODEL_FOR_CTC_MAPPING_NAMES.values(), *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values()}
 
 # Around what this module writes. The first has a digest of it.
 BEGIN, END = "<!-- peft-softmoa {}: saving writes this part anew, unless it was changed -->", "<!-- end of the part -->"
@@ -86,8 +102,8 @@ def write_model_card(config: dict[str, Any], folder: str | os.PathLike[str]) -> 
     card.data["tags"] = sorted(tag for tag in tags if not os.path.isdir(tag.partition("base_model:adapter:")[2]))
     if os.path.isdir(card.data.get("base_model") or ""):
         card.data["base_model"] = None
-    if config["label_names"] and not card.data.pipeline_tag:
-        card.data["pipeline_tag"] = "audio-classification"
+    if not card.data.pipeline_tag and (tag := _pipeline(config)):
+        card.data["pipeline_tag"] = tag
     _save(card, path)
 
 
@@ -115,7 +131,7 @@ def add_results(
 
     Args:
         folder (str or PathLike): the adapter's folder, with its card.
-        metrics (mapping): `accuracy` and `f1_macro`, or one of them, as shares.
+        metrics (mapping): values of `METRICS`, by name.
         dataset (str): id on the Hub, or a local folder, of which only the name is stated.
         split (str): the split, and which rows of it.
         config_name (str, optional): configuration of the dataset.
@@ -124,11 +140,12 @@ def add_results(
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
     is_local = os.path.isdir(dataset)
+    task = card.data.pipeline_tag or "audio-classification"
     name = os.path.basename(os.path.abspath(dataset)) if is_local else dataset
     results = [
         EvalResult(
-            task_type="audio-classification",
-            task_name="Audio classification",
+            task_type=task,
+            task_name=task.replace("-", " ").capitalize(),
             dataset_type="audiofolder" if is_local else dataset,
             dataset_name=name,
             dataset_config=config_name,
@@ -220,11 +237,21 @@ def _shown(text: str) -> str:
     return "".join(each if each.isprintable() and each != "`" else "?" for each in text)
 
 
+def _pipeline(config: Mapping[str, Any]) -> Optional[str]:
+    """The pipeline of transformers that runs an adapter."""
+    if (config.get("auto_mapping") or {}).get("base_model_class") in RECOGNIZERS:
+        return RECOGNITION
+    return "audio-classification" if config["label_names"] else None
+
+
 def _section(config: dict[str, Any]) -> str:
     base_model = config["base_model_name_or_path"] or "the base model"
     if os.path.isdir(base_model):
         base_model = os.path.basename(base_model.rstrip("/"))
-    if config["label_names"]:
+    if _pipeline(config) == RECOGNITION:
+        library, loader = "transformers", "pipeline"
+        call = f'recognizer = pipeline("{RECOGNITION}", model="path/or/id/of/this/adapter")'
+    elif config["label_names"]:
         library, loader = "transformers", "AutoFeatureExtractor, pipeline"
         call = f"feature_extractor = AutoFeatureExtractor.from_pretrained({_literal(base_model)})\n"
         call += 'adapter = "path/or/id/of/this/adapter"\n'

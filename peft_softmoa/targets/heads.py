@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..config import SoftMoAConfig
 from ..fields import ProblemType
@@ -42,12 +43,21 @@ class Classes:
         label2id (dict): the opposite.
         problem_type (str, optional): the loss. None: the labels decide.
         repeating (tuple): the modules that repeat the number of classes, for their loss.
+        vocab_size (int, optional): number of outputs, if the model is for CTC and its classes are a vocabulary.
+        blank (int, optional): index of the blank in it.
     """
 
     id2label: dict[int, str]
     label2id: dict[str, int]
     problem_type: Optional[ProblemType]
     repeating: tuple[nn.Module, ...]
+    vocab_size: Optional[int] = None
+    blank: Optional[int] = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs of the head."""
+        return len(self.id2label) if self.vocab_size is None else self.vocab_size
 
 
 def base_classes(model: nn.Module) -> Classes:
@@ -71,7 +81,10 @@ def base_classes(model: nn.Module) -> Classes:
         if vars(module).get("num_labels") == len(id2label) and not any(True for _ in module.parameters(recurse=False))
     )
     label2id = dict(getattr(config, "label2id", None) or {})
-    return Classes(id2label, label2id, getattr(config, "problem_type", None), repeating)
+    vocabulary: tuple[Any, ...] = ()
+    if type(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values():
+        vocabulary = getattr(config, "vocab_size", None), getattr(config, "pad_token_id", None)
+    return Classes(id2label, label2id, getattr(config, "problem_type", None), repeating, *vocabulary)
 
 
 def find_head(model: nn.Module, saved: Mapping[str, nn.Module], label_names: Optional[list[str]]) -> Optional[Head]:
@@ -90,13 +103,14 @@ def find_head(model: nn.Module, saved: Mapping[str, nn.Module], label_names: Opt
     """
     if label_names is None:
         return None
-    names = list(base_classes(model).id2label.values())
+    base = base_classes(model)
+    names, num_outputs = list(base.id2label.values()), base.num_outputs
     found = list(
         dict.fromkeys(
             f"{name}.{path}".rstrip(".")
             for name, module in saved.items()
             for path, child in module.named_modules()
-            if isinstance(child, nn.Linear) and child.out_features == len(names)
+            if isinstance(child, nn.Linear) and child.out_features == num_outputs
         )
     )
     # Another layer may happen to be as wide.
@@ -104,7 +118,7 @@ def find_head(model: nn.Module, saved: Mapping[str, nn.Module], label_names: Opt
     elsewhere = [
         name
         for name, module in model.named_modules()
-        if not named and isinstance(module, nn.Linear) and module.out_features == len(names) and _is_named_head(name)
+        if not named and isinstance(module, nn.Linear) and module.out_features == num_outputs and _is_named_head(name)
     ]
     found = [] if elsewhere else found
     found = named if len(found) > 1 and named else found
@@ -113,12 +127,12 @@ def find_head(model: nn.Module, saved: Mapping[str, nn.Module], label_names: Opt
     )
     if not found:
         raise ValueError(
-            f"{problem} no classification head of {type(model).__name__}, that is, no linear layer with {len(names)} "
+            f"{problem} no classification head of {type(model).__name__}, that is, no linear layer with {num_outputs} "
             "outputs."
         )
     if len(found) > 1:
         raise ValueError(
-            f"{problem} several linear layers with {len(names)} outputs, {found}, any of which may be the "
+            f"{problem} several linear layers with {num_outputs} outputs, {found}, any of which may be the "
             f"classification head of {type(model).__name__}. Name only the head."
         )
     return None if names == label_names else Head(found[0], len(label_names))
@@ -221,5 +235,7 @@ def name_classes(model: nn.Module, label_names: Optional[list[str]], problem_typ
     config.label2id = {name: index for index, name in own.items()} or dict(base.label2id)
     # transformers keeps here what it has guessed from the labels of the latest adapter.
     config.problem_type = problem_type or base.problem_type
+    if base.vocab_size is not None:
+        config.vocab_size, config.pad_token_id = (len(own), 0) if own else (base.vocab_size, base.blank)
     for module in base.repeating:
         module.num_labels = len(config.id2label)  # type: ignore[assignment]

@@ -107,16 +107,16 @@ def norms_before(model: nn.Module, widths: Mapping[str, int]) -> dict[str, str]:
     return {block: found[block] for block in widths}
 
 
-def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]], bool]:
-    """Make a function that tells whether any token comes to a layer from some inputs of the model.
+def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]], int]:
+    """Make a function that tells how many tokens of a sample come to a layer from some inputs of the model.
 
     Args:
         model (nn.Module): the model; it is neither run nor changed.
         layer (str): name of the layer.
 
     Returns:
-        Callable[[Mapping[str, Tensor]], bool]: takes the model's inputs, of which only the shapes matter, and raises
-        what the model raises on the way to the layer.
+        Callable[[Mapping[str, Tensor]], int]: takes the model's inputs, of which only the shapes matter, and raises
+        what the model raises on the way to the layer; 1 if the model does not come to the layer.
     """
     copied = _meta_copy(model)
     dtype = next((parameter.dtype for parameter in copied.parameters() if parameter.is_floating_point()), None)
@@ -126,7 +126,7 @@ def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]]
 
     copied.get_submodule(layer).register_forward_pre_hook(stop, with_kwargs=True)
 
-    def probe(inputs: Mapping[str, Tensor]) -> bool:
+    def probe(inputs: Mapping[str, Tensor]) -> int:
         shapes = {
             name: torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device="meta")
             for name, value in inputs.items()
@@ -135,8 +135,8 @@ def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]]
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 copied(**shapes)
         except _Reached as reached:
-            return reached.tokens.numel() > 0
-        return True
+            return reached.tokens.shape[1] if reached.tokens.numel() else 0
+        return 1
 
     return probe
 

@@ -13,8 +13,9 @@ from .checkpoints import (
     write_run_state,
 )
 from .classes import check_classes
-from .features import ExtractFeatures, shortest_clip
+from .features import ExtractFeatures
 from .fingerprint import fingerprint_config, fingerprint_weights
+from .frames import shortest_clip
 from .inputs import cast_inputs
 from .load import load_stream
 from .loaders import make_eval_loader, make_loader

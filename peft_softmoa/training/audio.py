@@ -73,7 +73,7 @@ def decode_crop(
     sampling_rate: int,
     length: int,
     generator: np.random.Generator,
-) -> npt.NDArray[np.float32]:
+) -> tuple[npt.NDArray[np.float32], int]:
     """Decode a part of an audio file at a random place, in memory that does not depend on the length of the clip.
 
     Each place is as likely as any other. The part equals that of the whole clip from `decode_audio`, up to rounding.
@@ -85,7 +85,8 @@ def decode_crop(
         generator (np.random.Generator): draws the place, if the clip is longer.
 
     Returns:
-        np.ndarray: `(length,)` float32, or the whole clip if it is not longer.
+        tuple[np.ndarray, int]: `(length,)` float32, or the whole clip if it is not longer, and the number of its first
+        sample in the clip.
 
     Raises:
         AudioError: as for `decode_audio`.
@@ -101,7 +102,7 @@ def decode_crop(
             if sum(map(len, whole)) <= short:
                 samples = _resample(name, source, iter(whole), rate, sampling_rate)
                 start = int(generator.integers(len(samples) - length + 1)) if len(samples) > length else 0
-                return samples[start : start + length]
+                return samples[start : start + length], start
         total = decoder.count_frames()
         # What `soxr.resample` makes of all frames.
         start = int(generator.integers(max(math.floor(total * sampling_rate / rate + 0.5) - length, 0) + 1))
@@ -112,7 +113,7 @@ def decode_crop(
         end = math.ceil((start + length + margin) * rate / sampling_rate)
         blocks = _cut(decoder.blocks(first * frames), first * frames, end)
         samples = _resample(name, source, blocks, rate, sampling_rate)
-        return samples[start - first * unit :][:length]
+        return samples[start - first * unit :][:length], start
 
 
 def audio_seconds(audio: Union[str, os.PathLike[str], bytes, dict[str, Any]]) -> float:

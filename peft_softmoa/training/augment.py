@@ -1,8 +1,9 @@
-"""SpecAugment on a batch of spectrograms."""
+"""Augmentation of a batch, on its device: SpecAugment and mixup."""
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -44,3 +45,34 @@ def spec_augment(
         masks.append((positions >= first) & (positions < first + width))
     in_time, in_frequency = masks
     return spectrograms.masked_fill(in_time[:, :, None] | in_frequency[:, None, :], 0.0)
+
+
+def mixup(inputs: Mapping[str, Any], labels: Tensor, alpha: float) -> dict[str, Any]:
+    """Mix each clip of a batch with another one (arXiv 1710.09412), waveforms or spectrograms, and their labels.
+
+        x' = λ x_i + (1 - λ) x_j,  y' = λ y_i + (1 - λ) y_j,  λ ~ Beta(α, α)
+
+    j goes through the batch in random order; λ is drawn for each clip, from torch's generator. Where one of the two
+    clips is padded, the other one is heard.
+
+    Args:
+        inputs (mapping): the model's inputs by name; those of floating dtypes are mixed, masks are joined.
+        labels (Tensor): `(B, ...)`, as numbers that can be mixed.
+        alpha (float): α, positive; the smaller it is, the more of one of the two clips is left.
+
+    Returns:
+        dict[str, Any]: the inputs, with the mixed `labels`.
+    """
+    others = torch.randperm(len(labels)).to(labels.device)
+    shares = torch.distributions.Beta(alpha, alpha).sample((len(labels),)).to(labels.device)
+
+    def mixed(value: Tensor) -> Tensor:
+        share = shares.to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+        return share * value + (1 - share) * value[others]
+
+    result = dict(inputs)
+    for name, value in inputs.items():
+        if name != "labels" and isinstance(value, Tensor):
+            result[name] = mixed(value) if value.is_floating_point() else torch.maximum(value, value[others])
+    result["labels"] = mixed(labels)
+    return result

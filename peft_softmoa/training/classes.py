@@ -32,7 +32,7 @@ def check_classes(streams: Mapping[str, Any], model: Optional[nn.Module] = None)
     names: dict[str, Sequence[str]] = {
         use: stream.label_names
         for use, stream in streams.items()
-        if isinstance(stream, AudioStream) and stream.extract.options.label_column is not None
+        if isinstance(stream, AudioStream) and stream.label_names
     }
     if not names:
         return

@@ -27,14 +27,14 @@ class RowDigest:
         self.names_files = names_files
         self._rows, self._audio = _digest(), _digest()
 
-    def add(self, label: str, audio: Any = None) -> None:
+    def add(self, target: Any, audio: Any = None) -> None:
         """Add a row.
 
         Args:
-            label (str): name of its label.
+            target (any): what its labels say, from `Task.parse`.
             audio (any): the undecoded audio, if `names_files`. Default: None.
         """
-        _add(self._rows, label)
+        _add(self._rows, target)
         if self.names_files:
             name, _ = name_and_content(audio)
             _add(self._rows, os.path.basename(name))

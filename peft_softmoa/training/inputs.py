@@ -1,11 +1,41 @@
-"""Inputs in the form in which a model reads them."""
+"""Batches in the form in which a model reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 from torch import Tensor, nn
+
+from .tasks import Task
+
+
+class Collate:
+    """Make a batch of samples: pad their features as the feature extractor does, and their labels as the task does.
+
+    Args:
+        feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
+        task (Task, optional): what the labels are. Default: there are none.
+    """
+
+    def __init__(self, feature_extractor: Any, task: Optional[Task] = None) -> None:
+        self.feature_extractor = feature_extractor
+        self.task = task
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch.
+
+        Args:
+            samples (sequence of mapping): the inputs of each sample by name, with `labels`.
+
+        Returns:
+            dict[str, Tensor]: `(B, ...)` each.
+        """
+        inputs = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
+        batch: dict[str, Tensor] = dict(self.feature_extractor.pad(inputs, padding=True, return_tensors="pt"))
+        if self.task is not None:
+            batch["labels"] = self.task.batch_labels([sample["labels"] for sample in samples])
+        return batch
 
 
 def cast_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

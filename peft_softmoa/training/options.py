@@ -26,7 +26,8 @@ class DataOptions:
     label_column: Optional[str] = field(
         default="label",
         metadata={
-            "help": "Column with the labels. Several columns, such as action,object,location, are one label together.",
+            "help": "Column with the labels. Several columns, such as action,object,location, are one label together; "
+            "with several labels a clip each of them is a class, and in regression an output.",
             "flag": "label_column_name",
         },
     )
@@ -66,6 +67,11 @@ class DataOptions:
     )
     seed: int = field(default=0, metadata={"help": "Seed of the shuffling and of the random cuts."})
 
+    @property
+    def label_columns(self) -> list[str]:
+        """The columns with the labels; none if `label_column` is None."""
+        return self.label_column.split(",") if self.label_column else []
+
     def __post_init__(self) -> None:
         if self.max_length_seconds is not None and not self.max_length_seconds > 0:
             raise ValueError(f"`max_length_seconds` must be positive, got {self.max_length_seconds}.")
@@ -87,22 +93,22 @@ def option(name: str, **changes: Any) -> Any:
 
     Args:
         name (str): name of the field of `DataOptions`.
-        changes: another `default` or `help`.
+        changes: another `default` or `help`, or `more` to add to the help.
 
     Returns:
         dataclasses.Field: the field.
     """
     entry = OPTIONS[name]
-    return field(
-        default=changes.get("default", entry.default), metadata={"help": changes.get("help", entry.metadata["help"])}
-    )
+    text = " ".join(filter(None, [changes.get("help", entry.metadata["help"]), changes.get("more")]))
+    return field(default=changes.get("default", entry.default), metadata={"help": text})
 
 
-def collect_options(*arguments: Any) -> DataOptions:
+def collect_options(*arguments: Any, **others: Any) -> DataOptions:
     """Make the options from the parsed arguments of a script.
 
     Args:
         arguments: objects with the arguments of the script, by the names of `FLAGS`.
+        others: options by their own names, which count instead.
 
     Returns:
         DataOptions: the options; those that are no arguments of the script have their default.
@@ -111,7 +117,7 @@ def collect_options(*arguments: Any) -> DataOptions:
         ValueError: if a value is not allowed.
     """
     parsed = {key: value for group in arguments for key, value in vars(group).items()}
-    return DataOptions(**{name: parsed[flag] for name, flag in FLAGS.items() if flag in parsed})
+    return DataOptions(**{name: parsed[flag] for name, flag in FLAGS.items() if flag in parsed} | others)
 
 
 def flag_names(*classes: Any) -> dict[str, str]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from datasets import Audio, ClassLabel, IterableDataset
 from tqdm.auto import tqdm
 
 from .fingerprint import RowDigest
+
+if TYPE_CHECKING:
+    from .tasks import Task
 
 
 class DatasetSummary(NamedTuple):
@@ -20,11 +24,13 @@ class DatasetSummary(NamedTuple):
         num_rows (int): number of rows.
         labels (tuple[str, ...]): names of the labels, in order.
         rows_per_shard (tuple[int, ...], optional): number of rows of each shard, if they were counted.
+        counts (mapping, optional): number of rows that have a label, by its name, if they were counted.
     """
 
     num_rows: int
     labels: tuple[str, ...]
     rows_per_shard: Optional[tuple[int, ...]] = None
+    counts: Optional[Mapping[str, int]] = None
 
 
 def select_rows(
@@ -127,6 +133,7 @@ def class_names(rows: IterableDataset, label_column: str) -> Optional[list[str]]
         list[str], optional: the names, in order; None if the labels are plain values.
     """
     feature = (rows.features or {}).get(label_column)
+    feature = getattr(feature, "feature", feature)  # of a list
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
@@ -150,8 +157,8 @@ def label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
             raise ValueError(f"{where}: a row has no label.")
         if not isinstance(value, (str, int)):
             raise ValueError(
-                f"{where}: label {value} is a {type(value).__name__}, but each row has one class, a string or an "
-                "integer. Give another `label_column`, or write the class of each row into a column."
+                f"{where}: label {value} is a {type(value).__name__}, but a class is a string or an integer. Give "
+                "another `label_column`; or, where rows have several labels or numbers, another `problem_type`."
             )
         return str(value)
     if value is None or not 0 <= value < len(names):
@@ -162,7 +169,8 @@ def label_name(value: Any, names: Optional[Sequence[str]], where: str) -> str:
 
 def summarize_rows(
     rows: IterableDataset,
-    label_column: str,
+    label_columns: Sequence[str],
+    task: Task,
     name: str = "the dataset",
     *,
     digest: Optional[RowDigest] = None,
@@ -172,7 +180,8 @@ def summarize_rows(
 
     Args:
         rows (IterableDataset): the rows, preferably without their audio.
-        label_column (str): name of the column with the labels.
+        label_columns (sequence of str): names of the columns with the labels.
+        task (Task): says which labels they are.
         name (str): name of the dataset, for the progress bar and errors. Default: `"the dataset"`.
         digest (RowDigest, optional): gets every row. Default: none.
         audio_column (str, optional): column with the names of the files that the digest looks at. Default: none.
@@ -183,24 +192,23 @@ def summarize_rows(
     Raises:
         ValueError: if the column is missing or there are no rows.
     """
-    columns = [label_column, audio_column] if audio_column else [label_column]
+    columns = [*label_columns, audio_column] if audio_column else list(label_columns)
     check_columns(column_names(rows), columns, name)
-    names = class_names(rows, label_column)
-    labels = set()
+    counts: Counter[str] = Counter()
     rows_per_shard = []
     with tqdm(desc=f"Reading labels of {name}", unit=" rows", leave=False) as progress:
         for index in range(rows.num_shards):
             before = progress.n
             for row in rows.shard(rows.num_shards, index).select_columns(columns):
-                label = label_name(row[label_column], names, name)
-                labels.add(label)
+                target = task.parse({column: row[column] for column in label_columns}, name)
+                counts.update(set(task.labels_in(target)))
                 if digest is not None:
-                    digest.add(label, row[audio_column] if audio_column else None)
+                    digest.add(target, row[audio_column] if audio_column else None)
                 progress.update()
             rows_per_shard.append(progress.n - before)
-    if not labels:
+    if not sum(rows_per_shard):
         raise ValueError(f"No rows are left of {name}: check the split and the selection of rows.")
-    return DatasetSummary(sum(rows_per_shard), tuple(sorted(labels)), tuple(rows_per_shard))
+    return DatasetSummary(sum(rows_per_shard), tuple(sorted(counts)), tuple(rows_per_shard), counts)
 
 
 def column_names(rows: IterableDataset) -> list[str]:

@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 
 from .features import ExtractFeatures
 from .rows import DatasetSummary, check_columns, column_names, name_some
+from .tasks import Task
 
 BATCH = 8  # rows that are decoded at a time
 
@@ -53,7 +54,7 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     ) -> None:
         if shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer` must not be negative, got {shuffle_buffer}.")
-        columns = [each for each in (extract.options.audio_column, extract.options.label_column) if each is not None]
+        columns = [extract.options.audio_column, *(extract.options.label_columns if extract.task else ())]
         check_columns(column_names(rows), columns, name)
         self.rows = rows.select_columns(columns)
         self.extract = extract
@@ -70,9 +71,14 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._epoch = epoch.share_memory_()
 
     @property
+    def task(self) -> Optional[Task]:
+        """What the labels are; None if the stream has none."""
+        return self.extract.task
+
+    @property
     def label_names(self) -> list[str]:
         """The classes, in the order of the model's outputs."""
-        return list(self.extract.label_ids)
+        return list(self.task.label_names) if self.task else []
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which determines the order.
@@ -219,7 +225,7 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     def _num_rows(self, summary: DatasetSummary, worker: int, workers: int) -> int:
         """Number of rows that a worker reads: the most that the workers with its number have in any process."""
-        num_rows, _, shards = summary
+        num_rows, shards = summary.num_rows, summary.rows_per_shard
         readers = self.num_processes * workers
         if self._by_shards(readers):
             shards = shards or (num_rows,)

@@ -308,7 +308,7 @@ def test_only_the_start_of_an_hour_is_read(adapter, tmp_path):
     tracemalloc.stop()
     assert len(samples) == 2.5 * SAMPLING_RATE and peak < whole / 100
     extract = ExtractFeatures(
-        ASTFeatureExtractor(max_length=FRAMES), [], DataOptions(label_column=None, max_length_seconds=2.5)
+        ASTFeatureExtractor(max_length=FRAMES), None, DataOptions(label_column=None, max_length_seconds=2.5)
     )
     tracemalloc.start()
     assert len(extract({"audio": [str(path)]})["input_values"]) == 1

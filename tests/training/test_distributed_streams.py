@@ -21,6 +21,7 @@ from conftest import FRAMES, MEL_BINS, tiny_ast_config
 from peft import get_peft_model
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.training import AudioStream, AudioTrainer, ExtractFeatures, load_rows, summarize_rows
+from peft_softmoa.training.tasks import SingleLabel
 
 dataset, output, rank = sys.argv[2], sys.argv[3], int(os.environ["RANK"])
 
@@ -34,11 +35,11 @@ class Epochs(transformers.TrainerCallback):
         trainer.seen.append([])
 
 rows = load_rows(dataset, "train", columns=["audio", "label"])
-summary = summarize_rows(rows, "label")
+summary = summarize_rows(rows, ["label"], SingleLabel())
 feature_extractor = transformers.ASTFeatureExtractor(max_length=FRAMES, num_mel_bins=MEL_BINS)
 results = {}
 for workers in (0, 2):
-    extract = ExtractFeatures(feature_extractor, summary.labels)
+    extract = ExtractFeatures(feature_extractor, SingleLabel(list(summary.labels)))
     stream = AudioStream(rows, extract, summary, shuffle_buffer=4)
     torch.manual_seed(0)
     model = transformers.ASTForAudioClassification(tiny_ast_config(num_labels=len(summary.labels)))

@@ -8,6 +8,7 @@ from test_streams import Length, shards
 from torch.utils.data import default_collate
 
 from peft_softmoa.training import AudioStream, AudioTrainer, ExtractFeatures, make_eval_loader, summarize_rows
+from peft_softmoa.training.tasks import SingleLabel
 
 BATCH_SIZE = 4
 
@@ -26,7 +27,11 @@ class Mean(torch.nn.Module):
 
 def stream_of(sizes, bad=(), knows_length=True):
     rows = shards(sizes, bad)
-    return AudioStream(rows, ExtractFeatures(Length(), ["x"]), summarize_rows(rows, "label") if knows_length else None)
+    return AudioStream(
+        rows,
+        ExtractFeatures(Length(), SingleLabel(["x"])),
+        summarize_rows(rows, ["label"], SingleLabel()) if knows_length else None,
+    )
 
 
 def trainer_of(output, workers, eval_dataset):

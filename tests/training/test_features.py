@@ -20,6 +20,7 @@ from peft_softmoa.training import (
     decode_audio,
     load_rows,
 )
+from peft_softmoa.training.tasks import SingleLabel
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def bad_folder(folder):
 
 def test_bad_audio_is_skipped_counted_and_named_once(tmp_path, feature_extractor, caplog):
     rows = load_rows(str(bad_folder(tmp_path)), "train")
-    extract = ExtractFeatures(feature_extractor, ["x"])
+    extract = ExtractFeatures(feature_extractor, SingleLabel(["x"]))
     stream = AudioStream(rows, extract, DatasetSummary(6, ("x",)))
     with caplog.at_level(logging.WARNING):
         assert len(list(stream)) == 2
@@ -61,7 +62,7 @@ def test_a_warning_of_thousands_names_some(tmp_path, feature_extractor, caplog):
     write_tone(tmp_path / "good.wav")
     names = ["good.wav", *(f"missing-{index}.wav" for index in range(5000))]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},x" for name in names)]))
-    stream = AudioStream(load_rows(str(tmp_path), "train"), ExtractFeatures(feature_extractor, ["x"]))
+    stream = AudioStream(load_rows(str(tmp_path), "train"), ExtractFeatures(feature_extractor, SingleLabel(["x"])))
     with caplog.at_level(logging.WARNING):
         assert len(list(stream)) == 1
     [message] = [record.message for record in caplog.records if record.name.startswith("peft_softmoa")]
@@ -73,7 +74,7 @@ def test_every_skipped_clip_counts(tmp_path, tones_folder, feature_extractor, ca
     """Also those without a name, and those with the same name; also if the pass does not end."""
     rows = [{"audio": audio, "label": "x"} for audio in [None, b"no audio", {"path": None, "bytes": b""}]]
     rows += [{"audio": str(tones_folder / "1-low-0.wav"), "label": "x"}] * 20
-    extract = ExtractFeatures(feature_extractor, ["x"])
+    extract = ExtractFeatures(feature_extractor, SingleLabel(["x"]))
     dataset = IterableDataset.from_generator(lambda: iter(rows))
     stream = AudioStream(dataset, extract, DatasetSummary(23, ("x",)))
     with caplog.at_level(logging.WARNING):
@@ -85,7 +86,7 @@ def test_every_skipped_clip_counts(tmp_path, tones_folder, feature_extractor, ca
 
 def test_nothing_but_bad_audio(tmp_path, feature_extractor):
     (tmp_path / "metadata.csv").write_text("file_name,label\na.wav,x\nb.wav,x\n")
-    extract = ExtractFeatures(feature_extractor, ["x"])
+    extract = ExtractFeatures(feature_extractor, SingleLabel(["x"]))
     stream = AudioStream(load_rows(str(tmp_path), "train"), extract)
     with pytest.raises(
         ValueError, match="None of the 2 audio files can be used: .*a.wav: unreadable.*b.wav: unreadable"
@@ -95,7 +96,7 @@ def test_nothing_but_bad_audio(tmp_path, feature_extractor):
 
 def test_a_column_that_holds_no_audio(tones_folder, feature_extractor, tmp_path):
     rows = load_rows(str(write_parquet(tmp_path / "parquet", tones_folder)), "train")
-    extract = ExtractFeatures(feature_extractor, ["high", "low"], DataOptions(audio_column="fold"))
+    extract = ExtractFeatures(feature_extractor, SingleLabel(["high", "low"]), DataOptions(audio_column="fold"))
     with pytest.raises(ValueError, match="Column 'fold' holds int, but audio is a path"):
         list(AudioStream(rows, extract))
 
@@ -103,24 +104,26 @@ def test_a_column_that_holds_no_audio(tones_folder, feature_extractor, tmp_path)
 def test_bad_audio_can_be_an_error(tmp_path, feature_extractor):
     rows = load_rows(str(bad_folder(tmp_path)), "train")
     with pytest.raises(AudioError, match="noise.wav: unreadable"):
-        list(AudioStream(rows, ExtractFeatures(feature_extractor, ["x"], DataOptions(on_bad_audio="raise"))))
+        list(
+            AudioStream(rows, ExtractFeatures(feature_extractor, SingleLabel(["x"]), DataOptions(on_bad_audio="raise")))
+        )
 
 
 def test_labels_that_are_no_classes(tones_folder, feature_extractor, tmp_path):
     rows = load_rows(str(tones_folder), "train")
     with pytest.raises(ValueError, match="1-high-0.wav: label 'high' is none of the classes low, middle"):
-        list(AudioStream(rows, ExtractFeatures(feature_extractor, ["low", "middle"])))
+        list(AudioStream(rows, ExtractFeatures(feature_extractor, SingleLabel(["low", "middle"]))))
     folder = write_parquet(tmp_path / "parquet", tones_folder)
     rows = load_rows(str(folder), "train")
     with pytest.raises(ValueError, match="label 1 is no index of the 1 classes high"):
-        list(AudioStream(rows, ExtractFeatures(feature_extractor, ["high"], class_names=["high"])))
+        list(AudioStream(rows, ExtractFeatures(feature_extractor, SingleLabel(["high"], {"label": ["high"]}))))
 
 
 def test_shuffling_differs_between_epochs_and_repeats_with_the_seed(tones_folder, feature_extractor):
     rows = load_rows(str(tones_folder), "train")
 
     def order(seed, epoch):
-        extract = ExtractFeatures(feature_extractor, ["high", "low"])
+        extract = ExtractFeatures(feature_extractor, SingleLabel(["high", "low"]))
         stream = AudioStream(rows, extract, shuffle_buffer=16, seed=seed)
         stream.set_epoch(epoch)
         return [float(example["input_values"].sum()) for example in stream]
@@ -146,7 +149,9 @@ def test_long_clips_are_cut(tmp_path, feature_extractor):
             return {"input_values": waveform[None]}
 
     def cut(random_crop=False):
-        extract = ExtractFeatures(Recorder(), ["x"], DataOptions(max_length_seconds=0.25), random_crop=random_crop)
+        extract = ExtractFeatures(
+            Recorder(), SingleLabel(["x"]), DataOptions(max_length_seconds=0.25), random_crop=random_crop
+        )
         stream = AudioStream(rows, extract)
         clips = []
         for epoch in range(3):
@@ -163,7 +168,7 @@ def test_long_clips_are_cut(tmp_path, feature_extractor):
 
 
 def test_streams_go_through_a_data_loader(tones_folder, feature_extractor):
-    extract = ExtractFeatures(feature_extractor, ["high", "low"])
+    extract = ExtractFeatures(feature_extractor, SingleLabel(["high", "low"]))
     stream = AudioStream(load_rows(str(tones_folder), "train"), extract, DatasetSummary(16, ("high", "low")))
     loader = DataLoader(stream, batch_size=6)
     batches = list(loader)
@@ -184,7 +189,7 @@ def test_a_random_cut_begins_at_every_place(tmp_path, feature_extractor):
             return {"input_values": waveform[None]}
 
     options = DataOptions(label_column=None, max_length_seconds=2 / SAMPLING_RATE)
-    extract = ExtractFeatures(Samples(), [], options, random_crop=True)
+    extract = ExtractFeatures(Samples(), None, options, random_crop=True)
     generator = np.random.default_rng(0)
     clips = extract({"audio": [str(tmp_path / "five.wav")] * 200}, generator)["input_values"]
     assert {tuple(clip) for clip in clips} == {tuple(samples[start : start + 2]) for start in range(4)}

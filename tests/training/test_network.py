@@ -43,7 +43,7 @@ def everything(request):
 
 def stream_of(urls, **options):
     rows = IterableDataset.from_generator(lambda: iter([{"audio": url} for url in urls]))
-    return AudioStream(rows, ExtractFeatures(Length(), [], DataOptions(label_column=None, **options)))
+    return AudioStream(rows, ExtractFeatures(Length(), None, DataOptions(label_column=None, **options)))
 
 
 @pytest.mark.parametrize("kind", [500, 502, 503, 429, 408, "reset", "truncated"])

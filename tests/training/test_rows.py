@@ -8,6 +8,7 @@ from datasets import ClassLabel, Features, IterableDataset
 from transformers import ASTFeatureExtractor
 
 from peft_softmoa.training import load_stream, parse_selection, select_rows, summarize_rows
+from peft_softmoa.training.tasks import SingleLabel
 
 
 def rows_of(*values, features=None):
@@ -28,8 +29,8 @@ def stream(folder, rows=None):
 @pytest.mark.parametrize(
     "value, message",
     [
-        (["dog", "rain"], r"label \['dog', 'rain'\] is a list, but each row has one class.*`label_column`"),
-        (0.5, "label 0.5 is a float, but each row has one class"),
+        (["dog", "rain"], r"label \['dog', 'rain'\] is a list, but a class is a string.*`label_column`"),
+        (0.5, "label 0.5 is a float, but a class is a string"),
         (1.0, "label 1.0 is a float"),
         ({"a": 1}, "is a dict"),
         (float("nan"), "a row has no label"),
@@ -39,12 +40,15 @@ def stream(folder, rows=None):
 )
 def test_labels_that_name_no_class(value, message):
     with pytest.raises(ValueError, match=message):
-        summarize_rows(rows_of("cat", value), "label")
+        summarize_rows(rows_of("cat", value), ["label"], SingleLabel())
 
 
 def test_labels_without_the_spaces_around_them():
-    assert summarize_rows(rows_of("cat", " cat", "cat ", "black cat"), "label").labels == ("black cat", "cat")
-    assert summarize_rows(rows_of(1, 10, True), "label").labels == ("1", "10", "True")
+    assert summarize_rows(rows_of("cat", " cat", "cat ", "black cat"), ["label"], SingleLabel()).labels == (
+        "black cat",
+        "cat",
+    )
+    assert summarize_rows(rows_of(1, 10, True), ["label"], SingleLabel()).labels == ("1", "10", "True")
 
 
 def test_labels_of_parquet_without_the_spaces_around_them(tmp_path):

@@ -23,6 +23,7 @@ from peft_softmoa.training import (
     ExtractFeatures,
     shortest_clip,
 )
+from peft_softmoa.training.tasks import SingleLabel
 
 CONVOLUTIONS = {"conv_kernel": (10, 3), "conv_stride": (5, 2)}
 SUMMARY = DatasetSummary(4, ("x",), (4,))
@@ -100,7 +101,7 @@ def stream_of(tmp_path, extractor):
     rows = [{"audio": str(tmp_path / f"{name}.wav"), "label": "x"} for name in names]
 
     def make(**options):
-        extract = ExtractFeatures(extractor, ["x"], DataOptions(**options))
+        extract = ExtractFeatures(extractor, SingleLabel(["x"]), DataOptions(**options))
         return AudioStream(IterableDataset.from_generator(rows_of, gen_kwargs={"rows": rows}), extract, SUMMARY)
 
     return make
@@ -151,7 +152,7 @@ def test_features_that_are_not_finite(tmp_path):
     """One frame has no deviation."""
     soundfile.write(tmp_path / "frame.wav", np.full(500, 0.1), SAMPLING_RATE)
     write_tone(tmp_path / "tone.wav")
-    extract = ExtractFeatures(tf.SeamlessM4TFeatureExtractor(stride=1), [], DataOptions(label_column=None))
+    extract = ExtractFeatures(tf.SeamlessM4TFeatureExtractor(stride=1), None, DataOptions(label_column=None))
     rows = [{"audio": str(tmp_path / name)} for name in ("frame.wav", "tone.wav")]
     stream = AudioStream(IterableDataset.from_generator(lambda: iter(rows)), extract)
     with np.errstate(all="ignore"), pytest.warns(RuntimeWarning):

@@ -10,6 +10,7 @@ from transformers import ASTFeatureExtractor
 from peft_softmoa.training import (
     AudioStream,
     DataOptions,
+    DatasetSummary,
     ExtractFeatures,
     class_names,
     decode_audio,
@@ -20,6 +21,7 @@ from peft_softmoa.training import (
     source,
     summarize_rows,
 )
+from peft_softmoa.training.tasks import SingleLabel
 
 
 @pytest.fixture
@@ -39,9 +41,10 @@ def dataset(request, tones_folder, tmp_path):
 def test_rows_become_model_inputs(dataset, feature_extractor, tmp_path):
     folder, streaming = dataset
     rows = load_rows(str(folder), "train", DataOptions(streaming=streaming, cache_dir=str(tmp_path / "cache")))
-    summary = summarize_rows(rows, "label")
-    assert summary == (16, ("high", "low"), (16,))
-    extract = ExtractFeatures(feature_extractor, summary.labels, class_names=class_names(rows, "label"))
+    task = SingleLabel(declared={"label": class_names(rows, "label")})
+    summary = summarize_rows(rows, ["label"], task)
+    assert summary == DatasetSummary(16, ("high", "low"), (16,), {"high": 8, "low": 8})
+    extract = ExtractFeatures(feature_extractor, task.with_labels(None, summary))
     examples = list(AudioStream(rows, extract))
     assert [example["labels"] for example in examples] == [1] * 4 + [0] * 4 + [1] * 4 + [0] * 4
     expected = feature_extractor(decode_audio(tones_of(folder, rows), SAMPLING_RATE), sampling_rate=SAMPLING_RATE)
@@ -60,7 +63,7 @@ def test_folds_are_chosen_by_the_values_of_a_column(dataset):
     assert len(list(select_rows(rows, "label=low"))) == 8
     assert len(list(select_rows(rows, "fold = 1, 2"))) == 16
     with pytest.raises(ValueError, match="No rows are left"):
-        summarize_rows(select_rows(rows, "fold=3"), "label")
+        summarize_rows(select_rows(rows, "fold=3"), ["label"], SingleLabel())
     with pytest.raises(ValueError, match="no column 'part'; its columns are: .*label.*fold"):
         select_rows(rows, "part=1")
 
@@ -86,9 +89,9 @@ def test_missing_audio_or_label_column(dataset, feature_extractor):
     folder, streaming = dataset
     rows = load_rows(str(folder), "train", DataOptions(streaming=streaming))
     with pytest.raises(ValueError, match="no column 'sound'; its columns are: .*label"):
-        AudioStream(rows, ExtractFeatures(feature_extractor, ["a"], DataOptions(audio_column="sound")))
+        AudioStream(rows, ExtractFeatures(feature_extractor, SingleLabel(["a"]), DataOptions(audio_column="sound")))
     with pytest.raises(ValueError, match="no column 'genre'; its columns are: .*label"):
-        summarize_rows(rows, "genre")
+        summarize_rows(rows, ["genre"], SingleLabel())
 
 
 def test_splits_are_folders(tones_folder, tmp_path):
@@ -113,10 +116,10 @@ def test_tables_are_read_as_text(tmp_path, feature_extractor):
     write_tone(tmp_path / "tone.wav")
     (tmp_path / "metadata.csv").write_text("file_name,label,fold\ntone.wav,NA,1\ntone.wav,01,\ntone.wav,null,1\n")
     rows = load_rows(str(tmp_path), "train")
-    assert summarize_rows(rows, "label") == (3, ("01", "NA", "null"), (3,))
+    assert summarize_rows(rows, ["label"], SingleLabel())[:3] == (3, ("01", "NA", "null"), (3,))
     assert [row["label"] for row in select_rows(rows, "fold=1")] == ["NA", "null"]
     with pytest.raises(ValueError, match="a row has no label"):
-        summarize_rows(rows, "fold")
+        summarize_rows(rows, ["fold"], SingleLabel())
 
 
 def test_tables_of_spreadsheets(tmp_path):

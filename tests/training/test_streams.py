@@ -25,6 +25,7 @@ from peft_softmoa.training import (
     open_source,
     summarize_rows,
 )
+from peft_softmoa.training.tasks import SingleLabel
 
 
 class Length:
@@ -62,8 +63,8 @@ def _clips(parts, bad):
 
 def batches_of(rows, num_processes, num_workers, batch_size, epoch=0, shuffle_buffer=0):
     """The clips of each batch, in each process, as a DataLoader gives them."""
-    summary = summarize_rows(rows, "label")
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summary, shuffle_buffer=shuffle_buffer)
+    summary = summarize_rows(rows, ["label"], SingleLabel())
+    stream = AudioStream(rows, ExtractFeatures(Length(), SingleLabel(["x"])), summary, shuffle_buffer=shuffle_buffer)
     stream.set_epoch(epoch)
     given = []
     for process in range(num_processes):
@@ -130,18 +131,20 @@ def test_a_part_has_the_batches_that_it_was_counted_with():
     [batches] = batches_of(rows, 1, 0, 2)
     assert batches[:3] == [[0, 1], [4, 5], [6, 7]] and batches[3:] == [[0, 1]]
     # Without a part, as in evaluation, nothing is used again.
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summarize_rows(rows, "label"))
+    stream = AudioStream(
+        rows, ExtractFeatures(Length(), SingleLabel(["x"])), summarize_rows(rows, ["label"], SingleLabel())
+    )
     assert len(list(stream)) == 6 and len(stream) == 8
 
 
 def test_fewer_rows_than_readers():
-    stream = AudioStream(shards((3,)), ExtractFeatures(Length(), ["x"]), DatasetSummary(3, ("x",), (3,)))
+    stream = AudioStream(shards((3,)), ExtractFeatures(Length(), SingleLabel(["x"])), DatasetSummary(3, ("x",), (3,)))
     with pytest.raises(ValueError, match="has 3 rows, fewer than its 4 readers: 2 processes with 2 workers"):
         stream.for_process(0, 2, 1, 2)
 
 
 def test_a_stream_without_length():
-    stream = AudioStream(shards((3,)), ExtractFeatures(Length(), ["x"]))
+    stream = AudioStream(shards((3,)), ExtractFeatures(Length(), SingleLabel(["x"])))
     with pytest.raises(TypeError, match="number of rows"):
         len(stream)
     # For training it goes on for ever, so that a run that goes on finds its place.
@@ -158,7 +161,7 @@ def test_random_cuts_repeat_with_the_seed_the_epoch_and_the_row():
     ramp = io.BytesIO()
     soundfile.write(ramp, np.linspace(0, 1, 16_000), SAMPLING_RATE, format="WAV", subtype="FLOAT")
     rows = IterableDataset.from_generator(lambda: iter([{"audio": ramp.getvalue(), "label": "x"}] * 10))
-    extract = ExtractFeatures(Samples(), ["x"], DataOptions(max_length_seconds=0.01), random_crop=True)
+    extract = ExtractFeatures(Samples(), SingleLabel(["x"]), DataOptions(max_length_seconds=0.01), random_crop=True)
 
     def starts(epoch, seed=0):
         stream = AudioStream(rows, extract, seed=seed)
@@ -173,7 +176,12 @@ def test_random_cuts_repeat_with_the_seed_the_epoch_and_the_row():
 def test_the_loader_is_prepared_once():
     accelerator = Accelerator(cpu=True)
     rows = shards((5,))
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summarize_rows(rows, "label"), shuffle_buffer=5)
+    stream = AudioStream(
+        rows,
+        ExtractFeatures(Length(), SingleLabel(["x"])),
+        summarize_rows(rows, ["label"], SingleLabel()),
+        shuffle_buffer=5,
+    )
     loader = make_loader(stream, 2, accelerator, collate_fn=default_collate)
     assert accelerator.prepare(loader) is loader and len(loader) == 3
     epochs = [torch.cat([batch["input_values"] for batch in loader]).flatten().tolist() for _ in range(2)]
@@ -183,7 +191,12 @@ def test_the_loader_is_prepared_once():
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_learn_of_the_epoch(persistent):
     rows = shards((6,))
-    stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), summarize_rows(rows, "label"), shuffle_buffer=6)
+    stream = AudioStream(
+        rows,
+        ExtractFeatures(Length(), SingleLabel(["x"])),
+        summarize_rows(rows, ["label"], SingleLabel()),
+        shuffle_buffer=6,
+    )
     loader = make_loader(stream, 6, Accelerator(cpu=True), num_workers=1, persistent_workers=persistent)
     epochs = [list(loader)[0]["input_values"].flatten().tolist() for _ in range(2)]
     assert epochs[0] != epochs[1]
@@ -196,7 +209,7 @@ def test_what_datasets_declare(tmp_path, tones_folder):
     source = open_source(str(write_parquet(tmp_path / "parquet", tones_folder)), "train")
     assert source.reads_single_columns and source.columns == ("audio", "label", "fold")
     assert source.classes == {"label": ["high", "low"]} and source.declared_summary("label") is None
-    assert replace(source, num_rows=16).declared_summary("label") == (16, ("high", "low"), None)
+    assert replace(source, num_rows=16).declared_summary("label") == DatasetSummary(16, ("high", "low"))
     assert replace(source, num_rows=16).declared_summary("fold") is None
     # A tar file has to be read whole.
     with tarfile.open(tmp_path / "train.tar", "w") as file:
@@ -241,7 +254,9 @@ def test_the_seed_of_a_stream_is_the_seed_of_its_workers():
     before = torch.get_rng_state()
 
     def seeds(seed):
-        stream = AudioStream(rows, ExtractFeatures(Length(), ["x"]), DatasetSummary(2, ("x",), (2,)), seed=seed)
+        stream = AudioStream(
+            rows, ExtractFeatures(Length(), SingleLabel(["x"])), DatasetSummary(2, ("x",), (2,)), seed=seed
+        )
         loader = make_loader(stream, 2, Accelerator(cpu=True), num_workers=1, collate_fn=seed_of_worker)
         return [batch for _ in range(2) for batch in loader]
 

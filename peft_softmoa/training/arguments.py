@@ -1,0 +1,295 @@
+"""The options of a training run, as dataclasses from which commands and scripts make their arguments."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Optional
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, Seq2SeqTrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
+
+from ..arguments import AdapterArguments
+from .network import retry
+from .options import collect_options, flag_names, option
+from .tasks import Task, make_task
+
+# The paper's optimisation, and an evaluation after every epoch.
+TRAINING_DEFAULTS = {
+    "learning_rate": 5e-3,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.98,
+    "adam_epsilon": 1e-6,
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_strategy": "epoch",
+    "hub_strategy": "end",
+    "predict_with_generate": True,
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+# The training arguments that must stay the same when a run resumes, besides the model, the data and the adapter.
+SETTINGS = (
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+    "optim",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "average_tokens_across_devices",
+    "bf16",
+    "fp16",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "num_train_epochs",
+    "max_steps",
+)
+# The other arguments that may change: they do not affect the training.
+OTHER = (
+    *("token", "cache_dir", "log_experts_steps", "metrics", "normalize_text"),
+    *("eval_split_name", "eval_rows", "test_split_name", "test_rows"),
+)
+
+
+@dataclass
+class ModelArguments:
+    """The base model, and how the Hub is used."""
+
+    model_name_or_path: str = field(
+        default="MIT/ast-finetuned-audioset-10-10-0.4593",
+        metadata={"help": "Id on the Hub or folder of an audio transformer."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32",
+        metadata={"help": "Dtype of the base model's weights in training; auto is the one in which they are stored."},
+    )
+    feature_extractor_name: Optional[str] = field(
+        default=None, metadata={"help": "Id or folder of the feature extractor, if it is not the model's."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Modules that are trained in full, besides the adapter. Default: the head, if the task has one."
+        },
+    )
+    log_experts_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps between logs of how the experts are used. Default: no logs."},
+    )
+    cache_dir: Optional[str] = option("cache_dir")
+    token: Optional[str] = option("token")
+
+    def hub_options(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` for this model."""
+        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
+
+
+@dataclass
+class TaskArguments:
+    """What the model learns."""
+
+    task: Literal["audio-classification", "audio-frame-classification", "ctc", "speech-seq2seq"] = field(
+        default="audio-classification",
+        metadata={
+            "help": "What the model learns: classes or numbers of a clip (which, says --problem_type), events in time, "
+            "or the text that is spoken, by CTC (wav2vec 2.0, …) or by a decoder (Whisper, …)."
+        },
+    )
+    class_weights: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Weights of the classes in the loss: a number for each, or balanced, which makes rare classes count "
+            "as much as frequent ones. Default: all the same."
+        },
+    )
+    label_separator: Optional[str] = field(
+        default=None,
+        metadata={"help": "What stands between several labels in one column. Default: a comma."},
+    )
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Mixup: clips of a batch are mixed with a share from Beta(a, a). Default: no mixup."},
+    )
+    vocabulary: Optional[Literal["texts", "model"]] = field(
+        default=None,
+        metadata={
+            "help": "For ctc: a vocabulary of the characters in the texts, with a head for it, or the model's own. "
+            "Default: the model's, if it was trained for CTC."
+        },
+    )
+    text_case: Optional[Literal["lower", "upper"]] = field(
+        default=None, metadata={"help": "The case into which texts are put. Default: texts stay as they are."}
+    )
+    language: Optional[str] = field(
+        default=None, metadata={"help": "Language of the texts, for a Whisper of many languages."}
+    )
+    speech_task: Optional[Literal["transcribe", "translate"]] = field(
+        default=None, metadata={"help": "What such a Whisper does."}
+    )
+    metrics: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Metrics of the evaluation: accuracy, f1_macro, unweighted_average_recall, mean_average_precision, "
+            "mae, pearson, wer, cer, or ids that evaluate.load knows. Default: two that go with the task."
+        },
+    )
+    normalize_text: bool = field(
+        default=False, metadata={"help": "Compare texts in lower case and without punctuation in the metrics."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """The data for training, evaluation and test."""
+
+    dataset_name: str = field(
+        metadata={"help": "Id of a dataset on the Hub, or a folder of one of the layouts in the README."}
+    )
+    dataset_config_name: Optional[str] = option("config_name")
+    dataset_revision: Optional[str] = option("revision")
+    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split_name: str = field(default="validation", metadata={"help": "Split to evaluate on."})
+    train_rows: Optional[str] = field(
+        default=None, metadata={"help": "Rows to train on, by the values of a column, such as fold=1,2,3,4."}
+    )
+    eval_rows: Optional[str] = field(
+        default=None, metadata={"help": "Rows to evaluate on, by the values of a column, such as fold=5."}
+    )
+    test_split_name: Optional[str] = field(
+        default=None, metadata={"help": "Split to test the trained model on, once. Default: none."}
+    )
+    test_rows: Optional[str] = field(
+        default=None, metadata={"help": "Rows to test it on, by the values of a column, such as fold=4."}
+    )
+    audio_column_name: str = option("audio_column")
+    label_column_name: Optional[str] = option(
+        "label_column", default=None, more="Default: label, text for recognition, events for events in time."
+    )
+    max_length_seconds: Optional[float] = option("max_length_seconds")
+    mask_frequencies: int = field(
+        default=0, metadata={"help": "SpecAugment: a band of up to so many mel bins is set to zero in training."}
+    )
+    mask_frames: int = field(
+        default=0, metadata={"help": "SpecAugment: a span of up to so many frames is set to zero in training."}
+    )
+    streaming: bool = option("streaming")
+    shuffle_buffer_size: int = option("shuffle_buffer")
+    on_bad_audio: Literal["skip", "raise"] = option("on_bad_audio")
+
+
+# Errors of the library name Python arguments: what commands call them.
+FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments) | {
+    "rows": "--train_rows, --eval_rows and --test_rows",
+    "needs_length=False": "--max_steps",
+    "separator": "--label_separator",
+}
+
+
+@dataclass
+class RunArguments:
+    """All options of a run."""
+
+    model: ModelArguments
+    task: TaskArguments
+    data: DataArguments
+    adapter: Any  # AdapterArguments
+    training: Seq2SeqTrainingArguments
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that must stay the same when the run resumes, by name."""
+        parts = (self.model, self.task, self.data, self.adapter)
+        settings = {
+            **{name: value for part in parts for name, value in asdict(part).items()},
+            **{name: getattr(self.training, name, None) for name in SETTINGS},
+            "num_processes": self.training.world_size,
+            "distributed_type": str(self.training.distributed_state.distributed_type),
+        }
+        # What chooses the best checkpoint affects the result.
+        evaluation = ("eval_split_name", "eval_rows") if self.training.load_best_model_at_end else ()
+        return {name: value for name, value in settings.items() if name not in OTHER or name in evaluation}
+
+    def parts(self) -> dict[str, tuple[str, Optional[str]]]:
+        """The split and the selection of rows, by the name of their use: training, evaluation and test."""
+        parts = {"training": (self.data.train_split_name, self.data.train_rows)}
+        if self.training.eval_strategy != "no":
+            parts["evaluation"] = (self.data.eval_split_name, self.data.eval_rows)
+        if self.data.test_split_name:
+            parts["test"] = (self.data.test_split_name, self.data.test_rows)
+        return parts
+
+    def data_options(self, task: Task) -> Any:
+        """How the data is read.
+
+        Args:
+            task (Task): what is learned, which says the column that is read if none is given.
+
+        Returns:
+            DataOptions: the options.
+        """
+        column = self.data.label_column_name or task.label_column
+        return collect_options(self.model, self.data, self.training, label_column=column)
+
+    def make_task(self) -> Task:
+        """Make the task, with the tokenizer of the model where it needs one.
+
+        Returns:
+            Task: the task, without classes.
+        """
+        given, model = self.task, self.model
+        tokenizer = None
+        if given.task == "speech-seq2seq" or (given.task == "ctc" and self._keeps_vocabulary()):
+            tokenizer = retry(AutoTokenizer.from_pretrained, model.model_name_or_path, **model.hub_options())
+        return make_task(
+            given.task,
+            problem_type=self.adapter.problem_type,
+            class_weights=parse_weights(given.class_weights),
+            separator=given.label_separator,
+            tokenizer=tokenizer,
+            **{name: getattr(given, name) for name in ("text_case", "language", "speech_task", "metrics")},
+            normalize_text=given.normalize_text,
+        )
+
+    def _keeps_vocabulary(self) -> bool:
+        if self.task.vocabulary is not None:
+            return self.task.vocabulary == "model"
+        config = retry(AutoConfig.from_pretrained, self.model.model_name_or_path, **self.model.hub_options())
+        return not set(MODEL_FOR_CTC_MAPPING_NAMES.values()).isdisjoint(config.architectures or ())
+
+
+def parse_weights(words: Optional[list[str]]) -> Any:
+    """The weights of classes from the words of a command line.
+
+    Args:
+        words (list[str], optional): `balanced`, or numbers.
+
+    Returns:
+        Any: `"balanced"`, a list of numbers, or None.
+
+    Raises:
+        ValueError: if they are neither.
+    """
+    if words is None or words == ["balanced"]:
+        return words and words[0]
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        given = " ".join(words)
+        raise ValueError(f"`class_weights` must be balanced, or a number for each class, got {given}.") from None

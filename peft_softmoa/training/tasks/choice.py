@@ -1,0 +1,79 @@
+"""From the name of a task to the task, and from an adapter to its task."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Optional
+
+from peft import PeftConfig
+
+from .base import Task
+from .frames import FrameClassification
+from .labels import MultiLabel, Regression, SingleLabel
+from .text import CTC, SpeechSeq2Seq
+
+CLASSIFICATION: tuple[type[Any], ...] = (SingleLabel, MultiLabel, Regression)
+# By name; where several have one, the problem type chooses, and the first is the default.
+TASKS: dict[str, tuple[type[Task], ...]] = {
+    "audio-classification": CLASSIFICATION,
+    "audio-frame-classification": (FrameClassification,),
+    "ctc": (CTC,),
+    "speech-seq2seq": (SpeechSeq2Seq,),
+}
+
+
+def make_task(name: str, *, problem_type: Optional[str] = None, **options: Any) -> Task:
+    """Make a task.
+
+    Args:
+        name (str): one of `TASKS`.
+        problem_type (str, optional): of audio classification: `"single_label_classification"`,
+            `"multi_label_classification"` or `"regression"`. Default: the first.
+        options (Any): the task's own, such as `class_weights`. Those that are None are left out.
+
+    Returns:
+        Task: the task, without classes.
+
+    Raises:
+        ValueError: if there is no such task, or an option is of another one.
+    """
+    if name not in TASKS:
+        raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got '{name}'.")
+    kinds = {getattr(each, "problem_type", None): each for each in TASKS[name]}
+    if problem_type not in (None, *kinds):
+        possible = ", ".join(str(each) for each in kinds if each)
+        raise ValueError(
+            f"`problem_type` must be {f'one of {possible}' if possible else 'left out'} for `task={name}`, got "
+            f"'{problem_type}'."
+        )
+    kind = kinds[problem_type] if problem_type else TASKS[name][0]
+    given = {option: value for option, value in options.items() if value not in (None, False)}
+    known = {entry.name for entry in fields(kind) if not entry.name.startswith("_")}
+    for option in given.keys() - known:
+        raise ValueError(f"`{option}` must be left out for `task={name}`, which does not have it.")
+    return kind(**given)
+
+
+def find_task(config: PeftConfig, model: Any, **options: Any) -> Task:
+    """Find out what an adapter was trained for.
+
+    Args:
+        config (PeftConfig): the adapter's config, which names the class of the model, the classes and the loss.
+        model (nn.Module): the model, if the config does not name its class.
+        options (Any): as for `make_task`.
+
+    Returns:
+        Task: the task, with the adapter's classes.
+
+    Raises:
+        ValueError: if the model is for none of the tasks.
+    """
+    base = (config.auto_mapping or {}).get("base_model_class") or type(model).__name__
+    for name, kinds in TASKS.items():
+        classes = {each.__name__ for each in kinds[0].model_class._model_mapping.values()}
+        if base in classes:
+            problem = getattr(config, "problem_type", None) if name == "audio-classification" else None
+            task = make_task(name, problem_type=problem, **options)
+            names = getattr(config, "label_names", None)
+            return task.with_labels(names) if names else task
+    raise ValueError(f"The adapter is for a {base}, which is trained for none of the tasks {', '.join(TASKS)}.")
