@@ -8,7 +8,8 @@ from conftest import tiny_ast_config
 from transformers import ASTForAudioClassification, BertConfig
 
 from peft_softmoa import SoftMoAConfig, describe_targets
-from peft_softmoa.cli import empty_model, main
+from peft_softmoa.cli import main
+from peft_softmoa.commands.targets import empty_model
 
 
 @pytest.fixture
@@ -79,11 +80,13 @@ def test_errors_are_one_message(tmp_path):
     BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32).save_pretrained(
         tmp_path
     )
-    with pytest.raises(SystemExit, match="peft-softmoa: `placement` looks for the audio encoder of a model"):
+    with pytest.raises(SystemExit, match="peft-softmoa targets: `placement` looks for the audio encoder of a model"):
         main(["targets", str(tmp_path)])
-    with pytest.raises(SystemExit, match="peft-softmoa: `num_experts` must be an integer from 1 to 65536, got 0"):
+    with pytest.raises(
+        SystemExit, match="peft-softmoa targets: `num_experts` must be an integer from 1 to 65536, got 0"
+    ):
         main(["targets", str(tmp_path), "--num_experts", "0"])
-    with pytest.raises(SystemExit, match="peft-softmoa: "):
+    with pytest.raises(SystemExit, match="peft-softmoa targets: "):
         main(["targets", str(tmp_path / "missing")])
 
 
