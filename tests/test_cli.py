@@ -82,15 +82,27 @@ def test_errors_are_one_message(tmp_path):
     )
     with pytest.raises(SystemExit, match="peft-softmoa targets: `placement` looks for the audio encoder of a model"):
         main(["targets", str(tmp_path)])
-    with pytest.raises(
-        SystemExit, match="peft-softmoa targets: `num_experts` must be an integer from 1 to 65536, got 0"
-    ):
+    with pytest.raises(SystemExit, match="targets: `num_experts` must be an integer from 1 to 65536, got 0"):
         main(["targets", str(tmp_path), "--num_experts", "0"])
     with pytest.raises(SystemExit, match="peft-softmoa targets: "):
         main(["targets", str(tmp_path / "missing")])
 
 
-def test_unknown_words(capsys):
-    with pytest.raises(SystemExit):
-        main(["nothing", "model"])
-    assert "peft-softmoa targets MODEL [options]" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nothing", "model"], "peft-softmoa: there is no command nothing."),
+        (["target", "model"], "peft-softmoa: there is no command target. Do you mean targets?"),
+        (["targets"], "peft-softmoa targets: the following arguments are required: model"),
+        (["targets", "model", "--rooting", "soft"], "targets: there is no option --rooting. Do you mean --routing?"),
+        (["targets", "model", "--num_experts=x"], "targets: argument --num_experts/--num-experts: invalid int value"),
+        (["targets", "model", "--num_exp", "3"], "targets: there is no option --num_exp. Do you mean --num_experts?"),
+        (["recipes", "esc50", "more"], "peft-softmoa recipes: unrecognized arguments: more"),
+    ],
+)
+def test_words_that_are_not_understood(words, says, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    first, pointer = capsys.readouterr().err.splitlines()
+    assert says in first and pointer.endswith("--help`.")
