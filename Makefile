@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz quantization models conformance pythons newest bench bench-quick check format clean
+.PHONY: demo test fuzz quantization models help-pages conformance pythons newest bench bench-quick check format clean
 
 demo: .venv/installed
-	$(BIN)/python examples/demo.py
+	$(BIN)/peft-softmoa demo
 
 # A process for each core, with one thread: the models are too small for more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
@@ -24,6 +24,10 @@ quantization: .venv/installed
 # Writes the README's table of models, from the outcome of the tests.
 models: .venv/installed
 	$(PYTEST) --models-table tests/test_families.py tests/calls/test_checkpointing.py
+
+# Writes the pages that `peft-softmoa --help` shows without loading torch, after a change of the options.
+help-pages: .venv/installed
+	$(BIN)/python -m pytest -q --help-pages tests/commands/test_help_pages.py
 
 # PEFT's own tests of custom models, from its source distribution, with Soft-MoA.
 conformance: .venv/installed

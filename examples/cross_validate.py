@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Cross-validate by folds: train once for each fold, which is tested, and print the mean accuracy.
 
-    python examples/cross_validate.py --config examples/recipes/esc50.yaml \
+    python examples/cross_validate.py --config esc50 \
         --num_folds 5 --validation_folds 1 --output_dir esc50
 
 All other arguments are those of train_audio_classification.py. The folds are numbered from 1. With --validation_folds,

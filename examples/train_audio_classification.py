@@ -10,7 +10,7 @@ For example, on ESC-50 with its fifth fold for evaluation:
         --num_train_epochs 10 --output_dir esc50-softmoa
 
 The arguments of `transformers.TrainingArguments` are taken too, and `accelerate launch` works. `--config FILE` reads
-arguments from a YAML file, such as those in `examples/recipes/`; the command line overrides the file. It always
+arguments from a YAML file, such as those of `peft-softmoa recipes`; the command line overrides the file. It always
 trains, and evaluates unless `--eval_strategy no` is given. Interrupted runs resume: run the same command again.
 """
 
@@ -41,6 +41,7 @@ from transformers import (
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.arguments import AdapterArguments, make_config
 from peft_softmoa.inspection import ExpertUtilizationCallback
+from peft_softmoa.recipes import find_recipe
 from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
     AudioStream,
@@ -351,7 +352,7 @@ def fingerprints(
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:
     """Arguments of the command line, which override those of the YAML file that `--config` names."""
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", metavar="FILE", help="YAML file with arguments, as in examples/recipes/")
+    files.add_argument("--config", metavar="FILE", help="YAML file with arguments, or a recipe")
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, AdapterArguments, TrainingArguments), parents=[files], allow_abbrev=False
     )
@@ -364,7 +365,7 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, AdapterA
 
 def read_config(path: str, parser: HfArgumentParser) -> list[str]:
     """Arguments from a YAML file, in the form of a command line."""
-    given = yaml.safe_load(Path(path).read_text())
+    given = yaml.safe_load(find_recipe(path).read_text())
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     unknown = sorted(map(str, given.keys() - known)) if isinstance(given, dict) else ["no fields at all"]
     if unknown:

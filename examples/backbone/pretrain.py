@@ -1,6 +1,6 @@
 """Pretrain a small Audio Spectrogram Transformer (AST) from scratch to tell the settings of synthesised scenes.
 
-    python -m examples.backbone.pretrain --output_dir examples/backbone/ast-small
+    python -m examples.backbone.pretrain --output_dir peft_softmoa/demo/ast-small
 
 On cores that other work shares, OMP_WAIT_POLICY=PASSIVE in the environment makes it several times faster, as threads
 then do not burn the time in which they wait for one another.

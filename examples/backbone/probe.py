@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, PreTrainedModel
 
+from peft_softmoa.demo.run import BASE_MODEL
 from peft_softmoa.training import decode_audio, load_rows
 
 from ..method_comparison.intervals import interval
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="with a metadata.csv, such as ESC-10's")
-    parser.add_argument("--model", default=str(HERE / "ast-small"))
+    parser.add_argument("--model", default=str(BASE_MODEL))
     parser.add_argument("--untrained_seeds", type=int, default=5)
     arguments = parser.parse_args(argv)
 

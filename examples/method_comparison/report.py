@@ -46,7 +46,7 @@ def heading(here: Comparison) -> list[str]:
         "same head, which reads the mean of all tokens and is trained in all."
         + (
             " How long that model was pretrained was chosen by a probe on ESC-10, all folds of it: see "
-            "`examples/backbone/ast-small/README.md`."
+            "`peft_softmoa/demo/ast-small/README.md`."
             if given["model"] == "ast-small"
             else ""
         )

@@ -23,6 +23,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 
+from peft_softmoa.demo.run import BASE_MODEL
+
 from . import records
 from .ablations import variants
 from .pictures import draw
@@ -34,7 +36,7 @@ from .workers import Workers, run_all
 PROGRAM = "python -m examples.method_comparison"
 HERE = Path(__file__).parent
 RUNS, CACHE = "runs.jsonl", "cache"
-BACKBONE = HERE.parent / "backbone" / "ast-small"
+BACKBONE = BASE_MODEL
 # Wide enough for full fine-tuning, at its lower end, and for methods of few parameters, at its upper one.
 RATES = [2e-4, 1e-3, 5e-3, 2.5e-2]
 NAMES = {slug(method): method for method in METHODS}
@@ -54,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_column", default="audio", help="audio")
     parser.add_argument("--label_column", default="label", help="label")
     parser.add_argument("--fold_column", default="fold", help="fold")
-    parser.add_argument("--model", type=Path, default=BACKBONE, help="folder of an AST; examples/backbone/ast-small")
+    parser.add_argument("--model", type=Path, default=BACKBONE, help="folder of an AST. Default: the one of the demo")
     parser.add_argument("--methods", nargs="+", choices=NAMES, metavar="METHOD", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--folds", nargs="+", help="the folds that are tested; all")
     parser.add_argument("--seeds", nargs="+", type=int, help="the first is 0 and chooses the rate; 0 1 2")

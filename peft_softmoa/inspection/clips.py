@@ -11,17 +11,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-import transformers
-from accelerate import PartialState
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
-from transformers.utils import FEATURE_EXTRACTOR_NAME
-from transformers.utils.hub import cached_file
 
 from ..method import PatchGrid
-from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
 from ..training.audio import AudioError, audio_seconds, decode_audio
@@ -46,44 +40,6 @@ class ClipReading(NamedTuple):
     maps: tuple[Optional[ReadingMap], ...]  # one for each record, or none
     without_map: tuple[str, ...]  # why blocks have no map
     prediction: Optional[str]  # the most likely class, if the model is a classifier
-
-
-def load_adapter(adapter: str, revision: Optional[str] = None) -> tuple[PeftModel, Any]:
-    """Load an adapter onto its base model, and the feature extractor that goes with them.
-
-    Args:
-        adapter (str): folder of the adapter, or its id on the Hub.
-        revision (str, optional): branch, tag or commit of the adapter.
-
-    Returns:
-        tuple[PeftModel, SequenceFeatureExtractor]: the model, for evaluation, on the device that Accelerate chooses.
-
-    Raises:
-        ValueError: if it is an adapter of another method, or does not say what its base model is.
-        OSError: if the adapter or its base model cannot be read.
-    """
-    method = PeftConfig._get_peft_type(adapter, revision=revision)
-    if method != SOFTMOA:
-        raise ValueError(f"'{adapter}' is a {method} adapter, but only those of Soft-MoA have experts to look at.")
-    config = PeftConfig.from_pretrained(adapter, revision=revision)
-    base, base_revision = config.base_model_name_or_path, config.revision
-    if not base:
-        raise ValueError(f"The config of '{adapter}' does not name its base model (`base_model_name_or_path`).")
-    names = (
-        (config.auto_mapping or {}).get("base_model_class"),
-        *(AutoConfig.from_pretrained(base, revision=base_revision).architectures or ()),
-    )
-    model_class = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
-    if model_class is None:
-        raise ValueError(f"The base model '{base}' of '{adapter}' does not say which class of transformers it is.")
-    model = PeftModel.from_pretrained(
-        model_class.from_pretrained(base, revision=base_revision), adapter, revision=revision
-    )
-    own = cached_file(adapter, FEATURE_EXTRACTOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-    where = (adapter, revision) if own else (base, base_revision)
-    extractors: Any = AutoFeatureExtractor
-    feature_extractor = extractors.from_pretrained(where[0], revision=where[1])
-    return model.eval().to(PartialState().default_device), feature_extractor
 
 
 def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds: Optional[float] = None) -> ClipReading:

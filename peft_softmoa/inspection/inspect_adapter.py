@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+from peft import PeftConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding
 
+from ..inference.loading import load_adapter
+from ..registration import SOFTMOA
 from ..training.frames import shortest_clip
 from ..training.load import load_stream
 from ..training.options import DataOptions
 from ..training.rows import name_some
 from ..training.source import open_source
-from .clips import FRAME_SECONDS, ClipReading, load_adapter, prepare_batches, read_clip, shared_name
+from .clips import FRAME_SECONDS, ClipReading, prepare_batches, read_clip, shared_name
 from .page import write_page
 from .report import expert_report
 from .sections import class_sections, find_peaks, load_section, metrics_section, reading_section
@@ -72,6 +75,9 @@ def inspect_adapter(
         raise ValueError("There is nothing to look at: give a clip with `audio`, a dataset with `dataset`, or both.")
     if batch_size < 1 or (max_clips is not None and max_clips < 1):
         raise ValueError(f"`batch_size` and `max_clips` must be positive, got {batch_size} and {max_clips}.")
+    method = PeftConfig._get_peft_type(adapter, revision=revision)
+    if method != SOFTMOA:
+        raise ValueError(f"'{adapter}' is a {method} adapter, but only those of Soft-MoA have experts to look at.")
     model, feature_extractor = load_adapter(adapter, revision)
     config = model.active_peft_config
     reading = None if audio is None else read_clip(model, feature_extractor, audio, options.max_length_seconds)

@@ -18,8 +18,14 @@ from ..method.mixture import parameter_shapes
 from .architectures import find_patch_grid
 from .choice import Target, find_targets
 from .heads import find_head
+from .layers import whole_shape
 from .placement import choose_targets
-from .saved_modules import count_saved, find_saved
+from .saved_modules import count_saved, find_saved, saved_shapes
+from .sizes import file_bytes
+from .table import Row, format_table, group_rows
+
+# Names of the tensors in an adapter's file.
+PREFIX, MIXTURE = "base_model.model.", "softmoa_mixture"
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,21 @@ class Description:
         parameters_by_block (tuple[int, ...]): parameters of the mixture of each block.
         saved (dict[str, int]): parameters of each module that is trained and saved with the adapter, by its name.
         parameters (int): all parameters that are trained.
+        model_parameters (int): all parameters of the base model.
+        file_bytes (int): size of the adapter's file, `adapter_model.safetensors`, in float32.
     """
 
     targets: tuple[Target, ...]
     parameters_by_block: tuple[int, ...]
     saved: dict[str, int]
     parameters: int
+    model_parameters: int
+    file_bytes: int
+
+    @property
+    def share(self) -> float:
+        """The trained parameters as a share of the base model's."""
+        return self.parameters / self.model_parameters
 
     @property
     def parameters_by_layer(self) -> dict[str, int]:
@@ -50,29 +65,47 @@ class Description:
 
     def __str__(self) -> str:
         blocks = [
-            (_written(target), target.in_features, target.out_features, parameters)
+            Row(target.layer, _rest(target), (str(target.in_features), str(target.out_features)), parameters)
             for target, parameters in zip(self.targets, self.parameters_by_block)
         ]
-        rows = [("adapted block", "reads", "adds", "parameters")]
-        rows += [(name, str(reads), str(adds), f"{parameters:,}") for name, reads, adds, parameters in blocks]
-        rows += [("in layer", "", "", "")]
-        rows += [(name, "", "", f"{parameters:,}") for name, parameters in self.parameters_by_layer.items()]
+        layers = [Row(name, "", ("", ""), parameters) for name, parameters in self.parameters_by_layer.items()]
+        rows = [("adapted block", "reads", "adds", "parameters"), *group_rows(blocks)]
+        rows += [("in layer", "", "", ""), *group_rows(layers)]
         if self.saved:
             rows += [("trained whole", "", "", "")]
             rows += [(name, "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
         rows += [("in all", "", "", f"{self.parameters:,}")]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-            for row in rows
+        return (
+            f"{format_table(rows)}\n{self.share:.2%} of the model's {self.model_parameters:,} parameters; "
+            f"a file of {self.file_bytes:,} bytes"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON.
+
+        Returns:
+            dict[str, Any]: the fields by name, and `share`.
+        """
+        blocks = [
+            {**target._asdict(), "parameters": parameters}
+            for target, parameters in zip(self.targets, self.parameters_by_block)
         ]
-        return "\n".join(line.rstrip() for line in lines)
+        return {
+            "blocks": [{name: value for name, value in block.items() if name != "masks"} for block in blocks],
+            "saved": self.saved,
+            "parameters": self.parameters,
+            "model_parameters": self.model_parameters,
+            "share": self.share,
+            "file_bytes": self.file_bytes,
+        }
 
 
-def _written(target: Target) -> str:
+def _rest(target: Target) -> str:
+    """What follows the layer's name; the whole name of a block that is in no layer."""
+    layer = f"{target.layer}" if target.layer else ""
     if target.entry is None:
-        return target.name
-    return f"{target.entry} -> {target.name.removeprefix(f'{target.layer}.')}"
+        return target.name.removeprefix(layer)
+    return f"{target.entry.removeprefix(layer)} -> {target.name.removeprefix(f'{layer}.')}"
 
 
 def mixture_options(model: nn.Module, config: SoftMoAConfig) -> dict[str, Any]:
@@ -151,7 +184,42 @@ def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
     modules = find_saved(config, model, targets.values())
     head = find_head(model, modules, config.label_names)
     saved = {name: count_saved({name: module}, head) for name, module in modules.items()}
-    return Description(tuple(targets.values()), by_block, saved, sum(by_block) + sum(saved.values()))
+    tensors = {
+        f"{PREFIX}{target.name}.{MIXTURE}.{name}": shape
+        for target, block in zip(targets.values(), shapes)
+        for name, shape in block.items()
+    }
+    tensors |= {f"{PREFIX}{name}": shape for name, shape in saved_shapes(modules, head).items()}
+    counters = {
+        f"{PREFIX}{name}.{key}": tensor.dtype
+        for name, module in modules.items()
+        for key, tensor in module.state_dict().items()
+        if not tensor.is_floating_point() and key not in dict(module.named_parameters())
+    }
+    return Description(
+        targets=tuple(targets.values()),
+        parameters_by_block=by_block,
+        saved=saved,
+        parameters=sum(by_block) + sum(saved.values()),
+        model_parameters=count_base_parameters(model),
+        file_bytes=file_bytes(tensors, counters),
+    )
+
+
+def count_base_parameters(model: nn.Module) -> int:
+    """Number of parameters of a base model, without those of its mixtures and of copies in `modules_to_save`.
+
+    Args:
+        model (nn.Module): the base model, with or without adapters.
+
+    Returns:
+        int: the number; a tied parameter counts once.
+    """
+    return sum(
+        prod(whole_shape(parameter))
+        for name, parameter in model.named_parameters()
+        if f".{MIXTURE}." not in name and ".modules_to_save." not in name
+    )
 
 
 def count_parameters(model: nn.Module, config: SoftMoAConfig) -> int:

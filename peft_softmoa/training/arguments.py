@@ -116,8 +116,8 @@ class TaskArguments:
     class_weights: Optional[list[str]] = field(
         default=None,
         metadata={
-            "help": "Weights of the classes in the loss: a number for each, or balanced, which makes rare classes count "
-            "as much as frequent ones. Default: all the same."
+            "help": "Weights of the classes in the loss: a number for each, or balanced, which makes rare classes "
+            "count as much as frequent ones. Default: all the same."
         },
     )
     label_separator: Optional[str] = field(

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
@@ -116,6 +116,57 @@ def decode_crop(
         return samples[start - first * unit :][:length], start
 
 
+def audio_blocks(
+    audio: Union[str, os.PathLike[str], bytes, dict[str, Any]], sampling_rate: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Decode one audio file to mono at a sampling rate, block by block.
+
+    Args:
+        audio (str, PathLike, bytes or dict): the clip, as for `decode_audio`. Of files on disk, only a block is held.
+        sampling_rate (int): in Hz.
+
+    Yields:
+        np.ndarray: `(samples,)` float32; all of them together are what `decode_audio` gives.
+
+    Raises:
+        AudioError: as for `decode_audio`, but at any length; blocks may have come before.
+        OSError: as for `decode_audio`.
+        ImportError: as for `decode_audio`.
+    """
+    name, content = name_and_content(audio)
+    with _open(name, content) as (source, decoder):
+        yield from resample_blocks(name, _checked(source, decoder.blocks()), decoder.sampling_rate, sampling_rate)
+
+
+def resample_blocks(name: str, blocks: Iterable[Samples], rate: int, sampling_rate: int) -> Iterator[Samples]:
+    """Resample block by block, which gives what `soxr.resample` gives at once, in less memory.
+
+    Args:
+        name (str): the clip, for errors.
+        blocks (iterable of np.ndarray): `(samples,)` float32 each.
+        rate (int): their sampling rate in Hz.
+        sampling_rate (int): the sampling rate of what is yielded.
+
+    Yields:
+        np.ndarray: `(samples,)` float32.
+
+    Raises:
+        AudioError: if there is no block, or a sample is not finite.
+    """
+    import soxr
+
+    stream = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
+    is_empty = True
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise AudioError(name, "samples that are not finite")
+        is_empty = False
+        yield stream.resample_chunk(block)
+    if is_empty:
+        raise AudioError(name, "no samples")
+    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
 def audio_seconds(audio: Union[str, os.PathLike[str], bytes, dict[str, Any]]) -> float:
     """Measure how long an audio file is.
 
@@ -190,24 +241,22 @@ def _cut(blocks: Iterator[Samples], place: int, end: int) -> Iterator[Samples]:
             return
 
 
-def _resample(name: str, source: Source, blocks: Iterator[Samples], rate: int, sampling_rate: int) -> Samples:
-    """Resample block by block, which gives what `soxr.resample` gives at once, in less memory."""
-    import soxr
+def _checked(source: Source, blocks: Iterator[Samples]) -> Iterator[Samples]:
+    """Blocks of a file; an error of the disk, which decoders take for the end of the file, is raised."""
+    yield from blocks
+    if source.error:
+        raise source.error
 
-    stream = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
+
+def _resample(name: str, source: Source, blocks: Iterator[Samples], rate: int, sampling_rate: int) -> Samples:
+    """Resample, up to the greatest length that is held at once."""
     resampled, length = [], 0
-    for block in blocks:
-        if not np.isfinite(block).all():
-            raise AudioError(name, "samples that are not finite")
-        resampled.append(stream.resample_chunk(block))
-        length += len(resampled[-1])
+    for block in resample_blocks(name, _checked(source, blocks), rate, sampling_rate):
+        resampled.append(block)
+        length += len(block)
         if length > MOST_SAMPLES:
             raise AudioError(
                 name,
                 f"longer than {MOST_SAMPLES / sampling_rate / 3600:.1f} hours: cut it, or set `max_length_seconds`",
             )
-    if source.error:
-        raise source.error
-    if not resampled:
-        raise AudioError(name, "no samples")
-    return np.concatenate([*resampled, stream.resample_chunk(np.zeros(0, np.float32), last=True)])
+    return np.concatenate(resampled)

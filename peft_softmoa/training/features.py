@@ -6,6 +6,7 @@ import logging
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
+import numpy.typing as npt
 from transformers import SequenceFeatureExtractor
 
 from .audio import AudioError, decode_audio, decode_crop, name_and_content
@@ -25,6 +26,35 @@ class Skipped(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+def extract_features(
+    feature_extractor: SequenceFeatureExtractor, waveform: npt.NDArray[np.float32], name: str, min_samples: int = 1
+) -> dict[str, Any]:
+    """Extract the features of one clip.
+
+    Args:
+        feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
+        waveform (np.ndarray): `(samples,)` float32, at the extractor's sampling rate.
+        name (str): the clip, for errors.
+        min_samples (int): the smallest number of samples that the model takes, from `shortest_clip`. Default: 1.
+
+    Returns:
+        dict[str, np.ndarray]: inputs of the model, in a batch of one.
+
+    Raises:
+        AudioError: if the clip is too short, or its features are not finite.
+    """
+    extract: Any = feature_extractor
+    rate = extract.sampling_rate
+    check_length(name, len(waveform), min_samples, rate)
+    try:
+        features = extract(waveform, sampling_rate=rate, return_tensors="np")
+    except (ValueError, AssertionError) as error:  # torchaudio asserts a minimum length
+        raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
+    if not np.isfinite(features[extract.model_input_names[0]]).all():
+        raise AudioError(name, f"features of {len(waveform)} samples are not finite")
+    return dict(features)
 
 
 class ExtractFeatures:
@@ -112,13 +142,7 @@ class ExtractFeatures:
             waveform, start = decode_crop(audio, rate, length, generator)
         else:
             waveform = decode_audio(audio, rate, seconds)[:length]
-        check_length(name, len(waveform), self.min_samples, rate)
-        try:
-            features = self.feature_extractor(waveform, sampling_rate=rate, return_tensors="np")
-        except (ValueError, AssertionError) as error:  # torchaudio asserts a minimum length
-            raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
-        if not np.isfinite(features[self.feature_extractor.model_input_names[0]]).all():
-            raise AudioError(name, f"features of {len(waveform)} samples are not finite")
+        features = extract_features(self.feature_extractor, waveform, name, self.min_samples)
         return features, Clip(start / rate, len(waveform), rate)
 
     def _most_samples(self) -> Optional[int]:

@@ -9,8 +9,9 @@ from transformers import ASTFeatureExtractor, AutoFeatureExtractor, AutoModel, A
 
 from examples.backbone import pretrain, probe, scenes, sources
 from examples.backbone.sources import KINDS, SAMPLING_RATE, Source
+from peft_softmoa.demo.run import BASE_MODEL
 
-WEIGHTS = probe.HERE / "ast-small"
+WEIGHTS = BASE_MODEL
 
 
 @pytest.fixture(scope="module")

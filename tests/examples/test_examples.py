@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SAMPLING_RATE, needs_results, training_options, write_parquet
-from demo import BASE_MODEL
 from huggingface_hub import ModelCard
-from sounds import SOUNDS, synthesise
 from train_audio_classification import main, parse
 
+from peft_softmoa.demo.run import BASE_MODEL
+from peft_softmoa.demo.sounds import SOUNDS, synthesise
 from peft_softmoa.training import AudioError, load, open_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -179,31 +178,6 @@ def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, ton
     with pytest.raises(ValueError, match="must be a checkpoint in the output folder"):
         main([*options, "--resume_from_checkpoint", str(tmp_path / "other" / "checkpoint-2")])
     assert (tmp_path / "out" / "adapter_model.bin").read_bytes() == b"precious"
-
-
-def test_demo(tmp_path):
-    """With the two commands of the README: the second one looks at the adapter that the first one leaves."""
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    shown = re.search(r"<!-- inspect -->\n```\n(.*?)```", readme, re.DOTALL).group(1).replace("\\\n", "")
-    demo, inspect = (shlex.split(line) for line in shown.splitlines())
-    assert demo[:2] == [".venv/bin/python", "examples/demo.py"] and inspect[0] == ".venv/bin/peft-softmoa"
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py"), *demo[2:]], capture_output=True, text=True, cwd=tmp_path,
-        timeout=300, env=environment,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    before, after = re.search(r"(\d+)% before, (\d+)% after", result.stdout).groups()
-    assert int(before) < 50 and int(after) > 80
-    assert re.search(r"Trainable parameters: [\d,]+\n", result.stdout)
-    assert re.search(r"Size of the adapter on disk: \d+ KiB", result.stdout)
-    assert re.search(r"A fresh WAV file with a siren: the reloaded adapter says siren", result.stdout)
-    assert "it/s]" in result.stderr  # the progress bar
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-    command = [str(Path(sys.executable).with_name("peft-softmoa")), *inspect[1:]]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "demo" / "inspection" / picture_of(readme).name).exists()
 
 
 def picture_of(readme):

@@ -3,7 +3,6 @@
 import json
 import re
 import statistics
-from pathlib import Path
 
 import cross_validate
 import pyarrow as pa
@@ -15,12 +14,11 @@ from train_audio_classification import main
 
 from peft_softmoa.training import load_stream
 
-RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 FEW = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}
 
 
 def options_of(recipe, base, dataset, **arguments):
-    given = {"config": RECIPES / f"{recipe}.yaml", "model_name_or_path": base, "dataset_name": dataset}
+    given = {"config": recipe, "model_name_or_path": base, "dataset_name": dataset}
     return [str(part) for name, value in {**given, **FEW, **arguments}.items() for part in (f"--{name}", value)]
 
 

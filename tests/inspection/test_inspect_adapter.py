@@ -335,7 +335,8 @@ def test_what_cannot_be_inspected(adapter, base_folder, clip, tmp_path):
     out = ("--output_dir", tmp_path / "out")
     says = refused(tmp_path / "lora", "--audio", clip, *out)
     assert says == (
-        f"peft-softmoa: '{tmp_path / 'lora'}' is a LORA adapter, but only those of Soft-MoA have experts to look at."
+        f"peft-softmoa inspect: '{tmp_path / 'lora'}' is a LORA adapter, but only those of Soft-MoA have experts to "
+        "look at."
     )
     assert "Can't find 'adapter_config.json'" in refused(base_folder, "--audio", clip, *out)
     assert "There is nothing to look at: give a clip with --audio" in refused(adapter, *out)
@@ -347,9 +348,9 @@ def test_what_cannot_be_inspected(adapter, base_folder, clip, tmp_path):
         says = refused(adapter, "--audio", tmp_path / "short.wav", *out)
         assert "short.wav: the model does not take its 0.0" in says and "shorter than what one token reads" in says
     says = refused(adapter, "--audio", clip, "--max_length_seconds", "0", *out)
-    assert says == "peft-softmoa: --max_length_seconds must be positive, got 0.0."
+    assert says == "peft-softmoa inspect: --max_length_seconds must be positive, got 0.0."
     says = refused(adapter, "--audio", clip, "--batch_size", "0", *out)
-    assert says == "peft-softmoa: --batch_size and --max_clips must be positive, got 0 and None."
+    assert says == "peft-softmoa inspect: --batch_size and --max_clips must be positive, got 0 and None."
     assert not (tmp_path / "out").exists()
 
 

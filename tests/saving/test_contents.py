@@ -116,7 +116,7 @@ def test_what_replaces_weights_of_the_base_model_is_refused(adapter):
     model.load_adapter(adapter)
     assert (model.get_parameter(POSITIONS.removeprefix("base_model.model.")) == 7).all()
     with pytest.raises(
-        SystemExit, match=f"peft-softmoa: The adapter has 1 tensors that are not its own: '{POSITIONS}'"
+        SystemExit, match=f"peft-softmoa check: The adapter has 1 tensors that are not its own: '{POSITIONS}'"
     ):
         main(["check", str(adapter)])
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.recipes import FOLDER
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+CONFIGS = FOLDER / "accelerate"
 WAYS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}
 STEPS_LOGGED = train_distributed.STEPS // 2
 TRAINED = ("ast", "wav2vec2", "balanced", "resumed")
@@ -118,7 +118,7 @@ def test_layers_that_are_dropped_in_some_processes_only(runs):
 def test_the_configs_of_accelerate_have_no_unknown_fields(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == 2 and config.mixed_precision == "no"
-    assert f"--config_file examples/accelerate/{path.name}" in path.read_text()
+    assert f"recipes accelerate/{path.stem} > {path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("way", ["deepspeed_zero2", "deepspeed_zero3"])

@@ -16,7 +16,8 @@ SAMPLING_RATE = 16_000
 
 def hum(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
     """A steady tone with harmonics."""
-    return sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 6))
+    harmonics: np.ndarray = np.sum([np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 6)], axis=0)
+    return harmonics
 
 
 def rise(time: np.ndarray, pitch: float, rng: np.random.Generator) -> np.ndarray:
@@ -53,6 +54,9 @@ def synthesise(label: str, rng: np.random.Generator) -> np.ndarray:
     Args:
         label (str): the class.
         rng (np.random.Generator): draws pitch (200 to 700 Hz), length (2 to 5 s), level and noise.
+
+    Returns:
+        np.ndarray: the samples.
     """
     time = np.arange(int(rng.uniform(2, 5) * SAMPLING_RATE)) / SAMPLING_RATE
     sound = SOUNDS[label](time, rng.uniform(200, 700), rng)

@@ -1,11 +1,13 @@
-"""The arguments of the command `peft-softmoa inspect`."""
+"""`peft-softmoa inspect`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Optional
 
-from ..training.options import option
+from ..inspection.inspect_adapter import inspect_adapter
+from ..training.options import collect_options, flag_names, name_flags, option
+from .parser import CommandParser
 
 
 @dataclass
@@ -32,3 +34,37 @@ class InspectArguments:
     output_dir: str = field(
         default="inspection", metadata={"help": "Folder for report.html, report.json and the pictures."}
     )
+
+
+def make_parser() -> CommandParser:
+    """The arguments of the verb.
+
+    Returns:
+        CommandParser: its parser.
+    """
+    parser = CommandParser("inspect", {"Clips and report": InspectArguments})
+    parser.add_argument("adapter", help="Id on the Hub or folder of the adapter.")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Write a report of what the experts of an adapter do.
+
+    Args:
+        arguments (list[str]): the words after the verb.
+    """
+    given, rest = make_parser().parse(arguments)
+    with name_flags(flag_names(InspectArguments)):
+        page = inspect_adapter(
+            rest.adapter,
+            given.output_dir,
+            audio=given.audio,
+            dataset=given.dataset,
+            split=given.split,
+            rows=given.rows,
+            options=collect_options(given),
+            revision=given.revision,
+            max_clips=given.max_clips,
+            batch_size=given.batch_size,
+        )
+    print(f"The report is in {page}")

@@ -1,0 +1,1 @@
+"""A training on synthesised sounds, of a small transformer that comes with the package."""
