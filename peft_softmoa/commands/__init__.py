@@ -5,6 +5,9 @@ A verb parses, calls a function that can be imported, and prints.
 
 # What each verb does, as the help says it.
 VERBS: dict[str, str] = {
+    "train": "Train an adapter, evaluate it, and save it with its card.",
+    "evaluate": "Evaluate an adapter on a dataset.",
+    "cross-validate": "Train once for each fold of a dataset, and test it there.",
     "targets": "Show what an adapter would adapt in a model, and how many parameters it would train.",
     "check": "Show what somebody's adapter would change, from its files alone, or refuse it.",
     "inspect": "Write a report of what the experts of an adapter do.",

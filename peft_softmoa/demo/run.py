@@ -6,13 +6,14 @@ The base model is a small Audio Spectrogram Transformer that was pretrained on o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 from transformers import pipeline
 
+from ..commands.train import main as train
 from ..training import decode_audio
 from .sounds import SAMPLING_RATE, SOUNDS, synthesise, write_dataset
 
@@ -53,8 +54,6 @@ def run_demo(folder: Path) -> DemoResult:
     Returns:
         DemoResult: what was trained and how good it is.
     """
-    train = import_module("train_audio_classification").main
-
     write_dataset(folder / "sounds", CLIPS, seed=0)
     options = {
         "model_name_or_path": BASE_MODEL,
@@ -70,6 +69,7 @@ def run_demo(folder: Path) -> DemoResult:
         "output_dir": folder / "adapter",
     }
     trainer = train([part for key, value in options.items() for part in (f"--{key}", str(value))])
+    model: Any = trainer.model
     accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
 
     # From here on as somebody else would who has the adapter: load it by name and classify a file.
@@ -79,7 +79,7 @@ def run_demo(folder: Path) -> DemoResult:
     soundfile.write(clip, synthesise(label, np.random.default_rng(1)), SAMPLING_RATE)
     best = classifier(decode_audio(clip, SAMPLING_RATE))[0]
     return DemoResult(
-        parameters=trainer.model.get_nb_trainable_parameters()[0],
+        parameters=model.get_nb_trainable_parameters()[0],
         accuracy_before=accuracies[0],
         accuracy=accuracies[-1],
         adapter_bytes=(folder / "adapter" / "adapter_model.safetensors").stat().st_size,

@@ -1,7 +1,7 @@
-"""Audio streams, metrics, checkpoints and callbacks, for the Hugging Face Trainer and for loops of one's own."""
+"""Audio streams, tasks, metrics, checkpoints and callbacks, for the Hugging Face Trainer and for loops of one's own."""
 
 from .audio import AudioError, decode_audio
-from .augment import spec_augment
+from .augment import mixup, spec_augment
 from .callbacks import LogRouterLoss
 from .checkpoints import (
     atomic_checkpoint,
@@ -16,28 +16,65 @@ from .classes import check_classes
 from .features import ExtractFeatures
 from .fingerprint import fingerprint_config, fingerprint_weights
 from .frames import shortest_clip
-from .inputs import cast_inputs
+from .inputs import Collate, cast_inputs
 from .load import load_stream
 from .loaders import make_eval_loader, make_loader
-from .metrics import Accuracy, MacroF1, classification_metrics
+from .losses import compute_loss, loss_function
+from .metrics import (
+    Accuracy,
+    CharacterErrorRate,
+    MacroF1,
+    MeanAbsoluteError,
+    MeanAveragePrecision,
+    PearsonCorrelation,
+    UnweightedAverageRecall,
+    WordErrorRate,
+    classification_metrics,
+    compute_metrics,
+)
 from .network import retry
 from .options import DataOptions, collect_options, flag_names, name_flags, option
 from .rows import DatasetSummary, check_no_shared_rows, class_names, parse_selection, select_rows, summarize_rows
 from .source import Source, load_rows, open_source
 from .streams import AudioStream
+from .tasks import (
+    CTC,
+    FrameClassification,
+    MultiLabel,
+    Regression,
+    SingleLabel,
+    SpeechSeq2Seq,
+    Task,
+    find_task,
+    make_task,
+)
 from .trainer import AudioTrainer
 
 __all__ = [
+    "CTC",
     "Accuracy",
     "AudioError",
     "AudioStream",
     "AudioTrainer",
+    "CharacterErrorRate",
+    "Collate",
     "DataOptions",
     "DatasetSummary",
     "ExtractFeatures",
+    "FrameClassification",
     "LogRouterLoss",
     "MacroF1",
+    "MeanAbsoluteError",
+    "MeanAveragePrecision",
+    "MultiLabel",
+    "PearsonCorrelation",
+    "Regression",
+    "SingleLabel",
     "Source",
+    "SpeechSeq2Seq",
+    "Task",
+    "UnweightedAverageRecall",
+    "WordErrorRate",
     "atomic_checkpoint",
     "cast_inputs",
     "check_classes",
@@ -46,15 +83,21 @@ __all__ = [
     "class_names",
     "classification_metrics",
     "collect_options",
+    "compute_loss",
+    "compute_metrics",
     "decode_audio",
+    "find_task",
     "fingerprint_config",
     "fingerprint_weights",
     "flag_names",
     "load_rows",
     "load_stream",
     "lock_run",
+    "loss_function",
     "make_eval_loader",
     "make_loader",
+    "make_task",
+    "mixup",
     "name_flags",
     "newest_checkpoint",
     "open_source",

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Optional
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, Seq2SeqTrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
@@ -211,7 +212,7 @@ class RunArguments:
     task: TaskArguments
     data: DataArguments
     adapter: Any  # AdapterArguments
-    training: Seq2SeqTrainingArguments
+    training: Any  # Seq2SeqTrainingArguments, or what a loop of one's own has of them
 
     def settings(self) -> dict[str, Any]:
         """The settings that must stay the same when the run resumes, by name."""
@@ -219,8 +220,8 @@ class RunArguments:
         settings = {
             **{name: value for part in parts for name, value in asdict(part).items()},
             **{name: getattr(self.training, name, None) for name in SETTINGS},
-            "num_processes": self.training.world_size,
-            "distributed_type": str(self.training.distributed_state.distributed_type),
+            "num_processes": PartialState().num_processes,
+            "distributed_type": str(PartialState().distributed_type),
         }
         # What chooses the best checkpoint affects the result.
         evaluation = ("eval_split_name", "eval_rows") if self.training.load_best_model_at_end else ()

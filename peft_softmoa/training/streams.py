@@ -12,9 +12,11 @@ import fsspec.asyn
 import numpy as np
 import torch
 from datasets import IterableDataset
+from torch import nn
 from torch.utils.data import get_worker_info
 
 from .features import ExtractFeatures
+from .frames import shortest_clip
 from .rows import DatasetSummary, check_columns, column_names, name_some
 from .tasks import Task
 
@@ -79,6 +81,19 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     def label_names(self) -> list[str]:
         """The classes, in the order of the model's outputs."""
         return list(self.task.label_names) if self.task else []
+
+    def prepare(self, model: nn.Module) -> None:
+        """Learn what a model takes: clips that are too short for it are audio that cannot be used.
+
+        `AudioTrainer` does it. In a loop of one's own, call it before the stream is read.
+
+        Args:
+            model (nn.Module): the model, with or without an adapter.
+        """
+        extract = self.extract
+        extract.min_samples = shortest_clip(model, extract.feature_extractor)
+        if extract.task is not None:
+            extract.task.prepare(model, extract.feature_extractor)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which determines the order.

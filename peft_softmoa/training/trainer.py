@@ -12,7 +12,6 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .augment import mixup, spec_augment
 from .classes import check_classes
-from .frames import shortest_clip
 from .inputs import Collate, cast_inputs
 from .loaders import make_eval_loader, make_loader
 from .losses import loss_function
@@ -129,21 +128,20 @@ class AudioTrainer(ResumableTrainer):
         check_classes({"training": self.train_dataset, **several, **more}, model)
 
     def _prepare_stream(self, stream: AudioStream) -> None:
-        extractor = stream.extract.feature_extractor
-        # FSDP leaves no model to ask after the training has begun.
-        if extractor not in self._min_samples:
-            model: Any = self.model
-            self._min_samples[extractor] = shortest_clip(model, extractor)
-            if self.task is not None:
-                self.task.prepare(model, extractor)
-        stream.extract.min_samples = self._min_samples[extractor]
         if stream.task is not None and self.task is not None:
             if type(stream.task) is not type(self.task):
                 raise ValueError(
                     f"{stream.name} was loaded for {type(stream.task).__name__}, but the Trainer's first stream is for "
                     f"{type(self.task).__name__}: load both with the same `task`."
                 )
-            stream.extract.task = self.task  # which knows the model
+            stream.extract.task = self.task
+        extractor = stream.extract.feature_extractor
+        # FSDP leaves no model to ask after the training has begun.
+        if extractor not in self._min_samples:
+            model: Any = self.model
+            stream.prepare(model)
+            self._min_samples[extractor] = stream.extract.min_samples
+        stream.extract.min_samples = self._min_samples[extractor]
 
     def _loader_options(self) -> dict[str, Any]:
         return {

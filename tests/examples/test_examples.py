@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import SAMPLING_RATE, needs_results, training_options, write_parquet
 from huggingface_hub import ModelCard
-from train_audio_classification import main, parse
 
+from peft_softmoa.commands.train import main, parse
 from peft_softmoa.demo.run import BASE_MODEL
 from peft_softmoa.demo.sounds import SOUNDS, synthesise
 from peft_softmoa.training import AudioError, load, open_source

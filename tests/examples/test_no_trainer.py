@@ -12,9 +12,9 @@ from conftest import training_options
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_audio_classification import main as train_with_trainer
 from transformers import AutoModelForAudioClassification
 
+from peft_softmoa.commands.train import main as train_with_trainer
 from peft_softmoa.training import newest_checkpoint
 
 SAME = {"per_device_train_batch_size": 3, "num_train_epochs": 3, "shuffle_buffer_size": 5, "max_length_seconds": 0.4}

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import train_audio_classification
 from conftest import training_options, write_tone
-from train_audio_classification import main
 
+from peft_softmoa.commands.train import main
 from peft_softmoa.training import load_stream
 
 FEW = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none"}

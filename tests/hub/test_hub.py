@@ -241,7 +241,7 @@ import peft_softmoa
 from conftest import training_options
 from peft import PeftModel
 from peft_softmoa.training import load_rows
-from train_audio_classification import main
+from peft_softmoa.commands.train import main
 from transformers import AutoModelForAudioClassification
 
 load = AutoModelForAudioClassification.from_pretrained

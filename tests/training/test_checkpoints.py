@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FRAMES, training_options
-from train_audio_classification import main
 
+from peft_softmoa.commands.train import main
 from peft_softmoa.training import AudioTrainer, atomic_checkpoint, newest_checkpoint, start_or_resume, write_run_state
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,7 +33,7 @@ KILLS = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from train_audio_classification import main
+from peft_softmoa.commands.train import main
 from peft_softmoa.training import newest_checkpoint
 from safetensors.torch import load_file
 from transformers import TrainerState

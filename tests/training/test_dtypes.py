@@ -11,7 +11,6 @@ import train_no_trainer
 from conftest import FRAMES, MEL_BINS, tiny_ast_config, training_options
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from train_audio_classification import main
 from transformers import (
     ASTFeatureExtractor,
     ASTForAudioClassification,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.commands.train import main
 from peft_softmoa.inspection.inspect_adapter import inspect_adapter
 from peft_softmoa.training import AudioTrainer, DataOptions, classification_metrics, load_stream
 

@@ -14,9 +14,9 @@ from conftest import training_options, write_parquet, write_tone
 from hub import loopback_hub
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from train_audio_classification import main
 
 from peft_softmoa import SoftMoAConfig
+from peft_softmoa.commands.train import main
 from peft_softmoa.training import fingerprint_weights, lock_run
 
 RUN = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "steps", "save_steps": 1}

@@ -1,0 +1,66 @@
+"""`peft-softmoa train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from transformers import Seq2SeqTrainingArguments
+
+from ..arguments import AdapterArguments
+from ..training.arguments import FLAGS, TRAINING_DEFAULTS, DataArguments, ModelArguments, RunArguments, TaskArguments
+from ..training.options import name_flags
+from ..training.run import train
+from ..training.trainer import AudioTrainer
+from .parser import CommandParser
+
+
+def make_parser(verb: str = "train", more: Optional[Mapping[str, Any]] = None) -> CommandParser:
+    """The arguments of the verb.
+
+    Args:
+        verb (str): another verb that takes them too. Default: `"train"`.
+        more (mapping, optional): what that verb takes besides, by the titles of their sections. Default: nothing.
+
+    Returns:
+        CommandParser: its parser.
+    """
+    groups: dict[str, Any] = {
+        **(more or {}),
+        **{"Model": ModelArguments, "Task": TaskArguments, "Data": DataArguments, "Adapter": AdapterArguments},
+    }
+    parser = CommandParser(verb, groups, hidden={"the Trainer": Seq2SeqTrainingArguments}, takes_config=True)
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    return parser
+
+
+def parse(arguments: list[str]) -> RunArguments:
+    """Parse the options of a run.
+
+    Args:
+        arguments (list[str]): the words after the verb.
+
+    Returns:
+        RunArguments: the options.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
+    model, task, data, adapter, training, _ = make_parser().parse(arguments)
+    return RunArguments(model, task, data, adapter, training)
+
+
+@name_flags(FLAGS)
+def main(arguments: list[str]) -> AudioTrainer:
+    """Train an adapter.
+
+    Args:
+        arguments (list[str]): the words after the verb.
+
+    Returns:
+        AudioTrainer: after training.
+    """
+    trainer = train(parse(arguments))
+    # Ends the process group: a process that ends before may be aborted otherwise.
+    trainer.accelerator.end_training()
+    return trainer
