@@ -6,6 +6,7 @@ import logging
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import SequenceFeatureExtractor
 from ..targets.placement import find_encoder
 from ..targets.probes import token_probe
 from .audio import AudioError, decode_audio, decode_crop, name_and_content
+from .cached_features import Features, open_cache
 from .options import DataOptions
 from .rows import label_name, name_some
 
@@ -144,6 +146,7 @@ class ExtractFeatures:
         batch: dict[str, list[Any]] = {self.feature_extractor.model_input_names[0]: []}
         if label_column is not None:
             batch["labels"] = []
+        cache = open_cache(self.feature_extractor, self.options, self.random_crop)
         for index, audio in enumerate(rows[audio_column]):
             if audio is not None and not isinstance(audio, (str, bytes, dict)):
                 raise ValueError(
@@ -157,19 +160,24 @@ class ExtractFeatures:
                 if label not in self.label_ids:
                     raise ValueError(f"{name}: label '{label}' is none of the classes {name_some(self.label_ids)}.")
             try:
-                inputs = self._extract(audio, name, generator)
+                extract = partial(self._extract, audio, name, generator)
+                num_samples, inputs = cache.get(audio, extract) if cache else extract()
+                # What lies in the cache may have been made for a model that takes shorter clips.
+                check_length(name, num_samples, self.min_samples, self.feature_extractor.sampling_rate)
             except AudioError as error:
                 if self.options.on_bad_audio == "raise":
                     raise
                 self.skipped.append(Skipped(error.name, error.reason))
                 continue
             for key, features in inputs.items():
-                batch.setdefault(key, []).append(features[0])
+                batch.setdefault(key, []).append(features)
             if label is not None:
                 batch["labels"].append(self.label_ids[label])
+        if cache:
+            cache.write()
         return batch
 
-    def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Any:
+    def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Features:
         rate, seconds = self.feature_extractor.sampling_rate, self.options.max_length_seconds
         length = None if seconds is None else round(seconds * rate)
         if self.random_crop and length is not None:
@@ -183,7 +191,7 @@ class ExtractFeatures:
             raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
         if not np.isfinite(features[self.feature_extractor.model_input_names[0]]).all():
             raise AudioError(name, f"features of {len(waveform)} samples are not finite")
-        return features
+        return Features(len(waveform), {key: values[0] for key, values in features.items()})
 
     def warn_of_skipped(self, num_rows: Optional[int] = None) -> None:
         """Name the audio that this pass has skipped in one warning, unless earlier warnings have named all of it.
