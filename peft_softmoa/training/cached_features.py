@@ -125,10 +125,12 @@ def cache_folder(options: DataOptions) -> Path:
     return Path(options.cache_dir or datasets.config.HF_DATASETS_CACHE) / FOLDER
 
 
-def _state(feature_extractor: Any) -> tuple[str, str]:
-    """Fingerprints of a feature extractor and of the random numbers that come next."""
-    numbers = [np.random.get_state(), torch.get_rng_state().numpy().tobytes(), random.getstate()]
-    return Hasher.hash(feature_extractor), Hasher.hash(numbers)
+def _state(feature_extractor: Any) -> tuple[Any, ...]:
+    """Fingerprint of a feature extractor, and the states of the random generators that it may draw from."""
+    state: Any = np.random.get_state()
+    _, keys, *rest = state
+    numbers = (keys.tobytes(), *rest, torch.get_rng_state().numpy().tobytes(), random.getstate())
+    return Hasher.hash(feature_extractor), *numbers
 
 
 @cache
