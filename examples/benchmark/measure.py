@@ -36,6 +36,7 @@ def in_turn(
     rounds: int,
     device: str,
     note: Optional[Callable[[str], None]] = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time functions one after another, round by round, so that what disturbs the machine disturbs all of them.
 
@@ -47,6 +48,7 @@ def in_turn(
         rounds (int): how often.
         device (str): which device they use.
         note (callable, optional): is told each function's name before it runs. Default: None.
+        clock (callable): tells the seconds. Default: those of the clock on the wall.
 
     Returns:
         dict[str, list[float]]: seconds, by name and round.
@@ -58,11 +60,11 @@ def in_turn(
             if note is not None:
                 note(name)
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             functions[name]()
             synchronize(device)
             if turn > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

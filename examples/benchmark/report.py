@@ -183,6 +183,64 @@ def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
     return markdown(table)
 
 
+def audio_table(rows: list[dict[str, Any]]) -> str:
+    """Clips that one core reads in a second: a row for each format.
+
+    Args:
+        rows (list[dict]): what `audio.measure_formats` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    ours, plain = rows[0]["processor_seconds"]
+    table = [["clips", "format", f"{ours}, clips a second and core", plain, "of that"]]
+    for row in rows:
+        seconds = row["processor_seconds"]
+        table.append(
+            [
+                row["kind"],
+                row["format"],
+                *(rates(row["clips"], seconds[way]) for way in (ours, plain)),
+                f"{1 / ratio(seconds[ours], seconds[plain]):.2f}",
+            ]
+        )
+    return markdown(table)
+
+
+def epochs_table(rows: list[dict[str, Any]]) -> str:
+    """Epochs with and without streaming: a row for each feature extractor and way.
+
+    Args:
+        rows (list[dict]): what `audio.measure_epochs` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    table = [["extractor", "clips", "epoch", "clips a second", "clips a second and core", "of streamed", "MB on disk"]]
+    for row in rows:
+        processor = row["processor_seconds"]
+        for what in processor:
+            table.append(
+                [
+                    row["extractor"],
+                    f"{row['clips']:,}",
+                    what,
+                    rates(row["clips"], row["seconds"][what]),
+                    rates(row["clips"], processor[what]),
+                    f"{1 / ratio(processor[what], processor['streamed']):.2f}",
+                    "0" if what == "streamed" else f"{row['cache_bytes'] / 1e6:,.0f}",
+                ]
+            )
+    return markdown(table)
+
+
+def rates(count: int, seconds: Sequence[float]) -> str:
+    """How many in a second: median, and least and greatest in brackets."""
+    middle, least, greatest = (count / number for number in (statistics.median(seconds), max(seconds), min(seconds)))
+    digits = 0 if middle >= 100 else 1
+    return f"{middle:,.{digits}f} ({least:,.{digits}f}–{greatest:,.{digits}f})"
+
+
 def markdown(table: list[list[str]]) -> str:
     """Rows of cells as a Markdown table; the first row is the heading."""
     rows = [table[0], ["---"] * len(table[0]), *table[1:]]
@@ -219,6 +277,10 @@ def tables(results: dict[str, Any]) -> str:
         parts += ["16 samples with three adapters and the base model, float32:", mixed_table(results["mixed_batches"])]
     if "input" in results:
         parts += [f"Clips of 5 s from files, for {next(iter(MODELS))}:", input_table(results["input"])]
+    if "audio" in results:
+        parts += ["Waveforms at 16 kHz from files at 44.1 kHz:", audio_table(results["audio"])]
+    if "epochs" in results:
+        parts += ["Features from files, with and without streaming:", epochs_table(results["epochs"])]
     if "recording" in results:
         parts += [f"Recording of {next(iter(MODELS))}, float32:", recording_table(results["recording"])]
     if "import_seconds" in results:

@@ -34,12 +34,13 @@ from peft_softmoa.inspection.callback import utilization
 from peft_softmoa.training import AudioStream, DatasetSummary, ExtractFeatures, load_rows, make_loader
 from peft_softmoa.training.tasks import SingleLabel
 
+from .audio import measure_epochs, measure_formats
 from .layer import DTYPES, measure_layer, sweeps
 from .measure import count_flops, environment, import_seconds, in_turn, memory_of, note
 from .methods import FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_batch, make_small_ast
 from .report import draw_sweeps, tables
 
-PARTS = ["layer", "models", "deployment", "mixed batches", "input", "recording", "import"]
+PARTS = ["layer", "models", "deployment", "mixed batches", "input", "audio", "epochs", "recording", "import"]
 # Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
 EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
@@ -330,6 +331,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="how often the first model is timed, in float32 and eager; 5, or 2")
     parser.add_argument("--other_rounds", type=int, help="how often each other is timed; 3, or 2")
     parser.add_argument("--layer_rounds", type=int, help="how often each layer is timed; 9, or 5 with --quick")
+    parser.add_argument(
+        "--audio_folder", type=Path, help="clips of the part 'epochs', such as ESC-50; made ones, if none"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("benchmark-results"))
     arguments = parser.parse_args(argv)
     defaults = {
@@ -383,6 +387,12 @@ def main(argv: list[str] | None = None) -> None:
         save()
     if "input" in parts:
         results["input"] = measure_input(arguments.rounds, arguments)
+        save()
+    if "audio" in parts:
+        results["audio"] = measure_formats(arguments.rounds, arguments)
+        save()
+    if "epochs" in parts:
+        results["epochs"] = measure_epochs(arguments.other_rounds, arguments)
         save()
     if "recording" in parts:
         results["recording"] = measure_recording(arguments.rounds, arguments)

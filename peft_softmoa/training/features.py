@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from transformers import SequenceFeatureExtractor
 
 from .audio import AudioError, decode_audio, decode_crop, name_and_content
+from .cached_features import Features, open_cache
 from .frames import check_length
 from .options import DataOptions
 from .rows import name_some
@@ -106,6 +108,8 @@ class ExtractFeatures:
         batch: dict[str, list[Any]] = {self.feature_extractor.model_input_names[0]: []}
         if task is not None:
             batch["labels"] = []
+        rate, can_crop = self.feature_extractor.sampling_rate, task is None or task.can_crop
+        cache = open_cache(self.feature_extractor, self.options, self.random_crop and can_crop, whole=not can_crop)
         for index, audio in enumerate(rows[audio_column]):
             if audio is not None and not isinstance(audio, (str, bytes, dict)):
                 raise ValueError(
@@ -117,20 +121,26 @@ class ExtractFeatures:
             if task is not None:
                 target = task.parse({column: rows[column][index] for column in self.options.label_columns}, name)
             try:
-                inputs, clip = self._extract(audio, name, generator)
+                extract = partial(self._extract, audio, name, generator)
+                found = cache.get(audio, extract) if cache else extract()
+                # What lies in the cache may have been made for a model that takes shorter clips.
+                check_length(name, found.num_samples, self.min_samples, rate)
+                clip = Clip(found.start, found.num_samples, rate)
                 labels = None if task is None else task.encode(target, name, clip)
             except AudioError as error:
                 if self.options.on_bad_audio == "raise":
                     raise
                 self.skipped.append(Skipped(error.name, error.reason))
                 continue
-            for key, features in inputs.items():
-                batch.setdefault(key, []).append(features[0])
+            for key, features in found.inputs.items():
+                batch.setdefault(key, []).append(features)
             if task is not None:
                 batch["labels"].append(labels)
+        if cache:
+            cache.write()
         return batch
 
-    def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> tuple[Any, Clip]:
+    def _extract(self, audio: Any, name: str, generator: np.random.Generator) -> Features:
         rate, seconds, start = self.feature_extractor.sampling_rate, self.options.max_length_seconds, 0
         length = None if seconds is None else round(seconds * rate)
         if self.task is not None and not self.task.can_crop:
@@ -143,7 +153,7 @@ class ExtractFeatures:
         else:
             waveform = decode_audio(audio, rate, seconds)[:length]
         features = extract_features(self.feature_extractor, waveform, name, self.min_samples)
-        return features, Clip(start / rate, len(waveform), rate)
+        return Features(len(waveform), {key: values[0] for key, values in features.items()}, start / rate)
 
     def _most_samples(self) -> Optional[int]:
         """What an extractor with inputs of one length, such as Whisper's, cuts away in silence."""

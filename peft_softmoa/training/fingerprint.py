@@ -70,6 +70,28 @@ def fingerprint_files(builder: DatasetBuilder, split: str) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_clip(audio: Any) -> Optional[str]:
+    """Fingerprint of one clip.
+
+    Args:
+        audio (Any): the clip, as for `decode_audio`.
+
+    Returns:
+        str, optional: of its content or, if it is a local file, of its path, its size and the times of its last
+            changes; None if it is neither, such as a URL.
+    """
+    name, content = name_and_content(audio)
+    digest = hashlib.blake2b(content or b"", digest_size=16)
+    if content is None:
+        try:
+            status = os.stat(name)
+        except (OSError, ValueError):
+            return None
+        # Unpacking may restore a time that another file of the same size had before, but not the time of its change.
+        _add(digest, os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return digest.hexdigest()
+
+
 def fingerprint_weights(model: nn.Module) -> str:
     """Fingerprint of the weights that a run does not train, to the bit.
 

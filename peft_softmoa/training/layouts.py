@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from .rows import name_some
+from .folders import AUDIO, TABLES, has_audio, list_files, list_folders, read_lines
 from .tables import has_column, read_table
 
-AUDIO = frozenset(
-    (".aac", ".aif", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".sph", ".w64")
-    + (".wav", ".webm", ".wma")
-)
-TABLES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xls", ".xlsx"})
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")
 # Folders that say how a dataset is divided, not what is heard.
 NO_CLASS = re.compile(r"(fold|part|split|shard)[ _-]?\d+|train(ing)?|test(ing)?|valid(ation)?|val|dev|eval(uation)?")
@@ -67,25 +61,6 @@ def describe_layouts() -> str:
     return "; ".join(f"{layout.has} ({layout.name})" for layout in LAYOUTS)
 
 
-def describe_folder(root: Path) -> str:
-    """What a folder holds, for errors.
-
-    Args:
-        root (Path): the folder.
-
-    Returns:
-        str: its tables by name, its other files by kind, and the same of its folders.
-    """
-    inner = {folder: _kinds(folder) + [f"{each.name}/" for each in _folders(folder)] for folder in _folders(root)}
-    named = [f"{folder.name}/ ({name_some(kinds) or 'empty'})" for folder, kinds in inner.items()]
-    return name_some([*_kinds(root), *named]) or "nothing"
-
-
-def _kinds(folder: Path) -> list[str]:
-    names = [path.name if path.suffix in TABLES else path.suffix or path.name for path in _files(folder)]
-    return [f"{count} {name}" if name.startswith(".") else name for name, count in sorted(Counter(names).items())]
-
-
 def _tables(root: Path) -> Splits:
     return _with_splits(root, _table)
 
@@ -98,8 +73,10 @@ def _table(folder: Path) -> Optional[Callable[[], Clips]]:
     return None
 
 
-def _table_clips(path: Path, folder: Path, file_column: str, label_column: str = "label") -> Clips:
-    for row in read_table(path, file_column):
+def _table_clips(
+    path: Path, folder: Path, file_column: str, label_column: str = "label", has_quotes: bool = True
+) -> Clips:
+    for row in read_table(path, file_column, has_quotes):
         if label_column in row:
             row.setdefault("label", row[label_column])
         yield _locate(folder, row[file_column], path), row
@@ -134,7 +111,7 @@ def _speech_commands(root: Path) -> Splits:
 
 
 def _speech_commands_clips(root: Path, lists: Mapping[str, Path], split: str) -> Clips:
-    listed = {each: dict.fromkeys(_lines(path)) for each, path in lists.items()}
+    listed = {each: dict.fromkeys(read_lines(path)) for each, path in lists.items()}
     if split == "train":
         for path, row in _class_clips(root):
             # Folders such as _background_noise_ are no words.
@@ -143,6 +120,31 @@ def _speech_commands_clips(root: Path, lists: Mapping[str, Path], split: str) ->
                 yield path, row
     for name in listed.get(split, ()):
         yield str(root / name), {"label": name.rpartition("/")[0]}
+
+
+def _common_voice(root: Path) -> Splits:
+    names = {"train": "train", "validation": "dev", "test": "test", "validated": "validated"}
+    tables = {split: root / f"{name}.tsv" for split, name in names.items() if (root / "clips").is_dir()}
+    # Its quotes are marks of speech, not of cells.
+    clips = partial(_table_clips, file_column="path", has_quotes=False)
+    return {split: partial(clips, table, root / "clips") for split, table in tables.items() if table.is_file()}
+
+
+def _fsd50k(root: Path) -> Splits:
+    truth, clips = root / "FSD50K.ground_truth", partial(_fsd50k_clips, root)
+    if not (truth / "dev.csv").is_file():
+        return {}
+    splits = {"train": partial(clips, "dev", "train"), "validation": partial(clips, "dev", "val")}
+    return {**splits, "test": partial(clips, "eval")} if (truth / "eval.csv").is_file() else splits
+
+
+def _fsd50k_clips(root: Path, part: str, split: Optional[str] = None) -> Clips:
+    table = root / "FSD50K.ground_truth" / f"{part}.csv"
+    for path, row in _table_clips(table, root / f"FSD50K.{part}_audio", "fname"):
+        if split is not None and "split" not in row:
+            raise ValueError(f"{table} has no column 'split'; its columns are: {', '.join(row)}.")
+        if split is None or row["split"] == split:
+            yield f"{path}.wav", row
 
 
 def _nemo(root: Path) -> Splits:
@@ -189,11 +191,11 @@ def _kaldi_clips(folder: Path) -> Clips:
         )
     tables = {"speaker": folder / "utt2spk", "text": folder / "text"}
     columns = {
-        column: {key: " ".join(value.split()) for key, value in map(_pair, _lines(path))}
+        column: {key: " ".join(value.split()) for key, value in map(_pair, read_lines(path))}
         for column, path in tables.items()
         if path.is_file()
     }
-    for line in _lines(folder / "wav.scp"):
+    for line in read_lines(folder / "wav.scp"):
         utterance, file = _pair(line)
         if file.endswith("|"):
             raise ValueError(
@@ -214,12 +216,12 @@ def _class_folders(root: Path) -> Splits:
 
     Only where nothing else can be meant: a table beside them, or audio in no class folder, may say otherwise.
     """
-    folders = _folders(root)
-    has_splits = any(map(_has_audio, (inner for folder in folders for inner in _folders(folder))))
+    folders = list_folders(root)
+    has_splits = any(map(has_audio, (inner for folder in folders for inner in list_folders(folder))))
     splits = {folder.name: folder for folder in folders if _holds_audio(folder)} if has_splits else {"train": root}
-    tables = {path.suffix for place in (root, *folders) for path in _files(place)} & TABLES
-    classes = {inner.name for folder in splits.values() for inner in _folders(folder) if _has_audio(inner)}
-    if tables or any(map(_has_audio, (root, *splits.values()))) or len(classes) < 2:
+    tables = {path.suffix for place in (root, *folders) for path in list_files(place)} & TABLES
+    classes = {inner.name for folder in splits.values() for inner in list_folders(folder) if has_audio(inner)}
+    if tables or any(map(has_audio, (root, *splits.values()))) or len(classes) < 2:
         return {}
     if all(NO_CLASS.fullmatch(name.lower()) for name in classes):
         return {}
@@ -227,8 +229,8 @@ def _class_folders(root: Path) -> Splits:
 
 
 def _class_clips(root: Path) -> Clips:
-    for folder in _folders(root):
-        for path in _files(folder):
+    for folder in list_folders(root):
+        for path in list_files(folder):
             if path.suffix.lower() in AUDIO:
                 yield str(path), {"label": folder.name}
 
@@ -236,7 +238,7 @@ def _class_clips(root: Path) -> Clips:
 def _with_splits(root: Path, find: Callable[[Path], Optional[Callable[[], Clips]]]) -> dict[str, Callable[[], Clips]]:
     """A folder that is one split, or has one folder for each."""
     whole = find(root)
-    return {"train": whole} if whole else {each.name: clips for each in _folders(root) if (clips := find(each))}
+    return {"train": whole} if whole else {each.name: clips for each in list_folders(root) if (clips := find(each))}
 
 
 def _locate(folder: Path, file: Any, table: Path) -> str:
@@ -246,32 +248,8 @@ def _locate(folder: Path, file: Any, table: Path) -> str:
     return file if "://" in file else os.path.join(folder, file)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error}): save it as UTF-8.") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir() and path.name != "__MACOSX"]
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_file()]
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
-
-
-def _has_audio(folder: Path) -> bool:
-    return any(path.suffix.lower() in AUDIO for path in folder.iterdir() if not path.name.startswith("."))
-
-
 def _holds_audio(folder: Path) -> bool:
-    return _has_audio(folder) or any(map(_has_audio, _folders(folder)))
+    return has_audio(folder) or any(map(has_audio, list_folders(folder)))
 
 
 LAYOUTS = (
@@ -279,6 +257,8 @@ LAYOUTS = (
     Layout("ESC-50", "meta/esc50.csv", _esc50),
     Layout("UrbanSound8K", "metadata/UrbanSound8K.csv or UrbanSound8K.csv", _urbansound),
     Layout("Speech Commands", "validation_list.txt and testing_list.txt", _speech_commands),
+    Layout("Common Voice", "a folder clips, and train.tsv, dev.tsv, test.tsv or validated.tsv", _common_voice),
+    Layout("FSD50K", "FSD50K.ground_truth/dev.csv", _fsd50k),
     Layout("NeMo", "files such as train_manifest.json with audio_filepath", _nemo),
     Layout("Kaldi", "wav.scp, in it, in data or in a folder for each split", _kaldi),
     Layout(

@@ -12,7 +12,8 @@ from typing import Any, Optional
 from datasets import DatasetBuilder, IterableDataset, load_dataset_builder
 
 from .fingerprint import fingerprint_files
-from .layouts import Clips, Layout, Splits, describe_folder, describe_layouts, find_layout
+from .folders import describe_folder
+from .layouts import Clips, Layout, Splits, describe_layouts, find_layout
 from .network import retry
 from .options import DataOptions
 from .places import Place, find_place, name_tables

@@ -17,7 +17,7 @@ DELIMITERS = ",;\t"
 BATCH = 1000  # rows of a Parquet file that are read at a time
 
 
-def read_table(path: Path, file_column: str) -> Iterator[dict[str, Any]]:
+def read_table(path: Path, file_column: str, has_quotes: bool = True) -> Iterator[dict[str, Any]]:
     """Read a table row by row.
 
     Cells of text lose the spaces around them, which would make two classes of one.
@@ -25,6 +25,8 @@ def read_table(path: Path, file_column: str) -> Iterator[dict[str, Any]]:
     Args:
         path (Path): the table; its suffix says what it is.
         file_column (str): the column with the names of the audio files, by which the delimiter is recognised.
+        has_quotes (bool): whether a cell of a CSV file may stand in double quotes, which are no part of it then.
+            Default: True.
 
     Yields:
         dict[str, Any]: each row; of CSV files all cells are strings.
@@ -32,7 +34,7 @@ def read_table(path: Path, file_column: str) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: if the table is not in UTF-8, damaged or empty, or lacks the column; the message names the file.
     """
-    rows = _read(path, file_column)
+    rows = _read(path, file_column, has_quotes)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{path} has no rows.")
@@ -57,15 +59,15 @@ def has_column(path: Path, column: str) -> bool:
     return column in next(_read(path, column), ())
 
 
-def _read(path: Path, file_column: str) -> Iterator[dict[str, Any]]:
+def _read(path: Path, file_column: str, has_quotes: bool = True) -> Iterator[dict[str, Any]]:
     read = {".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": _read_parquet}.get(path.suffix)
     try:
-        yield from read(path) if read else _read_csv(path, file_column)
+        yield from read(path) if read else _read_csv(path, file_column, has_quotes)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8 ({error}): save it as UTF-8.") from error
 
 
-def _read_csv(path: Path, file_column: str) -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path, file_column: str, has_quotes: bool) -> Iterator[dict[str, Any]]:
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin it with a byte order mark
         header = file.readline()
         delimiter = next((each for each in DELIMITERS if file_column in _header(header, each)), ",")
@@ -73,7 +75,8 @@ def _read_csv(path: Path, file_column: str) -> Iterator[dict[str, Any]]:
         if len(set(columns)) < len(columns):
             raise ValueError(f"{path} has two columns of one name: {', '.join(columns)}.")
         # Strictly: a quote that is never closed would take all rows after it into one cell.
-        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+        quotes: dict[str, Any] = {} if has_quotes else {"quoting": csv.QUOTE_NONE}
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True, **quotes)
         try:
             for cells in reader:
                 if len(cells) > len(columns):

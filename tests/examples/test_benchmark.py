@@ -6,13 +6,16 @@ import subprocess
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import needs_results
 from peft import get_peft_model
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
+from examples.benchmark import audio
 from examples.benchmark.literal import LITERAL, write_literally
 from examples.benchmark.measure import commit_of, count_flops, import_seconds, in_turn, memory_of, ratio
 from examples.benchmark.methods import (
@@ -26,7 +29,7 @@ from examples.benchmark.methods import (
     make_batch,
     make_small_ast,
 )
-from examples.benchmark.report import BEGIN, END, draw_sweeps, for_readme, tables, write_into
+from examples.benchmark.report import BEGIN, END, draw_sweeps, for_readme, rates, tables, write_into
 from examples.benchmark.run import in_onnx_runtime, main
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.method import Mixture
@@ -281,3 +284,50 @@ def test_the_readme_quotes_committed_results():
     quoted = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
     results = [json.loads(path.read_text()) for path in RESULTS]
     assert quoted in [for_readme(each) for each in results if each["models"]]
+
+
+def test_the_ways_of_reading_audio_read_the_same(tmp_path):
+    for name, ending in audio.FORMATS.items():
+        folder = tmp_path / ending
+        paths = audio.write_clips(folder, ending, 2, audio.CLIP_SECONDS, 2)
+        assert soundfile.info(paths[0]).format == name.upper()
+        (folder / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{path.name},x" for path in paths)]))
+        both = [sorted(audio.stream_of(folder, None), key=_first), sorted(audio.map_of(paths, None), key=_first)]
+        for ours, plain in zip(*both, strict=True):
+            assert len(ours["input_values"]) == audio.CLIP_SECONDS * audio.RATE
+            difference = ours["input_values"] - plain["input_values"]
+            assert np.abs(difference).max() < 1e-5
+        for rows in (audio.stream_of(folder, 2), audio.map_of(paths, 2)):
+            assert [len(row["input_values"]) for row in rows] == [2 * audio.RATE] * 2
+        with pytest.raises(RuntimeError, match="2 of 3 clips were read"):
+            audio.read_all(audio.map_of(paths, 2), 3)
+
+
+def _first(row):
+    return float(row["input_values"][0])
+
+
+def test_audio_and_epochs_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "CLIPS", 2)
+    monkeypatch.setattr(audio, "CROPS", 2)
+    monkeypatch.setattr(audio, "LONG_SECONDS", 15)
+    main(["--parts", "audio", "epochs", "--rounds", "1", "--other_rounds", "2", "--output_dir", str(tmp_path)])
+    [path] = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert [row["format"] for row in results["audio"]] == 2 * list(audio.FORMATS)
+    for row in results["audio"]:
+        assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in row["processor_seconds"].values())
+    for row in results["epochs"]:
+        assert row["clips"] == 2 and row["cache_bytes"] > 2 * 80 * 1000 * 4
+        for clock in ("seconds", "processor_seconds"):
+            assert {what: len(each) for what, each in row[clock].items()} == {
+                "streamed": 2, "first epoch": 2, "second epoch": 2
+            }  # fmt: skip
+    text = path.with_suffix(".md").read_text()
+    assert text == tables(results)
+    assert "| clips of 5 s, mono | WAV |" in text and "| Whisper | 2 | second epoch |" in text
+
+
+def test_rates():
+    assert rates(100, [1.0, 2.0, 4.0]) == "50.0 (25.0–100.0)"
+    assert rates(1000, [1.0]) == "1,000 (1,000–1,000)"

@@ -140,6 +140,46 @@ def test_esc50(tmp_path):
     assert stream(tmp_path, label_column="target").label_names == ["0", "14"]
 
 
+def test_common_voice(tmp_path):
+    write(tmp_path, *(f"clips/common_voice_en_{index}.mp3" for index in range(1, 5)))
+    header = "client_id\tpath\tsentence\tup_votes\tage"
+    sentences = ['"Stop!" he said, and ran.', 'An "unclosed quote', " It's, well; fine. ", ""]
+    lines = [f"a1\tcommon_voice_en_{index}.mp3\t{each}\t2\t" for index, each in enumerate(sentences, 1)]
+    write_text(tmp_path, "train.tsv", header, *lines[:2])
+    write_text(tmp_path, "dev.tsv", header, lines[2])
+    write_text(tmp_path, "validated.tsv", header, *lines)
+    write_text(tmp_path, "invalidated.tsv", header)
+    names = [f"clips/common_voice_en_{index}.mp3" for index in range(1, 5)]
+    assert clips(tmp_path, column="sentence") == list(zip(names[:2], sentences[:2]))
+    assert clips(tmp_path, "validation", column="sentence") == [(names[2], "It's, well; fine.")]
+    assert clips(tmp_path, "validated", column="up_votes") == [(name, "2") for name in names]
+    with pytest.raises(ValueError, match="no split 'test', only: train, validation, validated. .* 'Common Voice'"):
+        clips(tmp_path, "test")
+    with pytest.raises(ValueError, match="no column 'label'.*sentence"):
+        stream(tmp_path)
+
+
+def test_fsd50k(tmp_path):
+    write(tmp_path, "FSD50K.dev_audio/64760.wav", "FSD50K.dev_audio/16399.wav", "FSD50K.eval_audio/37199.wav")
+    write_text(
+        tmp_path,
+        "FSD50K.ground_truth/dev.csv",
+        "fname,labels,mids,split",
+        '64760,"Electric_guitar,Guitar,Music","/m/02sgy,/m/0342h,/m/04rlf",train',
+        "16399,Bark,/m/05tny_,val",
+    )
+    write_text(tmp_path, "FSD50K.ground_truth/vocabulary.csv", "0,Accelerating_and_revving_and_vroom,/m/07q2z82")
+    assert clips(tmp_path, column="labels") == [("FSD50K.dev_audio/64760.wav", "Electric_guitar,Guitar,Music")]
+    assert clips(tmp_path, "validation", column="labels") == [("FSD50K.dev_audio/16399.wav", "Bark")]
+    with pytest.raises(ValueError, match="no split 'test', only: train, validation. .* 'FSD50K'"):
+        clips(tmp_path, "test")
+    write_text(tmp_path, "FSD50K.ground_truth/eval.csv", "fname,labels,mids", '37199,"Bell,Music","/m/0395lw,/m/04rlf"')
+    assert clips(tmp_path, "test", column="labels") == [("FSD50K.eval_audio/37199.wav", "Bell,Music")]
+    write_text(tmp_path, "FSD50K.ground_truth/dev.csv", "fname,labels", "64760,Music")
+    with pytest.raises(ValueError, match="dev.csv has no column 'split'; its columns are: fname, labels"):
+        clips(tmp_path)
+
+
 @pytest.mark.parametrize("published", [True, False], ids=["as published", "as on Kaggle"])
 def test_urbansound8k(tmp_path, published):
     audio, metadata = ("audio/", "metadata/") if published else ("", "")
