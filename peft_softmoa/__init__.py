@@ -9,6 +9,7 @@ from .saving.checks import read_shapes
 from .saving.contents import check_adapter
 from .saving.pickles import check_loading
 from .saving.publishing import complete_pushed_cards
+from .targets.clip_length import fit_feature_extractor, fitting_length
 from .targets.description import count_parameters, describe_targets
 
 __version__ = "0.2.0"
@@ -19,6 +20,8 @@ __all__ = [
     "check_adapter",
     "count_parameters",
     "describe_targets",
+    "fit_feature_extractor",
+    "fitting_length",
     "rescale_adapter_scale",
     "router_aux_loss",
 ]

@@ -13,6 +13,7 @@ from .calls.hooks import Sources, follow_calls
 from .calls.statistics import freeze_statistics
 from .config import SoftMoAConfig
 from .layer import SoftMoALayer, is_adapted
+from .targets.clip_length import hold_length
 from .targets.heads import keep_problem_type
 from .targets.layers import find_module
 
@@ -53,5 +54,6 @@ def add_hooks(model: nn.Module, adapter_name: str, config: SoftMoAConfig) -> Non
     handles = blocks[0].softmoa_hooks[adapter_name]
     handles += follow_calls(model, blocks[0].forward_passes, adapter_name, layers, wrappers)
     handles += freeze_statistics(model)
+    handles += hold_length(model, adapter_name)
     if wrappers:
         handles += keep_problem_type(model, blocks[0], adapter_name, config)

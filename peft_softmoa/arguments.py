@@ -22,6 +22,7 @@ NOT_ARGUMENTS = {entry.name for entry in fields(PeftConfig)} | {
     "layers_pattern",
     "modules_to_save",
     "label_names",
+    "max_length_seconds",
 }
 TYPES = get_type_hints(SoftMoAConfig)
 

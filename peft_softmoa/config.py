@@ -15,6 +15,7 @@ from torch import nn
 from .fields import (
     DEPENDENT_FIELDS,
     ExpertType,
+    Modules,
     Placement,
     ProblemType,
     Routing,
@@ -25,9 +26,6 @@ from .fields import (
     shorten,
 )
 from .registration import SOFTMOA
-
-# Names of modules, or one regular expression.
-Modules = Optional[Union[list[str], set[str], str]]
 
 # What PEFT adds to `modules_to_save` when it wraps a model for a task.
 TASK_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
@@ -159,6 +157,11 @@ class SoftMoAConfig(PeftConfig):
         "What the head in modules_to_save is trained for, as in the model's config, which says it while the adapter is "
         "active: it chooses the loss, and how pipeline() makes scores of logits. Without it, the base model's own, or "
         "what transformers finds from the labels of the first loss; it is written here.",
+    )
+    max_length_seconds: Optional[float] = _option(
+        None,
+        "The length to which AST and Whisper, which read clips of one length only, are fitted while the adapter is in "
+        "them; longer clips are cut. fit_feature_extractor makes the feature extractor to match.",
     )
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import reprlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Optional, Union, get_args
 
 import regex
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -18,6 +18,8 @@ from transformers.activations import ACT2FN
 Routing = Literal["soft", "dense", "top_k", "expert_choice"]
 ExpertType = Literal["bottleneck", "convolution"]
 Placement = Literal["attention", "ffn", "both"]
+# Names of modules, or one regular expression.
+Modules = Optional[Union[list[str], set[str], str]]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 # What is larger is a mistake, or meant to exhaust memory.
@@ -32,6 +34,7 @@ RECURSION = regex.compile(r"\(\?(R|P>|&|[+-]?[0-9])")
 # Full case-folding, whose sets of characters grow without a bound.
 FULL_CASE = regex.compile(r"\(\?[a-zA-Z0-9]*f")
 LARGEST_CONFIG = 2**20  # bytes
+LONGEST_CLIP = 60  # seconds; longer ones need a model that is made for them
 
 # The others have parameters of their own, which would be shared by all experts.
 ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
@@ -172,6 +175,11 @@ def is_size(value: Any) -> bool:
     return is_integer(value) and 0 < value <= LARGEST_SIZE
 
 
+def is_length(value: Any) -> bool:
+    """Whether a value is a length of clips in seconds that is allowed."""
+    return _is_number(value) and 0 < value <= LONGEST_CLIP
+
+
 def _is_number(value: Any) -> bool:
     return (is_integer(value) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
 
@@ -230,6 +238,7 @@ def _is_flat(value: Any) -> bool:
 
 
 SIZE = f"an integer from 1 to {LARGEST_SIZE}"
+LENGTH = f"a number of seconds above 0, at most {LONGEST_CLIP}"
 Rule = tuple[str, Callable[[Any], bool]]
 _TEXT: Rule = ("None or a string", lambda value: value is None or isinstance(value, str))
 _SWITCH: Rule = ("True or False", lambda value: isinstance(value, bool))
@@ -266,5 +275,6 @@ RULES: dict[str, Rule] = {
         lambda value: not isinstance(value, str) and _are_paths(value),
     ),
     "layers_to_transform": (f"None, an index or a list of indices, {MOST_INDICES:,} at most", _are_indices),
+    "max_length_seconds": (f"None or {LENGTH}", lambda value: value is None or is_length(value)),
     "label_names": ("a list of distinct class names", lambda value: value is None or _are_distinct_names(value)),
 }

@@ -24,6 +24,7 @@ from .registration import SOFTMOA, name_in_model, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes, text_embeddings
 from .saving.pickles import begin_saving
 from .targets.choice import Target, find_targets, is_matched_by_peft, is_target, name_targets
+from .targets.clip_length import fit_length
 from .targets.description import mixture_options, mixture_shapes
 from .targets.heads import base_classes, find_head, fit_head, name_classes, note_problem_type
 from .targets.placement import choose_targets
@@ -81,6 +82,7 @@ class SoftMoAModel(BaseTuner):
             )
         source = peft_config.loaded_from
         loaded = None if source is None else read_shapes(source.model_id, source.subfolder, **source.hub)
+        fit_length(model, peft_config.max_length_seconds)
         choose_targets(peft_config, model)
         self._targets = targets = find_targets(peft_config, model)
         name_targets(peft_config, model, targets)

@@ -8,6 +8,8 @@ from peft import PeftConfig, PeftType
 
 from peft_softmoa import SoftMoAConfig
 
+NO_LENGTHS = (0, -1, float("nan"), float("inf"), 1e9, 60.5, "5", True)
+
 
 def test_defaults_are_the_papers():
     config = SoftMoAConfig()
@@ -33,7 +35,7 @@ def test_every_field_has_its_help():
     own = {field.name for field in dataclasses.fields(SoftMoAConfig)} - {
         field.name for field in dataclasses.fields(PeftConfig)
     }
-    assert len(own) == 24
+    assert len(own) == 25
     for field in dataclasses.fields(SoftMoAConfig):
         assert field.metadata.get("help"), field.name
 
@@ -54,6 +56,7 @@ def test_survives_saving(tmp_path):
         layers_to_transform=[0, 1],
         layers_pattern="layers",
         label_names=["a", "b"],
+        max_length_seconds=2.5,
     )
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SOFTMOA"
@@ -90,6 +93,7 @@ def test_survives_saving(tmp_path):
         ("exclude_modules", 5.0, "None, names, or a regular expression"),
         ("modules_to_save", "classifier", "None or a list of at most 256 names"),
         ("layers_to_transform", "1", "an index or a list of indices"),
+        *(("max_length_seconds", value, "a number of seconds above 0, at most 60") for value in NO_LENGTHS),
     ],
 )
 def test_bad_values_name_field_value_and_what_is_allowed(field, value, allowed):

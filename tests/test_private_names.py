@@ -60,6 +60,7 @@ GUARDS = {
         "_compiled_call_impl": "inspection/test_records.py::test_a_compiled_model_runs_eagerly_and_says_so",
         "_forward_hooks": "targets/test_probes.py::test_norms_of_a_model_with_adapters",
         "_forward_pre_hooks": "targets/test_probes.py::test_norms_of_a_model_with_adapters",
+        "_parameters": "targets/test_clip_length.py::test_the_model_reads_clips_of_the_length",
     },
     torch: {
         "_dynamo": "inspection/test_records.py::test_a_compiled_model_runs_eagerly_and_says_so",

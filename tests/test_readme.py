@@ -9,7 +9,7 @@ from conftest import FRAMES, write_parquet, write_tone
 from families import FAMILIES
 from models_table import BEGIN, END
 from peft import PeftConfig
-from transformers import WhisperConfig
+from transformers import AutoFeatureExtractor, WhisperConfig
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.cli import main
@@ -45,6 +45,14 @@ def test_quickstart_and_loading(base_folder, tones_folder, tmp_path, monkeypatch
     exec(code("records").replace("1024", str(FRAMES)), {})
     printed = capsys.readouterr().out
     assert "layers.0.attention torch.Size([4, " in printed and "Over 4 clips, the load is spread" in printed
+
+
+def test_length(base_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code("length").replace("MIT/ast-finetuned-audioset-10-10-0.4593", str(base_folder)), names)
+    assert names["model"].config.max_length == 500
+    assert AutoFeatureExtractor.from_pretrained("five-seconds").max_length == 500
 
 
 def test_budgets(capsys):

@@ -14,6 +14,8 @@ from transformers import (
     ASTForAudioClassification,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
 )
 
 from peft_softmoa import SoftMoAConfig
@@ -56,6 +58,23 @@ def make_wav2vec2(layers: int) -> nn.Module:
 MODELS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "AST-base, 500 frames": (make_ast, (500, 128)),
     "Wav2Vec2-base, 5 s": (make_wav2vec2, (80_000,)),
+}
+
+
+def make_whole_ast(layers: int) -> nn.Module:
+    """AST-base as it is published, on 1,024 frames."""
+    return ASTForAudioClassification(ASTConfig(num_labels=CLASSES, num_hidden_layers=layers))
+
+
+def make_whisper(layers: int) -> nn.Module:
+    """An encoder as large as Whisper tiny's, with four layers at most."""
+    return WhisperForAudioClassification(WhisperConfig(num_labels=CLASSES, encoder_layers=min(layers, 4)))
+
+
+# Models that read one length of clips, with this length in seconds.
+FIXED_LENGTHS: dict[str, tuple[Callable[[int], nn.Module], float]] = {
+    "AST-base": (make_whole_ast, 10.24),
+    "Whisper tiny": (make_whisper, 30.0),
 }
 
 

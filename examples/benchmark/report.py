@@ -152,6 +152,23 @@ def recording_table(rows: list[dict[str, Any]]) -> str:
     return markdown(table)
 
 
+def lengths_table(rows: list[dict[str, Any]]) -> str:
+    """Training steps on short clips beside the full length: a row for each model and length.
+
+    Args:
+        rows (list[dict]): what `run.measure_lengths` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    table = [["model", "clips, s", "step, ms", "full length takes, times"]]
+    for row in rows:
+        *_, full = row["seconds"].values()
+        for length, seconds in row["seconds"].items():
+            table.append([row["model"], length, times(seconds), f"{ratio(full, seconds):.2f}"])
+    return markdown(table)
+
+
 def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
     """One sweep of the layer alone: a row for each point.
 
@@ -283,6 +300,9 @@ def tables(results: dict[str, Any]) -> str:
         parts += ["Features from files, with and without streaming:", epochs_table(results["epochs"])]
     if "recording" in results:
         parts += [f"Recording of {next(iter(MODELS))}, float32:", recording_table(results["recording"])]
+    if "lengths" in results:
+        title = f"Training steps of {results['lengths_batch_size']} with `max_length_seconds`, float32:"
+        parts += [title, lengths_table(results["lengths"])]
     if "import_seconds" in results:
         parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} ms")
     return "\n\n".join(parts) + "\n"

@@ -37,10 +37,12 @@ from peft_softmoa.training.tasks import SingleLabel
 from .audio import measure_epochs, measure_formats
 from .layer import DTYPES, measure_layer, sweeps
 from .measure import count_flops, environment, import_seconds, in_turn, memory_of, note
-from .methods import FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_batch, make_small_ast
+from .methods import FIXED_LENGTHS, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_batch, make_small_ast
 from .report import draw_sweeps, tables
 
-PARTS = ["layer", "models", "deployment", "mixed batches", "input", "audio", "epochs", "recording", "import"]
+PARTS = [
+    *("layer", "models", "deployment", "mixed batches", "input", "audio", "epochs", "recording", "lengths", "import"),
+]
 # Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
 EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
 
@@ -287,6 +289,34 @@ def measure_recording(rounds: int, arguments: argparse.Namespace) -> list[dict[s
     ]
 
 
+def measure_lengths(rounds: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train models that read one length of clips, fitted to clips of 1 s and 5 s and at full length.
+
+    Args:
+        rounds (int): how often each is timed.
+        arguments (Namespace): of the command line.
+
+    Returns:
+        list[dict[str, Any]]: one row for each model: seconds of a training step, by the seconds of the clips.
+    """
+    rows = []
+    for name, (make, full) in FIXED_LENGTHS.items():
+        functions: dict[str, Callable[[], None]] = {}
+        for length in (1.0, 5.0, full):
+            config = SoftMoAConfig(max_length_seconds=None if length == full else length)
+            model = get_peft_model(make(arguments.layers), config).to(arguments.device).train()
+            base = model.get_base_model()
+            shape = (round(100 * length), base.config.num_mel_bins)
+            values = torch.randn(arguments.batch_size, *shape, device=arguments.device)
+            inputs = {base.main_input_name: values.mT if base.main_input_name == "input_features" else values}
+            labels = torch.zeros(arguments.batch_size, dtype=torch.long, device=arguments.device)
+            functions[f"{length:g}"] = lambda run=model, inputs=inputs, labels=labels: run(
+                **inputs, labels=labels
+            ).loss.backward()
+        rows.append({"model": name, "seconds": in_turn(functions, rounds, arguments.device, note)})
+    return rows
+
+
 def in_onnx_runtime(model: nn.Module, values: Tensor) -> Callable[[Tensor], Any]:
     """A model in ONNX Runtime, with as many threads as torch has.
 
@@ -396,6 +426,10 @@ def main(argv: list[str] | None = None) -> None:
         save()
     if "recording" in parts:
         results["recording"] = measure_recording(arguments.rounds, arguments)
+        save()
+    if "lengths" in parts:
+        results["lengths"] = measure_lengths(arguments.rounds, arguments)
+        results["lengths_batch_size"] = arguments.batch_size
         save()
     if "import" in parts:
         results["import_seconds"] = import_seconds(arguments.layer_rounds)

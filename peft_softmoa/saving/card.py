@@ -47,7 +47,7 @@ SECTION = """{heading}
 This is an adapter for `{base_model}`, made with [PEFT](https://github.com/huggingface/peft) and its plugin
 `peft-softmoa`. Each adapted block ({targets}) has {num_experts} small expert(s) in parallel to it (type {expert_type},
 r {r}, activation {activation}), with {routing_name} routing:
-{routing_text} The base model is unchanged.
+{routing_text} The base model is unchanged{length}.
 
 ```python
 import peft_softmoa  # registers the method with PEFT: without this import the adapter cannot be loaded
@@ -263,6 +263,7 @@ def _section(config: dict[str, Any]) -> str:
     if not isinstance(targets, str):
         targets = ", ".join(f"`{_shown(target)}`" for target in sorted(targets))
     routing = SINGLE if config["num_experts"] == 1 and config["routing"] == "dense" else ROUTINGS[config["routing"]]
+    seconds = config["max_length_seconds"]
     names = ("num_experts", "expert_type", "r", "activation")
     return SECTION.format(
         heading=HEADING,
@@ -273,5 +274,6 @@ def _section(config: dict[str, Any]) -> str:
         call=call,
         routing_name=config["routing"],
         routing_text=routing.format_map(config),
+        length="" if seconds is None else f", but reads clips of {seconds:g} s, and cuts longer ones",
         **{name: config[name] for name in names},
     )

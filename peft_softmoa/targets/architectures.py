@@ -6,9 +6,12 @@ Nothing else in the package knows the names of models.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import nn
+from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
 
 from ..calls.masks import argument_names
@@ -16,6 +19,7 @@ from ..method.experts import PatchGrid
 
 # Arguments of models that generate token after token.
 CACHES = {"past_key_values", "cache_params", "use_cache"}
+FRAME_RATE = 100  # frames of a spectrogram in a second, wherever the length is fixed
 
 
 def _ast_grid(config: dict[str, Any]) -> PatchGrid:
@@ -27,10 +31,78 @@ def _ast_grid(config: dict[str, Any]) -> PatchGrid:
     return PatchGrid(2, height, width, config["patch_size"], config["frequency_stride"], config["time_stride"])
 
 
+class ClipLength(NamedTuple):
+    """How a part of a model reads clips of one length, and what makes it read another.
+
+    Args:
+        reader (nn.Module): the module that is called with the spectrogram.
+        time (int): which axis of the spectrogram is time.
+        frames (int): how many frames it reads now.
+        least (int): the fewest that it can be made to read.
+        most (int, optional): the most. None: there is no limit.
+        step (int): what the number must be a multiple of.
+        fit (callable): from a number of frames to the changes: objects, their attributes, and the new values.
+    """
+
+    reader: nn.Module
+    time: int
+    frames: int
+    least: int
+    most: Optional[int]
+    step: int
+    fit: Callable[[int], list[tuple[Any, str, Any]]]
+
+
+def _ast_length(part: Any) -> Optional[ClipLength]:
+    embeddings = getattr(part, "embeddings", None)
+    if embeddings is None:
+        return None
+    config = part.config
+    return ClipLength(embeddings, 1, config.max_length, config.patch_size, None, 1, partial(_fit_ast, part))
+
+
+def _fit_ast(part: Any, frames: int) -> list[tuple[Any, str, Any]]:
+    """Positions as AST's own code makes them: the middle of fewer patches in time, interpolated to more."""
+    old = _ast_grid(part.config.to_dict())
+    width = _ast_grid({**part.config.to_dict(), "max_length": frames}).width
+    positions = part.embeddings.position_embeddings
+    tokens, patches = positions.detach().split([old.class_tokens, old.height * old.width], dim=1)
+    patches = patches.mT.unflatten(2, (old.height, old.width))
+    if width <= old.width:
+        patches = patches.narrow(3, old.width // 2 - width // 2, width)
+    else:
+        patches = interpolate(patches, (old.height, width), mode="bilinear")
+    fitted = nn.Parameter(torch.cat([tokens, patches.flatten(2).mT], dim=1), requires_grad=positions.requires_grad)
+    return [(part.embeddings, "position_embeddings", fitted), (part.config, "max_length", frames)]
+
+
+def _whisper_length(part: Any) -> Optional[ClipLength]:
+    if not hasattr(part, "conv2"):
+        return None
+    frames = part.config.max_source_positions * part.conv1.stride[0] * part.conv2.stride[0]
+    # Whisper's feature extractor counts whole seconds.
+    return ClipLength(part, 2, frames, FRAME_RATE, frames, FRAME_RATE, partial(_fit_whisper, part))
+
+
+def _fit_whisper(part: Any, frames: int) -> list[tuple[Any, str, Any]]:
+    """The first positions, which are what it reads of the beginning of a longer clip."""
+    rows = frames // (part.conv1.stride[0] * part.conv2.stride[0])
+    weight = part.embed_positions.weight
+    fitted = nn.Parameter(weight.detach()[:rows].clone(), requires_grad=weight.requires_grad)
+    return [
+        (part.embed_positions, "weight", fitted),
+        (part.embed_positions, "num_embeddings", rows),
+        (part, "max_source_positions", rows),
+        (part.config, "max_source_positions", rows),
+    ]
+
+
 class Architecture(NamedTuple):
     """What the structure of a model does not show."""
 
     patch_grid: Optional[Callable[[dict[str, Any]], PatchGrid]] = None  # from the model's config to its grid
+    # From a part of the model to the length of clips that it reads; None if another part reads them.
+    clip_length: Optional[Callable[[Any], Optional[ClipLength]]] = None
     takes_audio: Optional[bool] = None  # by default what its class says
     causal: Optional[bool] = None  # whether tokens see few or none of those after them; by default what it looks like
 
@@ -38,7 +110,9 @@ class Architecture(NamedTuple):
 # By the `model_type` of the config. All that is not here goes by structure.
 ARCHITECTURES = {
     # Only the config says how the patches lie.
-    "audio-spectrogram-transformer": Architecture(patch_grid=_ast_grid),
+    "audio-spectrogram-transformer": Architecture(patch_grid=_ast_grid, clip_length=_ast_length),
+    "whisper": Architecture(clip_length=_whisper_length),
+    "qwen2_audio_encoder": Architecture(clip_length=_whisper_length),
     # These encoders are made to run while the audio comes in, but only their masks show it.
     "gemma3n_audio": Architecture(causal=True),
     "gemma4_audio": Architecture(causal=True),
@@ -84,6 +158,23 @@ def known_patch_grid(model_config: dict[str, Any]) -> Optional[PatchGrid]:
     """
     make = ARCHITECTURES.get(model_config.get("model_type", "unknown"), Architecture()).patch_grid
     return None if make is None else make(model_config)
+
+
+def find_clip_length(model: nn.Module) -> Optional[ClipLength]:
+    """Look up the length of clips that a model reads, if it reads only one and can be made to read another.
+
+    Args:
+        model (nn.Module): the model.
+
+    Returns:
+        ClipLength, optional: the length, and what changes it.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            find = architecture_of([part]).clip_length
+            if find is not None and (found := find(part)) is not None:
+                return found
+    return None
 
 
 def parts_around(model: nn.Module, name: str) -> list[PreTrainedModel]:

@@ -17,6 +17,7 @@ from ..config import SoftMoAConfig
 from ..method.mixture import parameter_shapes
 from .architectures import find_patch_grid
 from .choice import Target, find_targets
+from .clip_length import fitted_length
 from .heads import find_head
 from .layers import whole_shape
 from .placement import choose_targets
@@ -175,6 +176,11 @@ def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     config = copy.deepcopy(config)
+    with fitted_length(model, config.max_length_seconds):
+        return _describe(model, config)
+
+
+def _describe(model: nn.Module, config: SoftMoAConfig) -> Description:
     choose_targets(config, model)
     targets = find_targets(config, model)
     if not targets:

@@ -20,7 +20,10 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
-        owners: list[Any] = [*model.modules(), getattr(model, "config", None)]
+        modules = list(model.modules())
+        # Parts of a model may have configs of their own.
+        configs = {id(config): config for config in (getattr(module, "config", None) for module in modules)}
+        owners: list[Any] = [*modules, *configs.values()]
         self._states = [(vars(owner), _contents(vars(owner))) for owner in owners if hasattr(owner, "__dict__")]
         self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 

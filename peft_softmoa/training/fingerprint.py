@@ -11,6 +11,7 @@ import torch
 from datasets import DatasetBuilder
 from torch import Tensor, nn
 
+from ..targets.clip_length import base_parameters
 from .audio import name_and_content
 
 NOT_COMPARED = ("_name_or_path", "transformers_version")
@@ -105,7 +106,8 @@ def fingerprint_weights(model: nn.Module) -> str:
     """
     digest = _digest()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, tensor in model.state_dict().items():
+    # An adapter's length of clips is no part of the base model.
+    for name, tensor in {**model.state_dict(), **base_parameters(model)}.items():
         if name not in trained and isinstance(tensor, Tensor):
             _add(digest, name, tensor.dtype, tuple(tensor.shape))
             if not tensor.is_meta:

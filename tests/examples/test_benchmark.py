@@ -262,6 +262,16 @@ def test_recording(tmp_path, monkeypatch):
     assert "| Dense-MoA | " in path.with_suffix(".md").read_text()
 
 
+def test_lengths(tmp_path):
+    options = ["--layers", "1", "--rounds", "1", "--batch_size", "1", "--output_dir", str(tmp_path)]
+    main(["--parts", "lengths", *options])
+    (path,) = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())["lengths"]
+    assert [list(row["seconds"]) for row in rows] == [["1", "5", "10.24"], ["1", "5", "30"]]
+    assert all(len(seconds) == 1 for row in rows for seconds in row["seconds"].values())
+    assert "| Whisper tiny | 30 | " in path.with_suffix(".md").read_text()
+
+
 def test_the_model_in_onnx_runtime_says_the_same():
     model, values = tiny_ast(), torch.randn(1, 64, 128)
     run = in_onnx_runtime(model, values)
