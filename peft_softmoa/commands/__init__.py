@@ -5,6 +5,7 @@ A verb parses, calls a function that can be imported, and prints.
 
 # What each verb does, as the help says it.
 VERBS: dict[str, str] = {
+    "classify": "Say what is heard in audio of any length, window by window: files, or raw PCM from a pipe.",
     "targets": "Show what an adapter would adapt in a model, and how many parameters it would train.",
     "check": "Show what somebody's adapter would change, from its files alone, or refuse it.",
     "inspect": "Write a report of what the experts of an adapter do.",

@@ -140,7 +140,10 @@ def load_classifier(
         ValueError: if the model does not classify, or the adapter does not say what its base model is.
         OSError: if the adapter or its base model cannot be read.
     """
-    device = torch.device(device) if device is not None else PartialState().default_device
+    try:
+        device = torch.empty(0, device=device or PartialState().default_device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` is '{device}', which cannot be used: {str(error).splitlines()[0]}") from error
     model, feature_extractor = load_adapter(
         adapter, revision, device=device, dtype=dtype or ("float32" if device.type == "cpu" else None)
     )
