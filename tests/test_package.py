@@ -126,10 +126,11 @@ def test_is_typed():
 
 
 def test_public_names_have_docstrings():
+    import peft_softmoa.inference
     import peft_softmoa.inspection
     import peft_softmoa.training
 
-    for module in (peft_softmoa, peft_softmoa.training, peft_softmoa.inspection):
+    for module in (peft_softmoa, peft_softmoa.training, peft_softmoa.inference, peft_softmoa.inspection):
         for name in module.__all__:
             assert getattr(module, name).__doc__, name
 

@@ -8,6 +8,7 @@ VERBS: dict[str, str] = {
     "train": "Train an adapter, evaluate it, and save it with its card.",
     "evaluate": "Evaluate an adapter on a dataset.",
     "cross-validate": "Train once for each fold of a dataset, and test it there.",
+    "classify": "Say what is heard in audio of any length, window by window: files, or raw PCM from a pipe.",
     "targets": "Show what an adapter would adapt in a model, and how many parameters it would train.",
     "check": "Show what somebody's adapter would change, from its files alone, or refuse it.",
     "inspect": "Write a report of what the experts of an adapter do.",
