@@ -28,7 +28,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
     options = parser.parse_args(arguments)
     print(export_adapter(options.adapter, options.output_dir, base_model=options.base_model))
 
-    # From here on, only the folder is needed, neither the adapter nor its base model; in place of the noise, read a clip.
+    # From here on, only the folder is needed, neither the adapter nor its base model. In place of noise, read a clip.
     extractor = AutoFeatureExtractor.from_pretrained(options.output_dir)
     session = onnxruntime.InferenceSession(f"{options.output_dir}/model.onnx", providers=["CPUExecutionProvider"])
     labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])

@@ -74,7 +74,7 @@ class OnnxExport:
 
 
 def export_adapter(
-    adapter: str,
+    adapter: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
     *,
     revision: Optional[str] = None,
@@ -91,7 +91,7 @@ def export_adapter(
     takes text, the file holds the audio encoder.
 
     Args:
-        adapter (str): folder of the adapter, or its id on the Hub.
+        adapter (str or PathLike): folder of the adapter, or its id on the Hub.
         output_dir (str or PathLike): the folder; it is created.
         revision (str, optional): branch, tag or commit of the adapter.
         base_model (str, optional): folder or id of the base model. Default: what the adapter says.
@@ -109,6 +109,7 @@ def export_adapter(
         OSError: if the adapter or its base model cannot be read.
     """
     require_packages()
+    adapter = os.fspath(adapter)
     folder = Path(output_dir)
     path = folder / "model.onnx"
     with tqdm(total=4, desc="Loading", bar_format="{desc} {n}/{total} [{elapsed}]", disable=not show_progress) as bar:
@@ -126,7 +127,7 @@ def export_adapter(
         program.save(path)
         part.config.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)
-        notes = [*_left_out(base, part), *_save_tokenizer(base, adapter, revision, base_model, folder)]
+        notes = [*describe_rest(base, part), *_save_tokenizer(base, adapter, revision, base_model, folder)]
         _advance(bar, "Comparing")
         comparisons = compare(part, path, batches)
         _advance(bar, "Done")
@@ -165,8 +166,16 @@ def _classes(part: Any, program: Any) -> tuple[Optional[list[str]], Optional[str
     return [names[index] for index in sorted(names)], SCORES.get(part.config.problem_type, "softmax")
 
 
-def _left_out(model: nn.Module, part: nn.Module) -> list[str]:
-    """What of a model with an adapter is not in the file."""
+def describe_rest(model: nn.Module, part: nn.Module) -> list[str]:
+    """Say what of a model with an adapter is in none of its parts that is exported.
+
+    Args:
+        model (nn.Module): the model.
+        part (nn.Module): the part that is exported.
+
+    Returns:
+        list[str]: a sentence, or none if that is all of the model.
+    """
     if part is model:
         return []
     inside = set(part.modules())

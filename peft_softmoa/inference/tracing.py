@@ -107,9 +107,12 @@ def find_audio_part(model: Any, batch: Mapping[str, Tensor]) -> Any:
     Raises:
         ExportError: if no part takes these inputs and nothing else.
     """
-    writes = getattr(model.config, "is_encoder_decoder", False) and model.can_generate()
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for part in (*([] if writes else [model]), model.get_encoder("audio"), model.get_encoder(), *models[1:]):
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    # transformers returns the model itself where it finds no encoder.
+    parts = [part for part in (model.get_encoder("audio"), model.get_encoder(), *inner) if part is not model]
+    if not (getattr(model.config, "is_encoder_decoder", False) and model.can_generate()):
+        parts.insert(0, model)
+    for part in parts:
         if next(iter(inspect.signature(part.forward).parameters)) in batch:
             break
     else:
@@ -143,10 +146,10 @@ def trace(part: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Any, list
     free = [[axis for axis, sizes in enumerate(zip(*each)) if len(set(sizes)) > 1] for each in shapes]
     titles = [{axis: "batch" if axis == 0 else "length" for axis in each} for each in free]
     with torch.no_grad():
-        found = part(**chosen[0])
-        outputs = [name for name in OUTPUTS if isinstance(found.get(name), Tensor)]
         try:
             with _quietly():
+                found = part(**chosen[0])
+                outputs = [name for name in OUTPUTS if isinstance(found.get(name), Tensor)]
                 program = torch.onnx.export(
                     _Part(part, names, outputs).eval(),
                     tuple(chosen[0].values()),
@@ -175,12 +178,18 @@ def compare(part: Any, path: Path, batches: Sequence[Mapping[str, Tensor]]) -> l
 
     Returns:
         list[Comparison]: one for each batch.
+
+    Raises:
+        ExportError: if ONNX Runtime cannot run the file on one of them.
     """
     session = open_session(path)
     outputs = [each.name for each in session.get_outputs()]
     comparisons = []
     for batch in batches:
-        given = session.run(outputs, {name: tensor.numpy() for name, tensor in batch.items()})
+        try:
+            given = session.run(outputs, {name: tensor.numpy() for name, tensor in batch.items()})
+        except Exception as error:  # each of its errors has a class of its own
+            raise ExportError(_reason(part, "length" in session.get_inputs()[0].shape, error)) from error
         with torch.inference_mode():
             found = part(**batch)
         expected = [found[name].numpy() for name in outputs]

@@ -29,8 +29,8 @@ from transformers import (
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.cli import main
-from peft_softmoa.inference.export import export_adapter
-from peft_softmoa.inference.tracing import PACKAGES, ExportError, compare
+from peft_softmoa.inference.export import describe_rest, export_adapter
+from peft_softmoa.inference.tracing import PACKAGES, ExportError, compare, make_batches
 
 LABELS = ["cat", "dog", "owl"]
 WAVE_HEAD = ["projector", "classifier"]
@@ -133,7 +133,7 @@ def test_the_file_says_what_pytorch_says(kind, fields, tmp_path, capsys):
     metadata = onnxruntime.InferenceSession(folder / "model.onnx").get_modelmeta().custom_metadata_map
     config = AutoConfig.from_pretrained(folder)
     if kind == "CTC":
-        assert "labels" not in metadata and "no tokenizer" not in printed
+        assert "labels" not in metadata
         assert "Neither the adapter nor its base model has a tokenizer" in printed
     else:
         assert json.loads(metadata["labels"]) == LABELS == list(config.id2label.values())
@@ -159,29 +159,25 @@ def test_of_a_model_that_writes_text_the_encoder_is_exported(tmp_path):
     torch.testing.assert_close(found, output.encoder_last_hidden_state, atol=1e-4, rtol=0)
 
 
-def test_a_note_names_what_of_the_adapter_is_not_in_the_file(tmp_path):
-    save_adapter(
-        tmp_path, "speech to text", target_modules=["model.encoder.layers.0.fc2", "model.decoder.layers.1.fc2"]
-    )
-    written = export_adapter(tmp_path / "adapter", tmp_path / "onnx", show_progress=False)
-    assert written.notes[0].endswith("what the adapter changes there neither: model.decoder.layers.1.fc2.")
+def test_a_note_names_what_of_the_adapter_is_not_in_the_file():
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(WhisperConfig(**WHISPER))
+    targets = ["model.encoder.layers.0.fc2", "model.decoder.layers.1.fc2"]
+    base = get_peft_model(model, SoftMoAConfig(target_modules=targets)).get_base_model()
+    [note] = describe_rest(base, base.get_encoder())
+    assert note.endswith("what the adapter changes there neither: model.decoder.layers.1.fc2.")
 
 
-def test_clips_of_a_fixed_length(tmp_path):
-    save_adapter(tmp_path, "Wav2Vec2")
-    written = export_adapter(tmp_path / "adapter", tmp_path / "onnx", seconds=0.25, show_progress=False)
-    assert written.inputs == {"input_values": ["batch", 4000], "attention_mask": ["batch", 4000]}
-    with pytest.raises(ValueError, match="`seconds` must be positive, got 0"):
-        export_adapter(tmp_path / "adapter", tmp_path / "onnx", seconds=0, show_progress=False)
-
-
-def test_the_tokenizer_of_a_ctc_model_is_saved(tmp_path):
+def test_clips_of_a_fixed_length_and_a_tokenizer(tmp_path):
     save_adapter(tmp_path, "CTC")
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefg"])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     Wav2Vec2CTCTokenizer(tmp_path / "vocab.json").save_pretrained(tmp_path / "adapter")
-    written = export_adapter(tmp_path / "adapter", tmp_path / "onnx", show_progress=False)
+    written = export_adapter(tmp_path / "adapter", tmp_path / "onnx", seconds=0.25, show_progress=False)
+    assert written.inputs == {"input_values": ["batch", 4000], "attention_mask": ["batch", 4000]}
     assert written.notes == [] and json.loads((tmp_path / "onnx" / "vocab.json").read_text()) == vocabulary
+    with pytest.raises(ValueError, match="`seconds` must be positive, got 0"):
+        make_batches(Wav2Vec2FeatureExtractor(), seconds=0)
 
 
 def test_the_example_and_another_base_model(tmp_path, capsys):
