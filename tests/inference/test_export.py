@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import onnxruntime
 import pytest
@@ -157,6 +158,19 @@ def test_of_a_model_that_writes_text_the_encoder_is_exported(tmp_path):
         output = model(**inputs, decoder_input_ids=torch.ones(4, 2, dtype=torch.long))
     found = run(tmp_path / "onnx", inputs, "last_hidden_state")
     torch.testing.assert_close(found, output.encoder_last_hidden_state, atol=1e-4, rtol=0)
+
+
+@pytest.mark.real_audio
+def test_whisper_as_it_is_stored(tmp_path):
+    """In half precision, for spectrograms of 30 seconds."""
+    folder = os.environ.get("SOFTMOA_WHISPER")
+    if not folder:
+        pytest.skip("needs a real Whisper: set SOFTMOA_WHISPER to a folder with whisper-tiny.en as it is published")
+    model = WhisperForAudioClassification.from_pretrained(folder)
+    config = SoftMoAConfig(modules_to_save=WAVE_HEAD, label_names=LABELS, init_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    written = export_adapter(tmp_path / "adapter", tmp_path / "onnx", show_progress=False)
+    assert written.inputs == {"input_features": ["batch", 80, 3000]} and written.largest_difference <= 1e-4
 
 
 def test_a_note_names_what_of_the_adapter_is_not_in_the_file():
