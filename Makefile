@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz quantization models help-pages conformance pythons newest bench bench-quick check format clean
+.PHONY: demo test fuzz quantization models onnx help-pages conformance pythons newest bench bench-quick check format clean
 
 demo: .venv/installed
 	$(BIN)/peft-softmoa demo
@@ -22,8 +22,12 @@ quantization: .venv/installed
 	$(BIN)/python -m pytest tests/test_quantized.py
 
 # Writes the README's table of models, from the outcome of the tests.
-models: .venv/installed
+models: onnx
 	$(PYTEST) --models-table tests/test_families.py tests/calls/test_checkpointing.py
+
+# Every model of the table as an ONNX file, instead of the few that `make test` writes.
+onnx: .venv/installed
+	SOFTMOA_ONNX=all $(PYTEST) tests/inference/test_export_families.py
 
 # Writes the pages that `peft-softmoa --help` shows without loading torch, after a change of the options.
 help-pages: .venv/installed

@@ -70,6 +70,7 @@ class Family:
         prepare: for tests of padding, keeps the frozen model itself from letting padding in.
         read: how many of the tokens of a clip read nothing beyond its end. Default: all.
         checkpoints: whether transformers can checkpoint its layers.
+        onnx: what of it can be written as an ONNX file, and for clips of which lengths, or why nothing can.
         listed: whether the documentation names it; the others are there because the search goes by structure.
     """
 
@@ -83,6 +84,7 @@ class Family:
     prepare: Callable[[nn.Module], None] = lambda model: None
     read: Callable[[int], int] = lambda tokens: tokens
     checkpoints: bool = True
+    onnx: str = "any length"
     listed: bool = True
 
 
@@ -300,6 +302,7 @@ FAMILIES = {
             ),
             _spectrograms(40, 16, "input_values", transposed=False),
             encode=_encoder_of("audio_spectrogram_transformer"), unmasked="fixed length",
+            onnx="fixed length",
         ),
         Family("Wav2Vec2", lambda: (tf.Wav2Vec2Model, tf.Wav2Vec2Config(**MASKED_WAVE)), waves, masked=True),
         Family(
@@ -345,6 +348,7 @@ FAMILIES = {
                 )
             ),
             waves, masked=True,
+            onnx="one length",
         ),
         Family(
             "Data2VecAudio",
@@ -360,15 +364,18 @@ FAMILIES = {
             "Whisper, classification",
             lambda: (tf.WhisperForAudioClassification, tf.WhisperConfig(**WHISPER)),
             _spectrograms(40, 8), encode=_encoder_of("encoder"), unmasked="fixed length, drops the mask",
+            onnx="fixed length",
         ),
         Family(
             "Whisper, speech to text",
             lambda: (tf.WhisperForConditionalGeneration, tf.WhisperConfig(**WHISPER)),
             _whisper_s2t, encode=_encoder_state, unmasked="fixed length, drops the mask",
+            onnx="encoder, fixed length",
         ),
         Family(
             "CLAP", _clap, _clap_inputs, encode=_encoder_of("audio_model"), checkpoints=False,
             unmasked="fixed length, routes in windows",
+            onnx="encoder, fixed length",
         ),
         Family(
             "SpeechT5",
@@ -382,6 +389,7 @@ FAMILIES = {
                 )
             ),
             _with_text(waves), masked=True, encode=_encoder_state,
+            onnx="encoder, any length",
         ),
         Family(
             "Speech2Text",
@@ -394,10 +402,12 @@ FAMILIES = {
                 )
             ),
             _with_text(features(8)), masked=True, encode=_encoder_state, lengths=(20, 40),
+            onnx="encoder, any length",
         ),
         Family(
             "SeamlessM4T v2", _seamless, _with_text(features(8)), masked=True,
             encode=_encoder_of("speech_encoder.encoder"), lengths=(20, 40), prepare=_prepare_seamless,
+            onnx="encoder, any length",
         ),
         Family(
             "Moonshine",
@@ -409,6 +419,7 @@ FAMILIES = {
                 )
             ),
             _with_text(waves), masked=True, encode=_encoder_state, lengths=(1920, 3840), prepare=_prepare_moonshine,
+            onnx="encoder, one length",
         ),
         Family(
             "Parakeet-CTC", _parakeet, features(8), masked=True, encode=_encoder_of("encoder"),
@@ -417,8 +428,12 @@ FAMILIES = {
         Family(
             "Qwen2-Audio", _qwen2_audio, _qwen2_audio_inputs, masked=True, encode=_qwen2_audio_tokens,
             prepare=_prepare_qwen2_audio,
+            onnx="no: the model makes the encoder's mask",
         ),
-        Family("Voxtral", _voxtral, _voxtral_inputs, encode=_encoder_of("model.audio_tower"), unmasked="fixed length"),
+        Family(
+            "Voxtral", _voxtral, _voxtral_inputs, encode=_encoder_of("model.audio_tower"), unmasked="fixed length",
+            onnx="encoder, fixed length",
+        ),
         Family(
             "Pop2Piano",
             lambda: (tf.Pop2PianoForConditionalGeneration,
@@ -427,6 +442,7 @@ FAMILIES = {
                 )
             ),
             _with_text(features(16)), masked=True, encode=_encoder_state, lengths=(20, 40), listed=False,
+            onnx="no: the encoder reads embeddings",
         ),
         Family(
             "LASR-CTC",
@@ -466,6 +482,7 @@ FAMILIES = {
         Family(
             "Qwen2.5-Omni",
             _qwen2_5_omni, _packed_inputs, lengths=(36, 56), unmasked="packs, routes in windows", listed=False,
+            onnx="no: lengths of packed clips decide shapes",
         ),
     )
 }  # fmt: skip

@@ -12,7 +12,7 @@ from test_families import PLACEMENTS, PLACES
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- models: written by tests/models_table.py -->\n", "<!-- end of models -->\n"
 CHECKPOINTING = "test_gradients_are_the_same"
-HEADING = ["model", "attention", "feed-forward", "placements that work", "padding", "gradient checkpointing"]
+HEADING = ["model", "attention", "feed-forward", "placements that work", "padding", "gradient checkpointing", "ONNX"]
 
 
 class Outcomes:
@@ -65,6 +65,7 @@ def row(family: Family, outcomes: Outcomes) -> list[str]:
         "all" if placed == list(PLACEMENTS) else ", ".join(placed) or "none",
         f"no effect: {', '.join(padding)}" if padding else family.unmasked,
         checkpointing[0] if checkpointing else "none in transformers",
+        family.onnx,
     ]
 
 

@@ -12,6 +12,7 @@ VERBS: dict[str, str] = {
     "targets": "Show what an adapter would adapt in a model, and how many parameters it would train.",
     "check": "Show what somebody's adapter would change, from its files alone, or refuse it.",
     "inspect": "Write a report of what the experts of an adapter do.",
+    "export": "Write a model with its adapter as an ONNX file, and compare it with PyTorch.",
     "recipes": "List the training recipes and Accelerate configs that come with the package, or print one.",
     "demo": "Train an adapter on synthesised sounds and use it, in a minute or two, without a network.",
 }

@@ -17,6 +17,7 @@ def load_adapter(
     adapter: str,
     revision: Optional[str] = None,
     *,
+    base_model: Optional[str] = None,
     device: Union[str, torch.device, None] = None,
     dtype: Union[str, torch.dtype, None] = None,
 ) -> tuple[PeftModel, Any]:
@@ -25,6 +26,7 @@ def load_adapter(
     Args:
         adapter (str): folder of the adapter, or its id on the Hub.
         revision (str, optional): branch, tag or commit of the adapter.
+        base_model (str, optional): folder or id of the base model. Default: what the adapter says.
         device (str or torch.device, optional): where the model is put. Default: the device that Accelerate chooses.
         dtype (str or torch.dtype, optional): dtype of the base model, such as `"float32"`. Default: as it is stored.
 
@@ -37,9 +39,9 @@ def load_adapter(
         OSError: if the adapter or its base model cannot be read.
     """
     config = PeftConfig.from_pretrained(adapter, revision=revision)
-    base, base_revision = config.base_model_name_or_path, config.revision
+    base, base_revision = (base_model, None) if base_model else (config.base_model_name_or_path, config.revision)
     if not base:
-        raise ValueError(f"The config of '{adapter}' does not name its base model (`base_model_name_or_path`).")
+        raise ValueError(f"The config of '{adapter}' does not name its base model: give `base_model`.")
     names = (
         (config.auto_mapping or {}).get("base_model_class"),
         *(AutoConfig.from_pretrained(base, revision=base_revision).architectures or ()),
