@@ -11,6 +11,7 @@ from contextlib import contextmanager
 # A row of transformers' report after loading a model, whose status may be in colour.
 ROW = re.compile(r"^(\S.*?) +\| +(?:\x1b\[[0-9;]*m)*(MISSING|MISMATCH|UNEXPECTED|CONVERSION)\b", re.MULTILINE)
 LOGGER = "transformers.modeling_utils"
+SILENT = ("At least one mel filter has all zero values", "`is_gradient_checkpointing` is deprecated")
 
 
 @contextmanager
@@ -22,7 +23,8 @@ def quiet_loading(new: Iterable[str] | None = ()) -> Iterator[None]:
 
     Silent are transformers' report of a model's weights if all that it names is new or has another size on purpose, and
     its warning that a mel filter is all zeros: saved feature extractors are those that the model was trained with, and
-    the lowest of 128 mel bands is narrower than what 512 samples tell apart. Every other report is logged as it is.
+    the lowest of 128 mel bands is narrower than what 512 samples tell apart. So is the warning that PEFT, when it wraps
+    a model, asks transformers for `is_gradient_checkpointing` by its old name. Every other report and warning stays.
 
     Args:
         new (iterable of str, optional): modules that are new on purpose, such as `modules_to_save`: names, or endings
@@ -33,7 +35,8 @@ def quiet_loading(new: Iterable[str] | None = ()) -> Iterator[None]:
     logger.addFilter(report)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
+            for message in SILENT:
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         logger.removeFilter(report)

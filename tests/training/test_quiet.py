@@ -89,6 +89,6 @@ def test_loading_an_adapter_is_quiet(backbone, tmp_path, caplog):
     model.save_pretrained(tmp_path / "adapter")
     caplog.clear()
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="At least one mel filter")
+        warnings.simplefilter("error")
         load_adapter(str(tmp_path / "adapter"))
     assert not reports(caplog)
