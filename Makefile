@@ -38,7 +38,8 @@ conformance: .venv/installed
 	$(BIN)/python tests/conformance/run.py
 
 # What depends on the versions of Python and of the libraries.
-VERSIONED := tests/test_registration.py tests/test_model.py tests/test_sharing.py tests/method/test_mixture.py
+VERSIONED := tests/test_registration.py tests/test_model.py tests/test_sharing.py tests/method/test_mixture.py \
+    tests/commands/test_help_pages.py tests/commands/test_parser.py
 
 # The same on other Pythons: make pythons PYTHONS="python3.10 python3.13"
 PYTHONS ?= python3.10 python3.12 python3.13

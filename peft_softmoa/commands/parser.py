@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import textwrap
-from argparse import Action, ArgumentParser, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, Optional
@@ -60,7 +60,7 @@ class CommandParser(HfArgumentParser):
             )
         self.add_argument("-h", "--help", action="help", help="Show this page.")
         if hidden:
-            self.add_argument("--help-all", action=_ShowAll, nargs=0, help="Show all options.")
+            self.add_argument("--help-all", action=_ShowAll, nargs=0, default=SUPPRESS, help="Show all options.")
 
     def add_argument(self, *names: Any, **options: Any) -> Action:
         """Add an argument, as in `argparse`.
@@ -145,7 +145,6 @@ class CommandParser(HfArgumentParser):
             message (str): what is wrong.
         """
         self.exit(2, f"{self.prog}: {message}\nSee `{self.prog} --help`.\n")
-        raise AssertionError("exit() does not return")
 
     def format_help(self, show_all: bool = False) -> str:
         """The verb's page, the same with all versions of Python and on terminals of any width.
@@ -241,6 +240,6 @@ def _entry(term: str, action: Action) -> Iterator[str]:
 
 
 def _default(action: Action) -> Optional[str]:
-    if action.nargs == 0 or action.default in (None, "", [], "==SUPPRESS=="):
+    if action.nargs == 0 or action.default in (None, "", [], SUPPRESS):
         return None
     return " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)

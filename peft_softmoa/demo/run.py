@@ -15,6 +15,7 @@ from transformers import pipeline
 
 from ..commands.train import main as train
 from ..training import decode_audio
+from ..training.quiet import quiet_loading
 from .sounds import SAMPLING_RATE, SOUNDS, synthesise, write_dataset
 
 BASE_MODEL = Path(__file__).with_name("ast-small")
@@ -73,7 +74,8 @@ def run_demo(folder: Path) -> DemoResult:
     accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
 
     # From here on as somebody else would who has the adapter: load it by name and classify a file.
-    classifier = pipeline("audio-classification", model=str(folder / "adapter"))
+    with quiet_loading(["classifier"]):
+        classifier = pipeline("audio-classification", model=str(folder / "adapter"))
     label = "siren"
     clip = folder / f"{label}.wav"
     soundfile.write(clip, synthesise(label, np.random.default_rng(1)), SAMPLING_RATE)

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import FEATURE_EXTRACTOR_NAME
 from transformers.utils.hub import cached_file
 
+from ..training.quiet import quiet_loading
+
 
 def load_adapter(
     adapter: str,
@@ -50,11 +52,13 @@ def load_adapter(
     if model_class is None:
         raise ValueError(f"The base model '{base}' of '{adapter}' does not say which class of transformers it is.")
     options = {} if dtype is None else {"dtype": dtype}
-    model = PeftModel.from_pretrained(
-        model_class.from_pretrained(base, revision=base_revision, **options), adapter, revision=revision
-    )
+    # The adapter brings along what it has trained whole.
+    with quiet_loading(config.modules_to_save):
+        base_model = model_class.from_pretrained(base, revision=base_revision, **options)
+        model = PeftModel.from_pretrained(base_model, adapter, revision=revision)
     own = cached_file(adapter, FEATURE_EXTRACTOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     where = (adapter, revision) if own else (base, base_revision)
     extractors: Any = AutoFeatureExtractor
-    feature_extractor = extractors.from_pretrained(where[0], revision=where[1])
+    with quiet_loading():
+        feature_extractor = extractors.from_pretrained(where[0], revision=where[1])
     return model.eval().to(device or PartialState().default_device), feature_extractor

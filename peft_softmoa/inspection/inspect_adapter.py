@@ -101,7 +101,7 @@ def inspect_adapter(
         )
         stream.extract.min_samples = shortest_clip(model, feature_extractor)
         total = max_clips or (len(stream) if stream.summary else None)
-        clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total)
+        clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total, disable=None)
         batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))
         report = expert_report(
             model, prepare_batches(model, batches), label_names=stream.label_names, show_progress=False

@@ -209,7 +209,9 @@ def expert_report(
     model.eval()
     try:
         with record_routing(model) as records, torch.no_grad():
-            for batch in tqdm(dataloader, desc="Recording experts", unit=" batches", disable=not show_progress):
+            for batch in tqdm(
+                dataloader, desc="Recording experts", unit=" batches", disable=None if show_progress else True
+            ):
                 if not isinstance(batch, Mapping):
                     raise ValueError(
                         f"A batch must be a dict of the model's inputs, got {type(batch).__name__}. Use the Trainer's "

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from .clips import FRAME_SECONDS, ClipReading
 from .maps import ReadingMap
@@ -87,7 +88,8 @@ def reading_section(report: ExpertReport, reading: ClipReading) -> Section:
     caption = "Bright is where a slot reads more than one that reads all tokens alike."
     if reading.grid:
         caption += " Elsewhere are tokens without a place, such as class tokens."
-    for record, found in zip(reading.records, reading.maps):
+    maps = list(zip(reading.records, reading.maps))
+    for record, found in tqdm(maps, desc="Drawing the clip", unit=" blocks", delay=1, leave=False, disable=None):
         if found is not None:
             name = report.names[record.block, record.adapter]
             peaks = "; ".join(_describe_peak(peak) for peak in find_peaks(found, reading))

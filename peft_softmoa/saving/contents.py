@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from tqdm.auto import tqdm
 
 from ..config import SoftMoAConfig
 from ..method.experts import PatchGrid
@@ -179,7 +180,17 @@ def _check_blocks(path: str, blocks: dict[str, dict[str, tuple[int, ...]]], conf
 
 def _check_finite(path: str) -> None:
     """Check that all values are numbers; the header has been checked before."""
-    with open(path, "rb") as file:
+    # Heads may be large; a bar shows after a second.
+    bar = tqdm(
+        desc="Checking values",
+        total=os.path.getsize(path),
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        leave=False,
+        disable=None,
+    )
+    with open(path, "rb") as file, bar:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         start = file.tell()
         header.pop("__metadata__", None)
@@ -188,6 +199,7 @@ def _check_finite(path: str) -> None:
             file.seek(start + begin)
             for place in range(begin, end if entry["dtype"] in FLOATS else begin, PIECE):
                 piece = bytearray(file.read(min(PIECE, end - place)))
+                bar.update(len(piece))
                 values = torch.frombuffer(piece, dtype=FLOATS[entry["dtype"]])
                 # torch has no such function for eight bits.
                 if not (values.float() if values.itemsize == 1 else values).isfinite().all():

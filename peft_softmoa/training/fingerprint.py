@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from datasets import DatasetBuilder
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..targets.clip_length import base_parameters
 from .audio import name_and_content
@@ -107,11 +108,20 @@ def fingerprint_weights(model: nn.Module) -> str:
     digest = _digest()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # An adapter's length of clips is no part of the base model.
-    for name, tensor in {**model.state_dict(), **base_parameters(model)}.items():
-        if name not in trained and isinstance(tensor, Tensor):
+    frozen = {
+        name: tensor
+        for name, tensor in {**model.state_dict(), **base_parameters(model)}.items()
+        if name not in trained and isinstance(tensor, Tensor)
+    }
+    total = sum(tensor.nbytes for tensor in frozen.values())
+    with tqdm(
+        desc="Fingerprint of the base model", total=total, unit="B", unit_scale=True, delay=1, leave=False, disable=None
+    ) as progress:
+        for name, tensor in frozen.items():
             _add(digest, name, tensor.dtype, tuple(tensor.shape))
             if not tensor.is_meta:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            progress.update(tensor.nbytes)
     return digest.hexdigest()
 
 

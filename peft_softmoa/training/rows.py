@@ -196,16 +196,17 @@ def summarize_rows(
     check_columns(column_names(rows), columns, name)
     counts: Counter[str] = Counter()
     rows_per_shard = []
-    with tqdm(desc=f"Reading labels of {name}", unit=" rows", leave=False) as progress:
+    with tqdm(desc=f"Reading labels of {name}", unit=" rows", leave=False, disable=None) as progress:
         for index in range(rows.num_shards):
-            before = progress.n
+            count = 0  # a bar that is not shown counts nothing
             for row in rows.shard(rows.num_shards, index).select_columns(columns):
                 target = task.parse({column: row[column] for column in label_columns}, name)
                 counts.update(set(task.labels_in(target)))
                 if digest is not None:
                     digest.add(target, row[audio_column] if audio_column else None)
+                count += 1
                 progress.update()
-            rows_per_shard.append(progress.n - before)
+            rows_per_shard.append(count)
     if not sum(rows_per_shard):
         raise ValueError(f"No rows are left of {name}: check the split and the selection of rows.")
     return DatasetSummary(sum(rows_per_shard), tuple(sorted(counts)), tuple(rows_per_shard), counts)

@@ -70,12 +70,14 @@ def test_demo(demo):
     assert re.search(r"Trainable parameters: [\d,]+\n", done.stdout)
     assert re.search(r"Size of the adapter on disk: \d+ KiB", done.stdout)
     assert "A fresh WAV file with a siren: the reloaded adapter says siren" in done.stdout
+    assert "LOAD REPORT" not in done.stderr and "mel filter" not in done.stderr
     assert {path.name for path in folder.iterdir()} == {"adapter", "siren.wav", "sounds"}
 
 
 def test_inspect(installed, demo):
     folder, _ = demo
-    installed(*readme_commands()[1])
+    done = installed(*readme_commands()[1])
+    assert "LOAD REPORT" not in done.stderr and "mel filter" not in done.stderr
     picture = Path(re.search(r"!\[.*?\]\((examples/inspection/.*?)\)", README).group(1)).name
     assert (folder / "inspection" / picture).exists()
 
