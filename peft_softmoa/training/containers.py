@@ -28,6 +28,7 @@ class Source(io.RawIOBase):
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._start = 0
+        self._replaced: dict[int, int] = {}
         self.error: Optional[OSError] = None
         self.bytes_read = 0
         self.size = file.seek(0, os.SEEK_END)
@@ -56,12 +57,16 @@ class Source(io.RawIOBase):
         return self._file.tell() - self._start
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        start = self.tell()
         try:
             content = self._file.read(len(buffer))
         except OSError as error:
             self.error = error
             return 0
         buffer[: len(content)] = content
+        for place, byte in self._replaced.items():
+            if 0 <= (offset := place - start) < len(content):
+                buffer[offset] = byte
         self.bytes_read += len(content)
         return len(content)
 
@@ -77,6 +82,15 @@ class Source(io.RawIOBase):
         """
         self.seek(place)
         return self.read(count) or b""
+
+    def replace(self, place: int, content: bytes) -> None:
+        """Read other bytes at a place than the file has.
+
+        Args:
+            place (int): the place.
+            content (bytes): the bytes.
+        """
+        self._replaced.update(enumerate(content, place))
 
     def close(self) -> None:
         self._file.close()
@@ -130,7 +144,7 @@ def needs_ffmpeg(source: Source) -> bool:
         return True
     if head.startswith(b"OggS"):
         codec = head[28:36]
-        return not codec.startswith((b"\x01vorbis", b"OpusHead")) or _is_chained(source)
+        return not codec.startswith((b"\x01vorbis", b"OpusHead")) or is_chained(source)
     # Between blocks libsndfile seeks, which is not exact in MP3, and it believes a length that is guessed.
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
         return True
@@ -193,8 +207,15 @@ def _has_last_page(source: Source) -> bool:
     return has_end and len(content) >= page + 27 + len(segments) + sum(segments)
 
 
-def _is_chained(source: Source) -> bool:
-    """Whether another Ogg stream follows the first."""
+def is_chained(source: Source) -> bool:
+    """Whether another Ogg stream follows the first.
+
+    Args:
+        source (Source): the file.
+
+    Returns:
+        bool: True if one does.
+    """
     overlap, place, block = 5, 28, 2**20
     while place < source.size:
         content = source.read_at(place, block + overlap)
@@ -204,13 +225,29 @@ def _is_chained(source: Source) -> bool:
     return False
 
 
+def hide_constant_rate(source: Source) -> None:
+    """Let an MP3 of a constant rate look as if its rate varied: else FFmpeg computes places in it, and is not exact.
+
+    Args:
+        source (Source): the file.
+    """
+    place = _xing_place(source.read_at(0, 4).ljust(4, b"\0"))
+    if source.read_at(place, 4) == b"Info":
+        source.replace(place, b"Xing")
+
+
+def _xing_place(head: bytes) -> int:
+    """Where a Xing header is in the first frame of an MP3."""
+    stereo, mpeg1 = head[3] >> 6 != 3, head[1] >> 3 & 3 == 3
+    return 4 + (32 if stereo else 17) if mpeg1 else 4 + (17 if stereo else 9)
+
+
 def _mp3_length(source: Source) -> int:
     """Number of bytes that the first frame of an MP3 declares, or 0."""
     head = source.read_at(0, 200).ljust(200, b"\0")
-    stereo, mpeg1 = head[3] >> 6 != 3, head[1] >> 3 & 3 == 3
-    place = 4 + (32 if stereo else 17) if mpeg1 else 4 + (17 if stereo else 9)
     if head[36:40] == b"VBRI":
         return int.from_bytes(head[46:50], "big")
+    place = _xing_place(head)
     if head[place : place + 4] not in (b"Xing", b"Info"):
         return 0
     flags = int.from_bytes(head[place + 4 : place + 8], "big")
