@@ -15,8 +15,8 @@ from typing import Any, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
-from .containers import Source
-from .decoders import DecodeError, Decoder, Samples, open_decoder
+from .containers import DecodeError, Source
+from .decoders import Decoder, Samples, open_decoder
 from .network import read_url
 
 # Shorter clips are decoded whole before a part is cut out.

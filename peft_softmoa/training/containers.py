@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ HEADER_BYTES = 44
 UNKNOWN_SIZE = 2**31 - 2**12
 OGG_PAGE = 65_307  # bytes, at most
 XING_FRAMES, XING_BYTES = 1, 2
+RATES, MOST_CHANNELS = (1_000, 1_000_000), 256
+
+
+class DecodeError(Exception):
+    """What is wrong with the content of an audio file."""
 
 
 class Source(io.RawIOBase):
@@ -110,7 +116,7 @@ def is_truncated(source: Source) -> bool:
         source (Source): the file.
 
     Returns:
-        bool: True if the end of RIFF, RF64, Wave64, AIFF, CAF, AU, VOC, MP3 or Ogg is missing; up to 44 bytes may be.
+        bool: True if the end of RIFF, RF64, Wave64, AIFF, CAF, AU, VOC, NIST, MP3 or Ogg is missing, beyond 44 bytes.
     """
     head = source.read_at(0, 40)
     if head.startswith(b"OggS"):
@@ -121,6 +127,8 @@ def is_truncated(source: Source) -> bool:
         return size < UNKNOWN_SIZE and start + size - source.size > HEADER_BYTES
     if head.startswith(b"Creative Voice File\x1a"):
         return _voice_end(source, int.from_bytes(head[20:22], "little")) > source.size + HEADER_BYTES
+    if head.startswith(b"NIST_1A"):
+        return _sphere_end(source) - source.size > HEADER_BYTES
     if head[:1] == b"\xff":
         return _mp3_length(source) - source.size > HEADER_BYTES
     for chunk in _chunks(source, head):
@@ -128,6 +136,22 @@ def is_truncated(source: Source) -> bool:
             known = chunk.size < UNKNOWN_SIZE or (head.startswith((b"RF64", b"riff", b"caff")) and chunk.size < 2**62)
             return known and chunk.start + chunk.size - source.size > HEADER_BYTES
     return False
+
+
+def check_header(rate: int, channels: int) -> None:
+    """Refuse what no clip has, before memory for it is claimed.
+
+    Args:
+        rate (int): the sampling rate, in Hz.
+        channels (int): the number of channels.
+
+    Raises:
+        DecodeError: if one of them is out of its range.
+    """
+    if not RATES[0] <= rate <= RATES[1]:
+        raise DecodeError(f"unreadable (a sampling rate of {rate} Hz; from {RATES[0]} to {RATES[1]} are allowed)")
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise DecodeError(f"unreadable ({channels} channels; from 1 to {MOST_CHANNELS} are allowed)")
 
 
 def needs_ffmpeg(source: Source) -> bool:
@@ -198,6 +222,17 @@ def _voice_end(source: Source, place: int) -> int:
     return place
 
 
+def _sphere_end(source: Source) -> int:
+    """Where the samples of a NIST SPHERE file end, or 0 if its header does not say it."""
+    head = source.read_at(0, 1024)
+    fields = dict(re.findall(rb"(sample_count|channel_count|sample_n_bytes) -i (\d+)", head))
+    start = re.match(rb"NIST_1A\s+(\d+)", head)
+    # Shorten packs the samples of some corpora.
+    if len(fields) < 3 or not start or b"shorten" in head:
+        return 0
+    return int(start[1]) + math.prod(map(int, fields.values()))
+
+
 def _has_last_page(source: Source) -> bool:
     # The last page of an Ogg stream has the end-of-stream bit, and its length in a table of segments.
     content = source.read_at(max(source.size - 2 * OGG_PAGE, 0), 2 * OGG_PAGE)
@@ -208,7 +243,7 @@ def _has_last_page(source: Source) -> bool:
 
 
 def is_chained(source: Source) -> bool:
-    """Whether another Ogg stream follows the first.
+    """Whether another stream follows the first, as in chained Ogg, or MP3 with tags that were joined.
 
     Args:
         source (Source): the file.
@@ -217,9 +252,10 @@ def is_chained(source: Source) -> bool:
         bool: True if one does.
     """
     overlap, place, block = 5, 28, 2**20
+    start = re.compile(rb"OggS\0\x02|ID3[\x02-\x04]\0")
     while place < source.size:
         content = source.read_at(place, block + overlap)
-        if b"OggS\x00\x02" in content:
+        if start.search(content):
             return True
         place += block
     return False

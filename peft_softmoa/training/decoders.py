@@ -9,11 +9,10 @@ from typing import Any, Optional, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .containers import Source, hide_constant_rate, is_chained, is_truncated, needs_ffmpeg
+from .containers import DecodeError, Source, check_header, hide_constant_rate, is_chained, is_truncated, needs_ffmpeg
 
 Samples = npt.NDArray[np.float32]
 BLOCK_FRAMES = 65_536
-RATES, MOST_CHANNELS = (1_000, 1_000_000), 256
 # Without those that read other files, such as playlists.
 FFMPEG_FORMATS = "aac,ac3,aiff,amr,ape,asf,au,caf,flac,matroska,mov,mp3,ogg,tta,voc,w64,wav,wv"
 READABLE = "WAV, AIFF, AU, CAF, VOC, FLAC, MP3, Ogg, Opus, M4A, MP4, AAC, WebM, WMA, 3GP, AMR and WavPack"
@@ -22,10 +21,6 @@ READABLE = "WAV, AIFF, AU, CAF, VOC, FLAC, MP3, Ogg, Opus, M4A, MP4, AAC, WebM, 
 TOLERANCE, ASF_TOLERANCE = 0.06, 0.5
 PREROLL_SECONDS = 0.5  # what codecs need in front of a place: MP3 the bits of earlier frames, Opus 80 ms
 END = 2**62  # behind all frames: a seek goes to the last packet
-
-
-class DecodeError(Exception):
-    """What is wrong with the content of an audio file."""
 
 
 class Decoder(Protocol):
@@ -93,13 +88,6 @@ class _Unreadable(DecodeError):
         super().__init__(f"unreadable ({reason}), where audio files are {READABLE}: convert it to one of them")
 
 
-def _check(rate: int, channels: int) -> None:
-    if not RATES[0] <= rate <= RATES[1]:
-        raise DecodeError(f"unreadable (a sampling rate of {rate} Hz; from {RATES[0]} to {RATES[1]} are allowed)")
-    if not 1 <= channels <= MOST_CHANNELS:
-        raise DecodeError(f"unreadable ({channels} channels; from 1 to {MOST_CHANNELS} are allowed)")
-
-
 class SoundfileDecoder:
     """Decoder of libsndfile.
 
@@ -115,7 +103,7 @@ class SoundfileDecoder:
         with self._open() as file:
             self.sampling_rate: int = file.samplerate
             self.can_seek: bool = file.seekable()
-            _check(self.sampling_rate, file.channels)
+            check_header(self.sampling_rate, file.channels)
 
     def blocks(self, start: int = 0) -> Iterator[Samples]:
         import soundfile
@@ -167,11 +155,11 @@ class FfmpegDecoder:
         with self._open() as container:
             stream = container.streams.audio[0]
             self.sampling_rate: int = stream.codec_context.sample_rate
-            _check(self.sampling_rate, stream.codec_context.channels)
+            check_header(self.sampling_rate, stream.codec_context.channels)
             self._format = container.format.name
             self._declared = self._declared_seconds(container, stream)
-        # A chain counts its time from 0 again.
-        self.can_seek = self._format != "ogg" or not is_chained(source)
+        # The times of packets say less than what is decoded: Ogg counts from 0 again, and a tag is taken for a packet.
+        self.can_seek = self._format not in ("aac", "mp3", "ogg") or not is_chained(source)
         self._count: Optional[int] = None
         # FFmpeg remembers in it where the packets are.
         self._sought: Any = None
@@ -253,8 +241,12 @@ class FfmpegDecoder:
                 self._sought = self._open()
                 self._origin = self._place(next(self._sought.decode(audio=0)))
             stream = self._sought.streams.audio[0]
-            seconds = max(start / self.sampling_rate - PREROLL_SECONDS, 0) + self._origin / self.sampling_rate
-            self._sought.seek(END if start == END else int(seconds / stream.time_base), stream=stream)
+            seconds = (start + self._origin) / self.sampling_rate
+            if start == END:
+                self._sought.seek(END, stream=stream)
+                seconds = float(next(self._sought.demux(stream)).pts * stream.time_base)
+            seconds = max(seconds - PREROLL_SECONDS, self._origin / self.sampling_rate)
+            self._sought.seek(int(seconds / stream.time_base), stream=stream)
         except (av.error.FFmpegError, StopIteration, TypeError):
             self.can_seek = False
             return None
