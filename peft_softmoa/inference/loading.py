@@ -54,8 +54,8 @@ def load_adapter(
     options = {} if dtype is None else {"dtype": dtype}
     # The adapter brings along what it has trained whole.
     with quiet_loading(config.modules_to_save):
-        base_model = model_class.from_pretrained(base, revision=base_revision, **options)
-        model = PeftModel.from_pretrained(base_model, adapter, revision=revision)
+        loaded = model_class.from_pretrained(base, revision=base_revision, **options)
+        model = PeftModel.from_pretrained(loaded, adapter, revision=revision)
     own = cached_file(adapter, FEATURE_EXTRACTOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     where = (adapter, revision) if own else (base, base_revision)
     extractors: Any = AutoFeatureExtractor

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..training.audio import AudioError
 from ..training.decoders import Samples
-from ..training.layouts import AUDIO
+from ..training.folders import AUDIO
 
 SAMPLE_FORMATS: dict[str, np.dtype[Any]] = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 # At most so much is read from a pipe at once; a pipe gives what is there.

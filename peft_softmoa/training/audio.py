@@ -15,13 +15,13 @@ from typing import Any, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
-from .containers import Source
-from .decoders import DecodeError, Decoder, Samples, open_decoder
+from .containers import DecodeError, Source
+from .decoders import Decoder, Samples, open_decoder
 from .network import read_url
 
 # Shorter clips are decoded whole before a part is cut out.
 WHOLE_SECONDS = 60
-# Around a part, for the filter of the resampler and for codecs that need the frames in front.
+# Around a part, for the filter of the resampler.
 MARGIN_SECONDS = 0.5
 MOST_SAMPLES = 2**28  # one gibibyte; 4.7 hours at 16 kHz
 UNNAMED = "a clip without a name"
@@ -109,11 +109,15 @@ def decode_crop(
         # Both rates meet where a sample of one lies on a sample of the other: so the part has the phase of the whole.
         unit, frames = (each // math.gcd(rate, sampling_rate) for each in (sampling_rate, rate))
         margin = math.ceil(MARGIN_SECONDS * sampling_rate)
-        first = max(start - margin, 0) // unit
-        end = math.ceil((start + length + margin) * rate / sampling_rate)
-        blocks = _cut(decoder.blocks(first * frames), first * frames, end)
-        samples = _resample(name, source, blocks, rate, sampling_rate)
-        return samples[start - first * unit :][:length], start
+        while True:
+            first = max(start - margin, 0) // unit
+            end = math.ceil((start + length + margin) * rate / sampling_rate)
+            blocks = _cut(decoder.blocks(first * frames), first * frames, end)
+            samples = _resample(name, source, blocks, rate, sampling_rate)[start - first * unit :][:length]
+            if len(samples) == length or start == 0:
+                return samples, start
+            # The times of the container leave a gap.
+            start = max(start - length + len(samples), 0)
 
 
 def audio_blocks(

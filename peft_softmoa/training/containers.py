@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ HEADER_BYTES = 44
 UNKNOWN_SIZE = 2**31 - 2**12
 OGG_PAGE = 65_307  # bytes, at most
 XING_FRAMES, XING_BYTES = 1, 2
+RATES, MOST_CHANNELS = (1_000, 1_000_000), 256
+
+
+class DecodeError(Exception):
+    """What is wrong with the content of an audio file."""
 
 
 class Source(io.RawIOBase):
@@ -28,6 +34,7 @@ class Source(io.RawIOBase):
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._start = 0
+        self._replaced: dict[int, int] = {}
         self.error: Optional[OSError] = None
         self.bytes_read = 0
         self.size = file.seek(0, os.SEEK_END)
@@ -56,12 +63,16 @@ class Source(io.RawIOBase):
         return self._file.tell() - self._start
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        start = self.tell()
         try:
             content = self._file.read(len(buffer))
         except OSError as error:
             self.error = error
             return 0
         buffer[: len(content)] = content
+        for place, byte in self._replaced.items():
+            if 0 <= (offset := place - start) < len(content):
+                buffer[offset] = byte
         self.bytes_read += len(content)
         return len(content)
 
@@ -77,6 +88,15 @@ class Source(io.RawIOBase):
         """
         self.seek(place)
         return self.read(count) or b""
+
+    def replace(self, place: int, content: bytes) -> None:
+        """Read other bytes at a place than the file has.
+
+        Args:
+            place (int): the place.
+            content (bytes): the bytes.
+        """
+        self._replaced.update(enumerate(content, place))
 
     def close(self) -> None:
         self._file.close()
@@ -96,7 +116,7 @@ def is_truncated(source: Source) -> bool:
         source (Source): the file.
 
     Returns:
-        bool: True if the end of RIFF, RF64, Wave64, AIFF, CAF, AU, VOC, MP3 or Ogg is missing; up to 44 bytes may be.
+        bool: True if the end of RIFF, RF64, Wave64, AIFF, CAF, AU, VOC, NIST, MP3 or Ogg is missing, beyond 44 bytes.
     """
     head = source.read_at(0, 40)
     if head.startswith(b"OggS"):
@@ -107,6 +127,8 @@ def is_truncated(source: Source) -> bool:
         return size < UNKNOWN_SIZE and start + size - source.size > HEADER_BYTES
     if head.startswith(b"Creative Voice File\x1a"):
         return _voice_end(source, int.from_bytes(head[20:22], "little")) > source.size + HEADER_BYTES
+    if head.startswith(b"NIST_1A"):
+        return _sphere_end(source) - source.size > HEADER_BYTES
     if head[:1] == b"\xff":
         return _mp3_length(source) - source.size > HEADER_BYTES
     for chunk in _chunks(source, head):
@@ -114,6 +136,22 @@ def is_truncated(source: Source) -> bool:
             known = chunk.size < UNKNOWN_SIZE or (head.startswith((b"RF64", b"riff", b"caff")) and chunk.size < 2**62)
             return known and chunk.start + chunk.size - source.size > HEADER_BYTES
     return False
+
+
+def check_header(rate: int, channels: int) -> None:
+    """Refuse what no clip has, before memory for it is claimed.
+
+    Args:
+        rate (int): the sampling rate, in Hz.
+        channels (int): the number of channels.
+
+    Raises:
+        DecodeError: if one of them is out of its range.
+    """
+    if not RATES[0] <= rate <= RATES[1]:
+        raise DecodeError(f"unreadable (a sampling rate of {rate} Hz; from {RATES[0]} to {RATES[1]} are allowed)")
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise DecodeError(f"unreadable ({channels} channels; from 1 to {MOST_CHANNELS} are allowed)")
 
 
 def needs_ffmpeg(source: Source) -> bool:
@@ -130,7 +168,7 @@ def needs_ffmpeg(source: Source) -> bool:
         return True
     if head.startswith(b"OggS"):
         codec = head[28:36]
-        return not codec.startswith((b"\x01vorbis", b"OpusHead")) or _is_chained(source)
+        return not codec.startswith((b"\x01vorbis", b"OpusHead")) or is_chained(source)
     # Between blocks libsndfile seeks, which is not exact in MP3, and it believes a length that is guessed.
     if len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0:
         return True
@@ -184,6 +222,17 @@ def _voice_end(source: Source, place: int) -> int:
     return place
 
 
+def _sphere_end(source: Source) -> int:
+    """Where the samples of a NIST SPHERE file end, or 0 if its header does not say it."""
+    head = source.read_at(0, 1024)
+    fields = dict(re.findall(rb"(sample_count|channel_count|sample_n_bytes) -i (\d+)", head))
+    start = re.match(rb"NIST_1A\s+(\d+)", head)
+    # Shorten packs the samples of some corpora.
+    if len(fields) < 3 or not start or b"shorten" in head:
+        return 0
+    return int(start[1]) + math.prod(map(int, fields.values()))
+
+
 def _has_last_page(source: Source) -> bool:
     # The last page of an Ogg stream has the end-of-stream bit, and its length in a table of segments.
     content = source.read_at(max(source.size - 2 * OGG_PAGE, 0), 2 * OGG_PAGE)
@@ -193,24 +242,48 @@ def _has_last_page(source: Source) -> bool:
     return has_end and len(content) >= page + 27 + len(segments) + sum(segments)
 
 
-def _is_chained(source: Source) -> bool:
-    """Whether another Ogg stream follows the first."""
+def is_chained(source: Source) -> bool:
+    """Whether another stream follows the first, as in chained Ogg, or MP3 with tags that were joined.
+
+    Args:
+        source (Source): the file.
+
+    Returns:
+        bool: True if one does.
+    """
     overlap, place, block = 5, 28, 2**20
+    start = re.compile(rb"OggS\0\x02|ID3[\x02-\x04]\0")
     while place < source.size:
         content = source.read_at(place, block + overlap)
-        if b"OggS\x00\x02" in content:
+        if start.search(content):
             return True
         place += block
     return False
 
 
+def hide_constant_rate(source: Source) -> None:
+    """Let an MP3 of a constant rate look as if its rate varied: else FFmpeg computes places in it, and is not exact.
+
+    Args:
+        source (Source): the file.
+    """
+    place = _xing_place(source.read_at(0, 4).ljust(4, b"\0"))
+    if source.read_at(place, 4) == b"Info":
+        source.replace(place, b"Xing")
+
+
+def _xing_place(head: bytes) -> int:
+    """Where a Xing header is in the first frame of an MP3."""
+    stereo, mpeg1 = head[3] >> 6 != 3, head[1] >> 3 & 3 == 3
+    return 4 + (32 if stereo else 17) if mpeg1 else 4 + (17 if stereo else 9)
+
+
 def _mp3_length(source: Source) -> int:
     """Number of bytes that the first frame of an MP3 declares, or 0."""
     head = source.read_at(0, 200).ljust(200, b"\0")
-    stereo, mpeg1 = head[3] >> 6 != 3, head[1] >> 3 & 3 == 3
-    place = 4 + (32 if stereo else 17) if mpeg1 else 4 + (17 if stereo else 9)
     if head[36:40] == b"VBRI":
         return int.from_bytes(head[46:50], "big")
+    place = _xing_place(head)
     if head[place : place + 4] not in (b"Xing", b"Info"):
         return 0
     flags = int.from_bytes(head[place + 4 : place + 8], "big")

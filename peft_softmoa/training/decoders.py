@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from fractions import Fraction
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .containers import Source, is_truncated, needs_ffmpeg
+from .containers import DecodeError, Source, check_header, hide_constant_rate, is_chained, is_truncated, needs_ffmpeg
 
 Samples = npt.NDArray[np.float32]
 BLOCK_FRAMES = 65_536
-RATES, MOST_CHANNELS = (1_000, 1_000_000), 256
 # Without those that read other files, such as playlists.
 FFMPEG_FORMATS = "aac,ac3,aiff,amr,ape,asf,au,caf,flac,matroska,mov,mp3,ogg,tta,voc,w64,wav,wv"
 READABLE = "WAV, AIFF, AU, CAF, VOC, FLAC, MP3, Ogg, Opus, M4A, MP4, AAC, WebM, WMA, 3GP, AMR and WavPack"
 # Seconds by which what is decoded may be shorter than what the container says: a frame or two of a codec. WMA counts
 # the time before playing.
 TOLERANCE, ASF_TOLERANCE = 0.06, 0.5
-
-
-class DecodeError(Exception):
-    """What is wrong with the content of an audio file."""
+PREROLL_SECONDS = 0.5  # what codecs need in front of a place: MP3 the bits of earlier frames, Opus 80 ms
+END = 2**62  # behind all frames: a seek goes to the last packet
 
 
 class Decoder(Protocol):
@@ -92,13 +88,6 @@ class _Unreadable(DecodeError):
         super().__init__(f"unreadable ({reason}), where audio files are {READABLE}: convert it to one of them")
 
 
-def _check(rate: int, channels: int) -> None:
-    if not RATES[0] <= rate <= RATES[1]:
-        raise DecodeError(f"unreadable (a sampling rate of {rate} Hz; from {RATES[0]} to {RATES[1]} are allowed)")
-    if not 1 <= channels <= MOST_CHANNELS:
-        raise DecodeError(f"unreadable ({channels} channels; from 1 to {MOST_CHANNELS} are allowed)")
-
-
 class SoundfileDecoder:
     """Decoder of libsndfile.
 
@@ -115,7 +104,7 @@ class SoundfileDecoder:
         self._opened: Any = self._open_file()
         self.sampling_rate: int = self._opened.samplerate
         self.can_seek: bool = self._opened.seekable()
-        _check(self.sampling_rate, self._opened.channels)
+        check_header(self.sampling_rate, self._opened.channels)
 
     def blocks(self, start: int = 0) -> Iterator[Samples]:
         import soundfile
@@ -168,32 +157,58 @@ class FfmpegDecoder:
     def __init__(self, source: Source) -> None:
         self._source = source
         with self._open() as container:
-            stream = self._stream(container)
+            stream = container.streams.audio[0]
             self.sampling_rate: int = stream.codec_context.sample_rate
-            _check(self.sampling_rate, stream.codec_context.channels)
+            check_header(self.sampling_rate, stream.codec_context.channels)
             self._format = container.format.name
             self._declared = self._declared_seconds(container, stream)
-            # These number their samples, so a seek in them is exact.
-            numbered = self._format == "flac" or self._format.startswith("mov")
-            self.can_seek = numbered and bool(self._declared) and stream.time_base == Fraction(1, self.sampling_rate)
+        # The times of packets say less than what is decoded: Ogg counts from 0 again, and a tag is taken for a packet.
+        self.can_seek = self._format not in ("aac", "mp3", "ogg") or not is_chained(source)
+        self._count: Optional[int] = None
+        # FFmpeg remembers in it where the packets are.
+        self._sought: Any = None
+        self._origin = 0
 
     def blocks(self, start: int = 0) -> Iterator[Samples]:
+        waiting: list[Samples] = []
+        try:
+            for place, frame in self._frames(start):
+                if place + frame.samples > start:
+                    waiting.append(_mono(frame)[max(start - place, 0) :])
+                if sum(map(len, waiting)) >= BLOCK_FRAMES:
+                    yield np.concatenate(waiting)
+                    waiting = []
+        except DecodeError:
+            if waiting:
+                yield np.concatenate(waiting)
+            raise
+        if waiting:
+            yield np.concatenate(waiting)
+
+    def count_frames(self) -> int:
+        if self._count is None:
+            # A header may be wrong, and what is missing shows at the end: so the end is decoded.
+            ends = [place + frame.samples for place, frame in self._frames(END if self.can_seek else 0)]
+            self._count = ends[-1] if ends else 0
+        return self._count
+
+    def _frames(self, start: int) -> Iterator[tuple[int, Any]]:
+        """Decoded frames, each with its place in the clip, from shortly before `start` on."""
         import av
 
-        with self._open() as container:
-            stream = self._stream(container)
+        sought = self._seek(start) if start and self.can_seek else None
+        is_known = sought is None
+        opened: Any = self._open() if sought is None else nullcontext(sought)
+        with opened as container:
             place = 0
             error: Optional[Exception] = None
-            waiting: list[Samples] = []
             try:
-                if self.can_seek and start:
-                    container.seek(start, stream=stream)
-                for packet in container.demux(stream):
+                for packet in container.demux(container.streams.audio[0]):
                     try:
                         frames = packet.decode()
                     except av.error.FFmpegError as failed:
-                        # Tags between the parts of a joined MP3 are no damage.
-                        if self._format != "mp3" or bytes(packet)[:1] == b"\xff":
+                        # Tags between the parts of a joined MP3 are no damage, nor is what a codec lacks after a seek.
+                        if is_known and (self._format != "mp3" or bytes(packet)[:1] == b"\xff"):
                             error = failed
                         continue
                     for frame in frames:
@@ -202,49 +217,67 @@ class FfmpegDecoder:
                                 f"its sampling rate changes from {self.sampling_rate} to {frame.sample_rate} Hz: "
                                 "convert it to one rate"
                             )
-                        if self.can_seek and not waiting and place == 0 and start:
-                            place = frame.pts or 0
-                        if place + frame.samples > start:
-                            waiting.append(_mono(frame)[max(start - place, 0) :])
+                        if not is_known:
+                            if frame.pts is None:
+                                continue
+                            place, is_known = self._place(frame) - self._origin, True
+                        yield place, frame
                         place += frame.samples
-                    if sum(map(len, waiting)) >= BLOCK_FRAMES:
-                        yield np.concatenate(waiting)
-                        waiting = []
             except av.error.FFmpegError as failed:
                 error = failed
-            if waiting:
-                yield np.concatenate(waiting)
+            if not is_known:
+                self.can_seek = False
+                yield from self._frames(start)
+                return
             tolerance = {"asf": ASF_TOLERANCE, "flac": 0.0}.get(self._format, TOLERANCE)
             if place / self.sampling_rate < self._declared - tolerance or is_truncated(self._source):
                 raise DecodeError("truncated")
             if error:
                 raise DecodeError(f"damaged ({getattr(error, 'strerror', None) or error})") from error
 
-    def count_frames(self) -> int:
-        # A header may be wrong: what follows the last frame that it knows is decoded.
-        known = max(round(self._declared * self.sampling_rate) - 1, 0) if self.can_seek else 0
-        return known + sum(map(len, self.blocks(known)))
+    def _seek(self, start: int) -> Any:
+        """The container at a packet before `start`, or None if that cannot be found."""
+        import av
+
+        try:
+            if self._sought is None:
+                if self._format == "mp3":
+                    hide_constant_rate(self._source)
+                self._sought = self._open()
+                self._origin = self._place(next(self._sought.decode(audio=0)))
+            stream = self._sought.streams.audio[0]
+            seconds = (start + self._origin) / self.sampling_rate
+            if start == END:
+                self._sought.seek(END, stream=stream)
+                seconds = float(next(self._sought.demux(stream)).pts * stream.time_base)
+            seconds = max(seconds - PREROLL_SECONDS, self._origin / self.sampling_rate)
+            self._sought.seek(int(seconds / stream.time_base), stream=stream)
+        except (av.error.FFmpegError, StopIteration, TypeError):
+            self.can_seek = False
+            return None
+        return self._sought
+
+    def _place(self, frame: Any) -> int:
+        return round(frame.pts * frame.time_base * self.sampling_rate)
 
     def _open(self) -> Any:
         import av
 
         self._source.seek(0)
         try:
-            return av.open(self._source, options={"format_whitelist": FFMPEG_FORMATS})
+            container = av.open(self._source, options={"format_whitelist": FFMPEG_FORMATS})
         except (av.error.FFmpegError, ValueError) as error:
             raise _Unreadable(error) from error
-
-    def _stream(self, container: Any) -> Any:
         if not container.streams.audio:
             raise DecodeError("unreadable (there is no sound in it)")
-        stream = container.streams.audio[0]
-        if stream.codec_context is None:
+        codec = container.streams.audio[0].codec_context
+        if codec is None:
             raise DecodeError("unreadable (its codec is not known): convert it to WAV, FLAC or MP3")
         # The workers of a loader are already as many as the cores.
-        stream.codec_context.thread_count = 1
+        codec.thread_count = 1
         if container.format.name in ("flac", "ogg"):
-            stream.codec_context.options = {"err_detect": "crccheck+explode"}
-        return stream
+            codec.options = {"err_detect": "crccheck+explode"}
+        return container
 
     def _declared_seconds(self, container: Any, stream: Any) -> float:
         """The length in seconds that the container says; 0 where it says none, and FFmpeg guesses from the rate."""

@@ -12,6 +12,7 @@ import transformers
 from conftest import FRAMES, MEL_BINS, SAMPLING_RATE, tiny_ast_config, write_tone
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
+from recordings import encode, signal
 from transformers import ASTFeatureExtractor, ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
@@ -198,6 +199,15 @@ def test_a_model_of_sequences(clip, tmp_path):
     found = report_of(tmp_path / "out")["clip"]
     assert found["seconds"] == 0.5 and len(found["blocks"][0]["peaks"]) == 3
     assert all(0 < peak["seconds"] < 0.5 and peak["hertz"] is None for peak in found["blocks"][0]["peaks"])
+
+
+def test_all_of_an_mp3_without_its_length_is_read(tmp_path):
+    extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    adapter = save(*FAMILIES["Wav2Vec2"].config(), tmp_path, extractor)
+    content = encode("mp3", "libmp3lame", signal(), quality=2, options={"write_xing": "0"})
+    (tmp_path / "clip.mp3").write_bytes(content)
+    inspect_adapter(adapter, tmp_path / "out", audio=str(tmp_path / "clip.mp3"))
+    assert report_of(tmp_path / "out")["clip"]["seconds"] == pytest.approx(2.0, abs=0.06)
 
 
 @pytest.mark.parametrize("pitch", [100, 440, 3000])

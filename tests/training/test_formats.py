@@ -114,7 +114,11 @@ WHOLE = {
     "WAV without 2 bytes": (lambda: riff(signal())[:-2], 1, 0.02),
     "WAV without 3 bytes": (lambda: riff(signal())[:-3], 1, 0.02),
     "WAV without 44 bytes": (lambda: riff(signal())[:-44], 1, 0.02),
-    **{form: (lambda form=form: written(form), 1, 0.02) for form in ("RF64", "W64", "AU", "VOC", "AIFF", "CAF")},
+    "NIST without 44 bytes": (lambda: written("NIST")[:-44], 1, 0.02),
+    "FLAC of 15 bits": (lambda: flac_of_bits(15), 1, 0.02),
+    **{
+        form: (lambda form=form: written(form), 1, 0.02) for form in ("RF64", "W64", "AU", "VOC", "AIFF", "CAF", "NIST")
+    },
 }
 
 
@@ -172,7 +176,7 @@ def test_speech_of_telephones():
 
 CUT = [
     "FLAC", "Ogg-FLAC", "Vorbis", "Opus", "MP3", "M4A", "ALAC", "WebM", "WMA", "WavPack", "WAV", "WAV with a tag",
-    "RF64", "W64", "AU", "VOC", "AIFF", "CAF",
+    "RF64", "W64", "AU", "VOC", "AIFF", "CAF", "NIST",
 ]  # fmt: skip
 
 
@@ -222,13 +226,81 @@ def long_clip(path, form, minutes=4):
             file.write((0.1 * rng.standard_normal((RATE, 2)) * (1 + second % 5) / 5).astype("f4"))
 
 
-@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "M4A", "MP3"])
-def test_a_crop_is_a_part_of_the_whole(tmp_path, form):
+class Spy:
+    """A container of PyAV, or a packet from it, that counts the packets that are decoded."""
+
+    def __init__(self, spied, decoded):
+        self.spied, self.decoded = spied, decoded
+
+    def __getattr__(self, name):
+        return getattr(self.spied, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.spied.close()
+
+    def __bytes__(self):
+        return bytes(self.spied)
+
+    def demux(self, *streams):
+        return (Spy(packet, self.decoded) for packet in self.spied.demux(*streams))
+
+    def decode(self, *args, **options):
+        self.decoded.append(1)
+        return self.spied.decode(*args, **options)
+
+
+# How it is made, and whether the container counts samples: else it counts milliseconds, or the codec has a long memory.
+LONG = {
+    "MP3": (("mp3", "libmp3lame"), {}, True),
+    "MP3 without Xing": (("mp3", "libmp3lame"), {"options": {"write_xing": "0"}}, True),
+    "variable MP3": (("mp3", "libmp3lame"), {"quality": 4}, True),
+    "AAC": (("adts", "aac"), {}, True),
+    "M4A": (("ipod", "aac"), {}, True),
+    "FLAC": (("flac", "flac"), {}, True),
+    "FLAC through a pipe": (("flac", "flac"), {"pipe": True}, True),
+    "Ogg-FLAC": (("ogg", "flac"), {}, True),
+    "WavPack": (("wv", "wavpack"), {}, True),
+    "WMA": (("asf", "wmav2"), {}, False),
+    "WebM": (("webm", "libopus"), {"rate": 48_000}, False),
+    "WebM through a pipe": (("webm", "libopus"), {"rate": 48_000, "pipe": True}, False),
+    "AMR": (("amr", "libopencore_amrnb"), {"rate": 8000}, False),
+    "3GP": (("3gp", "libopencore_amrnb"), {"rate": 8000}, False),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_crop_is_a_part_of_the_whole_and_decodes_no_more(tmp_path, monkeypatch, name):
+    (container, codec), options, is_exact = LONG[name]
+    rate, decoded, length = options.get("rate", RATE), [], 16_000
+    time = np.arange(90 * rate) / rate
+    sweep = 0.3 * np.sin(2 * np.pi * (300 + 8 * time) * time) + 0.1 * np.sin(2 * np.pi * 220 * time) * np.sin(time)
+    path = None if options.get("pipe") else tmp_path / "long.bin"
+    clip = encode(container, codec, sweep.astype("f4"), path=path, **options)
+    opened = av.open
+    monkeypatch.setattr(av, "open", lambda *args, **options: Spy(opened(*args, **options), decoded))
+    whole = decode_audio(clip, SAMPLING_RATE)
+    packets = len(decoded)
+    assert audio_seconds(clip) == pytest.approx(len(whole) / SAMPLING_RATE, abs=1e-3 if is_exact else DELAY)
+    for seed in range(3):
+        decoded.clear()
+        crop = decode_crop(clip, SAMPLING_RATE, length, np.random.default_rng(seed))
+        assert len(decoded) < 0.2 * packets
+        start = int(np.random.default_rng(seed).integers(len(whole) - length + 1))
+        most = 0 if is_exact else int(DELAY * SAMPLING_RATE)
+        errors = [
+            np.linalg.norm(crop - whole[place : place + length])
+            for place in range(max(start - most, 0), min(start + most, len(whole) - length) + 1)
+        ]
+        assert len(crop) == length and min(errors) < (1e-3 if is_exact else 0.02) * np.linalg.norm(crop)
+
+
+@pytest.mark.parametrize("form", ["WAV", "OGG"])
+def test_a_crop_of_libsndfile_is_a_part_of_the_whole(tmp_path, form):
     path = tmp_path / "long.bin"
-    if form in ("M4A", "MP3"):
-        encode(*{"M4A": ("ipod", "aac"), "MP3": ("mp3", "libmp3lame")}[form], signal(90.0), path=path)
-    else:
-        long_clip(path, form, minutes=2)
+    long_clip(path, form, minutes=2)
     whole = decode_audio(path, SAMPLING_RATE)
     for seed in range(5):
         crop = decode_crop(path, SAMPLING_RATE, 16_000, np.random.default_rng(seed))
@@ -250,6 +322,18 @@ def test_a_crop_reads_its_own_part_of_a_file(tmp_path, form, monkeypatch):
     # A chain of Ogg streams is found by reading the file, without decoding it.
     expected = sources[-1].size * (1.3 if form == "OGG" else 0.2)
     assert sources[-1].bytes_read < expected
+
+
+def test_a_crop_of_hours_of_silence_takes_little_memory(tmp_path):
+    """Blocks of FLAC without sound are a few bytes, so a small file is a long clip."""
+    path = tmp_path / "silence.flac"
+    with soundfile.SoundFile(path, "w", RATE, 1, "PCM_16") as file:
+        for _ in range(60):
+            file.write(np.zeros(60 * RATE, "i2"))
+    decode_crop(path, SAMPLING_RATE, 1000, np.random.default_rng(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(decode_crop(path, SAMPLING_RATE, 80_000, np.random.default_rng(1))) == 80_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes
 
 
 def test_no_mutated_file_ends_a_run(tmp_path):
