@@ -24,7 +24,7 @@ from peft_softmoa.arguments import make_config
 from peft_softmoa.commands.train import parse
 from peft_softmoa.training import AudioTrainer, name_flags
 from peft_softmoa.training.arguments import FLAGS
-from peft_softmoa.training.run import load_feature_extractor, load_model, load_streams
+from peft_softmoa.training.run import add_adapter, load_base, load_feature_extractor, load_streams
 
 
 @name_flags(FLAGS)
@@ -33,13 +33,14 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, float]:
     set_seed(run.training.seed)
 
     # The task says what a row's target is; the training data says its classes.
-    feature_extractor = load_feature_extractor(run)
-    streams = load_streams(run, run.make_task(), feature_extractor)
-    task = streams["training"].task
+    task = run.make_task()
+    base = load_base(run, task)
+    feature_extractor = load_feature_extractor(run, base)
+    streams = load_streams(run, task, feature_extractor)
 
     # `SoftMoAConfig`, where a script with LoRA has `LoraConfig`.
     config = make_config(run.adapter, modules_to_save=run.model.modules_to_save)
-    model = load_model(run, task, config)
+    model = add_adapter(run, base, streams["training"].task, config)
     model.print_trainable_parameters()
 
     trainer = AudioTrainer(

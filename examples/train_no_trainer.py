@@ -46,7 +46,7 @@ from peft_softmoa.training import (
     write_run_state,
 )
 from peft_softmoa.training.arguments import FLAGS, DataArguments, ModelArguments, RunArguments, TaskArguments
-from peft_softmoa.training.run import fingerprints, load_feature_extractor, load_model, load_streams
+from peft_softmoa.training.run import add_adapter, fingerprints, load_base, load_feature_extractor, load_streams
 
 
 @dataclass
@@ -112,10 +112,12 @@ def main(arguments: Optional[list[str]] = None) -> dict[str, float]:
 def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     args = run.training
     set_seed(args.seed)
-    extractor = load_feature_extractor(run)
-    streams = load_streams(run, run.make_task(), extractor)
+    task = run.make_task()
+    base = load_base(run, task)
+    extractor = load_feature_extractor(run, base)
+    streams = load_streams(run, task, extractor)
     task = streams["training"].task
-    model = load_model(run, task, make_config(run.adapter, modules_to_save=run.model.modules_to_save))
+    model = add_adapter(run, base, task, make_config(run.adapter, modules_to_save=run.model.modules_to_save))
     check_classes(streams, model)
     for stream in streams.values():
         stream.prepare(model)
@@ -125,7 +127,7 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
 
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
-    groups: list[dict] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
+    groups: list[Any] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[name in decayed]["params"].append(parameter)
@@ -142,10 +144,9 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     if args.report_to:
         accelerator.init_trackers("softmoa", {name: str(value) for name, value in settings.items()})
 
-    step = 0
+    step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     if checkpoint:
         accelerator.load_state(checkpoint)
-        step = int(checkpoint.rpartition("-")[2])
     progress, metrics = tqdm(total=steps, initial=step, disable=not accelerator.is_local_main_process), {}
     for epoch in range(step // steps_per_epoch, args.num_train_epochs):
         model.train()
@@ -172,10 +173,10 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
             progress.update()
             accelerator.log({"loss": loss.item(), "learning_rate": scheduler.get_last_lr()[0]}, step)
             if step % (args.save_steps or steps_per_epoch) == 0:
-                name, is_main = f"checkpoint-{step}", accelerator.is_main_process
-                with atomic_checkpoint(args.output_dir, name, is_main, accelerator.wait_for_everyone) as folder:
+                of_checkpoint = f"checkpoint-{step}", accelerator.is_main_process, accelerator.wait_for_everyone
+                with atomic_checkpoint(args.output_dir, *of_checkpoint) as folder:
                     accelerator.save_state(folder)
-                if is_main:
+                if accelerator.is_main_process:
                     rotate_checkpoints(args.output_dir, save_total_limit=2)
         metrics = evaluate(model, eval_loader, task, accelerator)
         accelerator.log({f"eval_{name}": value for name, value in metrics.items()}, step)

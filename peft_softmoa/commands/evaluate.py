@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
-from ..training.evaluation import evaluate_adapter
+from ..inference.evaluate import evaluate_adapter
 from ..training.options import collect_options, flag_names, name_flags, option
 from .parser import CommandParser
 

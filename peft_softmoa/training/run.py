@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import transformers
 from accelerate.utils import broadcast_object_list
@@ -18,12 +18,14 @@ from transformers import AutoFeatureExtractor, TrainingArguments, set_seed
 from ..arguments import make_config
 from ..config import SoftMoAConfig
 from ..saving.card import METRICS, add_results
+from ..targets.clip_length import fit_feature_extractor, fitting_length
 from .arguments import RunArguments
 from .callbacks import LogRouterLoss
 from .checkpoints import lock_run, start_or_resume, write_run_state
 from .fingerprint import fingerprint_config, fingerprint_weights
 from .load import load_stream
 from .network import retry
+from .quiet import quiet_loading
 from .rows import check_no_shared_rows
 from .streams import AudioStream
 from .tasks import Task
@@ -67,10 +69,10 @@ def _train(run: RunArguments, config: SoftMoAConfig) -> AudioTrainer:
     training = run.training
     set_seed(training.seed)
     task = run.make_task()
-    feature_extractor = load_feature_extractor(run)
+    base = load_base(run, task)
+    feature_extractor = load_feature_extractor(run, base)
     streams = load_streams(run, task, feature_extractor)
-    task = streams["training"].task or task
-    model = load_model(run, task, config)
+    model = add_adapter(run, base, streams["training"].task or task, config)
     if training.should_log:
         model.print_trainable_parameters()
     settings = run.settings() | fingerprints(model, feature_extractor, streams, training.load_best_model_at_end)
@@ -120,17 +122,47 @@ def _train(run: RunArguments, config: SoftMoAConfig) -> AudioTrainer:
     return trainer
 
 
-def load_feature_extractor(run: RunArguments) -> Any:
-    """Load the feature extractor of the base model.
+def load_base(run: RunArguments, task: Task) -> Any:
+    """Load the base model.
 
     Args:
         run (RunArguments): the options.
+        task (Task): what is learned.
+
+    Returns:
+        PreTrainedModel: the model.
+    """
+    # A head that the checkpoint does not have is trained with the adapter.
+    with quiet_loading(task.config_fields().get("modules_to_save")):
+        return retry(
+            task.model_class.from_pretrained,
+            run.model.model_name_or_path,
+            dtype=run.model.dtype,
+            **run.model.hub_options(),
+        )
+
+
+def load_feature_extractor(run: RunArguments, base: Any) -> Any:
+    """Load the feature extractor of the base model, for clips of the greatest length that are read.
+
+    Args:
+        run (RunArguments): the options.
+        base (PreTrainedModel): the base model.
 
     Returns:
         SequenceFeatureExtractor: it.
     """
     name = run.model.feature_extractor_name or run.model.model_name_or_path
-    return retry(AutoFeatureExtractor.from_pretrained, name, **run.model.hub_options())
+    with quiet_loading():
+        feature_extractor = retry(AutoFeatureExtractor.from_pretrained, name, **run.model.hub_options())
+    seconds = _fitting_length(run, base)
+    return feature_extractor if seconds is None else fit_feature_extractor(feature_extractor, seconds)
+
+
+def _fitting_length(run: RunArguments, base: Any) -> Optional[float]:
+    """The length to which the base model is cut, if it is."""
+    seconds = run.data.max_length_seconds
+    return None if seconds is None else fitting_length(base, seconds)
 
 
 def load_streams(run: RunArguments, task: Task, feature_extractor: Any) -> dict[str, AudioStream]:
@@ -160,24 +192,19 @@ def load_streams(run: RunArguments, task: Task, feature_extractor: Any) -> dict[
     return streams
 
 
-def load_model(run: RunArguments, task: Task, config: SoftMoAConfig) -> PeftModel:
-    """Load the base model, and put the adapter into it.
+def add_adapter(run: RunArguments, base: Any, task: Task, config: SoftMoAConfig) -> PeftModel:
+    """Put the adapter into the base model.
 
     Args:
         run (RunArguments): the options.
+        base (PreTrainedModel): the base model.
         task (Task): what is learned, with its classes.
         config (SoftMoAConfig): of the adapter; what the task says is put in.
 
     Returns:
         PeftModel: the model.
     """
-    base = retry(
-        task.model_class.from_pretrained,
-        run.model.model_name_or_path,
-        dtype=run.model.dtype,
-        **run.model.hub_options(),
-    )
-    fields = task.config_fields()
+    fields = {**task.config_fields(), "max_length_seconds": _fitting_length(run, base)}
     if config.modules_to_save is not None:
         fields["modules_to_save"] = config.modules_to_save
     model: Any = get_peft_model(base, replace(config, **fields), revision=run.model.model_revision)

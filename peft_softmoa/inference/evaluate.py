@@ -10,11 +10,11 @@ from typing import Any, Optional
 import torch
 from transformers import AutoTokenizer, Seq2SeqTrainingArguments
 
-from ..inference.loading import load_adapter
-from .load import load_stream
-from .options import DataOptions
-from .tasks import find_task
-from .trainer import AudioTrainer
+from ..training.load import load_stream
+from ..training.options import DataOptions
+from ..training.tasks import find_task
+from ..training.trainer import AudioTrainer
+from .loading import load_adapter
 
 
 def evaluate_adapter(
