@@ -17,6 +17,7 @@ from transformers import AutoFeatureExtractor, TrainingArguments, set_seed
 
 from ..arguments import make_config
 from ..config import SoftMoAConfig
+from ..quiet import quiet_loading
 from ..saving.card import METRICS, add_results
 from .arguments import RunArguments
 from .callbacks import LogRouterLoss
@@ -130,7 +131,8 @@ def load_feature_extractor(run: RunArguments) -> Any:
         SequenceFeatureExtractor: it.
     """
     name = run.model.feature_extractor_name or run.model.model_name_or_path
-    return retry(AutoFeatureExtractor.from_pretrained, name, **run.model.hub_options())
+    with quiet_loading():
+        return retry(AutoFeatureExtractor.from_pretrained, name, **run.model.hub_options())
 
 
 def load_streams(run: RunArguments, task: Task, feature_extractor: Any) -> dict[str, AudioStream]:
@@ -171,16 +173,17 @@ def load_model(run: RunArguments, task: Task, config: SoftMoAConfig) -> PeftMode
     Returns:
         PeftModel: the model.
     """
-    base = retry(
-        task.model_class.from_pretrained,
-        run.model.model_name_or_path,
-        dtype=run.model.dtype,
-        **run.model.hub_options(),
-    )
     fields = task.config_fields()
     if config.modules_to_save is not None:
         fields["modules_to_save"] = config.modules_to_save
-    model: Any = get_peft_model(base, replace(config, **fields), revision=run.model.model_revision)
+    with quiet_loading(fields.get("modules_to_save")):
+        base = retry(
+            task.model_class.from_pretrained,
+            run.model.model_name_or_path,
+            dtype=run.model.dtype,
+            **run.model.hub_options(),
+        )
+        model: Any = get_peft_model(base, replace(config, **fields), revision=run.model.model_revision)
     return model
 
 
