@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..training.audio import AudioError
-from ..training.features import extract_features, shortest_clip
+from ..training.features import extract_features
+from ..training.frames import shortest_clip
 from ..training.inputs import cast_inputs
 from .loading import load_adapter
 from .windows import Window
