@@ -14,6 +14,9 @@ from peft_softmoa.commands import VERBS
 pytest.importorskip("hatchling", reason="needs hatchling: pip install hatchling")
 from hatchling.builders.wheel import WheelBuilder
 
+# Training in processes of their own.
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -97,7 +100,18 @@ def test_train_and_evaluate(installed, demo):
     done = installed("evaluate", "trained", *test)
     assert re.search(r"^accuracy: 0\.\d{4}$", done.stdout, re.MULTILINE)
     done = installed("cross-validate", "--num_folds", 2, *few, "--output_dir", "folds")
-    assert re.search(r"\d+\.\d\d ± \d+\.\d\d %", done.stdout)
+    assert re.search(r"^f1_macro 0\.\d{4} ± 0\.\d{4} ", done.stdout, re.MULTILINE)
+
+
+def test_classify(installed, demo):
+    done = installed("classify", demo[0] / "adapter", demo[0] / "siren.wav")
+    assert "siren" in done.stdout
+
+
+def test_export(installed, demo):
+    pytest.importorskip("onnxruntime", reason="needs ONNX: pip install 'peft-softmoa[export]'")
+    installed("export", demo[0] / "adapter", "--output_dir", "onnx")
+    assert (installed.folder / "work" / "onnx" / "model.onnx").exists()
 
 
 def test_check(installed, demo):
