@@ -29,7 +29,7 @@ assert not new & {"av", "datasets", "evaluate", "matplotlib", "soundfile", "soxr
 
 # What is in one row does not import what is in the same row, apart from within a folder.
 RANKS = [
-    {"registration", "fields", "method", "calls", "recipes"},
+    {"registration", "fields", "method", "calls", "recipes", "quiet"},
     {"config"},
     {"targets"},
     {"layer", "arguments", "saving"},

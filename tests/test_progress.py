@@ -18,6 +18,7 @@ from peft_softmoa import SoftMoAConfig, check_adapter
 from peft_softmoa.inspection import expert_report
 from peft_softmoa.training.fingerprint import fingerprint_weights
 from peft_softmoa.training.rows import summarize_rows
+from peft_softmoa.training.tasks import SingleLabel
 
 
 class Terminal(io.StringIO):
@@ -46,7 +47,7 @@ def test_bars_are_for_terminals(is_terminal, tmp_path, monkeypatch, capsys):
     terminal = Terminal(is_terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
     fingerprint = fingerprint_weights(model)
-    summary = summarize_rows(source, "label", "made")
+    summary = summarize_rows(source, ["label"], SingleLabel(), "made")
     expert_report(model, [inputs])
     check_adapter(str(tmp_path))
     shown = terminal.getvalue()

@@ -231,6 +231,8 @@ def _entry(term: str, action: Action) -> Iterator[str]:
     text = " ".join(str(action.help or "").split()) % vars(action)
     if action.option_strings and (default := _default(action)) and "Default:" not in text:
         text += f" Default: {default}."
+    if action.option_strings and action.required:
+        text += " Required."
     explained = textwrap.wrap(text, WIDTH - COLUMN, break_long_words=False, break_on_hyphens=False)
     if explained and len(term) <= COLUMN - 4:
         yield f"  {term}".ljust(COLUMN) + explained.pop(0)

@@ -14,8 +14,8 @@ import soundfile
 from transformers import pipeline
 
 from ..commands.train import main as train
+from ..quiet import quiet_loading
 from ..training import decode_audio
-from ..training.quiet import quiet_loading
 from .sounds import SAMPLING_RATE, SOUNDS, synthesise, write_dataset
 
 BASE_MODEL = Path(__file__).with_name("ast-small")

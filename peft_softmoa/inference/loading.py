@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from transformers.utils import FEATURE_EXTRACTOR_NAME
 from transformers.utils.hub import cached_file
 
-from ..training.quiet import quiet_loading
+from ..quiet import quiet_loading
 
 
 def load_adapter(

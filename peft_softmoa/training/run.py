@@ -17,6 +17,7 @@ from transformers import AutoFeatureExtractor, TrainingArguments, set_seed
 
 from ..arguments import make_config
 from ..config import SoftMoAConfig
+from ..quiet import quiet_loading
 from ..saving.card import METRICS, add_results
 from ..targets.clip_length import fit_feature_extractor, fitting_length
 from .arguments import RunArguments
@@ -25,7 +26,6 @@ from .checkpoints import lock_run, start_or_resume, write_run_state
 from .fingerprint import fingerprint_config, fingerprint_weights
 from .load import load_stream
 from .network import retry
-from .quiet import quiet_loading
 from .rows import check_no_shared_rows
 from .streams import AudioStream
 from .tasks import Task
@@ -207,7 +207,8 @@ def add_adapter(run: RunArguments, base: Any, task: Task, config: SoftMoAConfig)
     fields = {**task.config_fields(), "max_length_seconds": _fitting_length(run, base)}
     if config.modules_to_save is not None:
         fields["modules_to_save"] = config.modules_to_save
-    model: Any = get_peft_model(base, replace(config, **fields), revision=run.model.model_revision)
+    with quiet_loading():
+        model: Any = get_peft_model(base, replace(config, **fields), revision=run.model.model_revision)
     return model
 
 

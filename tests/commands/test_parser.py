@@ -65,6 +65,7 @@ def test_help_shows_the_hidden_options_only_if_asked(capsys):
         parse("--help-all")
     everything = capsys.readouterr().out
     assert end.value.code == 0
+    assert "  --output_dir TEXT       Where to. Required." in everything.splitlines()
     assert everything.index("\nModel:\n") < everything.index("\nTrainer:\n") < everything.index("\n  --output_dir TEXT")
 
 

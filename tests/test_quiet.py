@@ -9,7 +9,7 @@ from transformers import ASTFeatureExtractor, ASTForAudioClassification, ASTMode
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.inference.loading import load_adapter
-from peft_softmoa.training.quiet import quiet_loading
+from peft_softmoa.quiet import quiet_loading
 
 
 @pytest.fixture
