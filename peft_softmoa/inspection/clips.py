@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 from ..method import PatchGrid
 from ..registration import SOFTMOA
 from ..targets.architectures import known_patch_grid
+from ..targets.clip_length import fit_feature_extractor
 from ..targets.placement import find_encoder
 from ..training.audio import AudioError, audio_seconds, decode_audio
 from ..training.features import check_length, shortest_clip
@@ -83,6 +84,8 @@ def load_adapter(adapter: str, revision: Optional[str] = None) -> tuple[PeftMode
     where = (adapter, revision) if own else (base, base_revision)
     extractors: Any = AutoFeatureExtractor
     feature_extractor = extractors.from_pretrained(where[0], revision=where[1])
+    if config.max_length_seconds is not None:
+        feature_extractor = fit_feature_extractor(feature_extractor, config.max_length_seconds)
     return model.eval().to(PartialState().default_device), feature_extractor
 
 
