@@ -13,6 +13,7 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME
 from transformers.utils.hub import cached_file
 
 from ..quiet import quiet_loading
+from ..targets.clip_length import fit_feature_extractor
 
 
 def load_adapter(
@@ -61,4 +62,7 @@ def load_adapter(
     extractors: Any = AutoFeatureExtractor
     with quiet_loading():
         feature_extractor = extractors.from_pretrained(where[0], revision=where[1])
+    seconds = getattr(config, "max_length_seconds", None)  # of a Soft-MoA adapter
+    if seconds is not None:
+        feature_extractor = fit_feature_extractor(feature_extractor, seconds)
     return model.eval().to(device or PartialState().default_device), feature_extractor

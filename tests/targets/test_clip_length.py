@@ -37,6 +37,7 @@ from peft_softmoa import (
     fit_feature_extractor,
     fitting_length,
 )
+from peft_softmoa.inspection.clips import load_adapter
 from peft_softmoa.training import fingerprint_weights
 
 RATE = 16_000
@@ -138,6 +139,22 @@ def test_whispers_first_positions_are_kept():
     encoder = adapted(copy.deepcopy(base), 1).get_base_model().encoder
     assert torch.equal(encoder.embed_positions.weight, base.encoder.embed_positions.weight[:50])
     assert encoder.embed_positions.num_embeddings == encoder.max_source_positions == 50
+
+
+def test_an_encoder_in_a_language_model():
+    cls, config = FAMILIES["Qwen2-Audio"].config()
+    config.audio_config.max_source_positions = 150
+    torch.manual_seed(0)
+    model = cls._from_config(config).eval()
+    before = state_of(model)
+    peft_model = adapted(model, 1).eval()
+    batch = FAMILIES["Qwen2-Audio"].inputs([200, 150])
+    for name in ("input_features", "feature_attention_mask"):
+        batch[name] = torch.nn.functional.pad(batch[name], (0, 100 - batch[name].shape[-1]))
+    with torch.no_grad():
+        assert peft_model(**batch).logits.isfinite().all()
+    assert config.audio_config.max_source_positions == 50
+    assert_as_before(peft_model.unload(), before)
 
 
 def columns(model):
@@ -505,6 +522,13 @@ def test_pipeline_with_either_feature_extractor(make, tmp_path):
         assert {each["label"]: each["score"] for each in classifier(clip)} == expected
         # A longer clip is cut.
         assert len(classifier(np.tile(clip, 3))) == 2
+
+
+def test_inspection_shows_clips_of_the_length(tmp_path):
+    base, _ = save_base(tmp_path / "base", tiny_ast)
+    adapted(base, 1).save_pretrained(tmp_path / "adapter")
+    model, extractor = load_adapter(str(tmp_path / "adapter"))
+    assert extractor.max_length == model.config.max_length == 100
 
 
 def test_the_card_says_the_length(tmp_path):
