@@ -21,9 +21,8 @@ from typing import Optional
 from transformers import set_seed
 
 from peft_softmoa.arguments import make_config
-from peft_softmoa.commands.train import parse
+from peft_softmoa.commands.train import FLAGS, parse
 from peft_softmoa.training import AudioTrainer, name_flags
-from peft_softmoa.training.arguments import FLAGS
 from peft_softmoa.training.run import add_adapter, load_base, load_feature_extractor, load_streams
 
 

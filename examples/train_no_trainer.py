@@ -4,9 +4,8 @@
     python examples/train_no_trainer.py --dataset_name ashraq/esc50 --label_column_name category \
         --train_rows fold=1,2,3,4 --eval_split_name train --eval_rows fold=5 --output_dir esc50-softmoa
 
-It does what `peft-softmoa train` does, for all of its tasks, with the same data, the same optimisation and the same
-checkpoints, and runs under `accelerate launch`, which also chooses the precision. Interrupted runs resume: run the same
-command again.
+It does what `peft-softmoa train` does, for all its tasks, with the same data, optimisation and checkpoints, and runs
+under `accelerate launch`, which also chooses the precision. Interrupted runs resume: run the same command again.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from transformers.trainer_pt_utils import get_parameter_names, nested_concat
 from transformers.trainer_utils import rotate_checkpoints
 
 from peft_softmoa.arguments import AdapterArguments, make_config
+from peft_softmoa.commands.train import FLAGS
 from peft_softmoa.saving.card import add_results
 from peft_softmoa.training import (
     Collate,
@@ -45,7 +45,7 @@ from peft_softmoa.training import (
     start_or_resume,
     write_run_state,
 )
-from peft_softmoa.training.arguments import FLAGS, DataArguments, ModelArguments, RunArguments, TaskArguments
+from peft_softmoa.training.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments
 from peft_softmoa.training.run import add_adapter, fingerprints, load_base, load_feature_extractor, load_streams
 
 
@@ -136,8 +136,7 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     loader = make_loader(streams["training"], args.per_device_train_batch_size, accelerator, **options)
     eval_loader = make_eval_loader(streams["evaluation"], args.per_device_train_batch_size, accelerator, **options)
     steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    steps = args.num_train_epochs * steps_per_epoch
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 0, steps)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 0, steps := args.num_train_epochs * steps_per_epoch)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(scheduler)
     checkpoint_only_adapters(accelerator)

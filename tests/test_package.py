@@ -41,8 +41,8 @@ RANKS = [
     {"cli"},
     {"__main__"},
 ]
-# Calls of the config that need what is built on it.
-IMPORTED_WHEN_CALLED = {("config", "targets"), ("config", "saving")}
+# Calls that need what is built on them.
+IMPORTED_WHEN_CALLED = {("config", "targets"), ("config", "saving"), ("training", "inspection")}
 
 
 def test_imports_point_one_way():
@@ -112,12 +112,12 @@ def declared(requirements):
 
 
 def test_what_is_imported_is_declared():
-    """The package needs its dependencies, and two extras for sound and plots; tests and examples may use them all."""
+    """The package needs its dependencies, and extras for sound, plots and ONNX; tests and examples may use them all."""
     tomllib = pytest.importorskip("tomllib", reason="Python reads TOML since 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = {name: declared(requirements) for name, requirements in project["optional-dependencies"].items()}
     needed = declared(project["dependencies"])
-    assert imported(PACKAGE) <= needed | extras["audio"] | extras["plot"]
+    assert imported(PACKAGE) <= needed | extras["audio"] | extras["plot"] | extras["export"]
     assert imported(ROOT / "tests", ROOT / "examples") <= needed.union(*extras.values())
 
 

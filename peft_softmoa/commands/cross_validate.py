@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from ..training.arguments import FLAGS, RunArguments
+from ..training.arguments import RunArguments
 from ..training.checkpoints import read_run_state, write_run_state
 from ..training.options import name_flags
 from ..training.rows import summarize_rows
@@ -70,7 +70,7 @@ def make_parser() -> CommandParser:
     return train.make_parser("cross-validate", {"Folds": FoldArguments})
 
 
-@name_flags({**FLAGS, "num_folds": "--num_folds", "validation_folds": "--validation_folds"})
+@name_flags({**train.FLAGS, "num_folds": "--num_folds", "validation_folds": "--validation_folds"})
 def main(arguments: list[str]) -> dict[str, Any]:
     """Train once for each fold, test it there, and print the means of the metrics.
 

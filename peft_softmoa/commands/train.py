@@ -8,11 +8,18 @@ from typing import Any, Optional
 from transformers import Seq2SeqTrainingArguments
 
 from ..arguments import AdapterArguments
-from ..training.arguments import FLAGS, TRAINING_DEFAULTS, DataArguments, ModelArguments, RunArguments, TaskArguments
-from ..training.options import name_flags
+from ..training.arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments, RunArguments, TaskArguments
+from ..training.options import flag_names, name_flags
 from ..training.run import train
 from ..training.trainer import AudioTrainer
 from .parser import CommandParser
+
+# Errors of the library name Python arguments: what this command calls them.
+FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments) | {
+    "rows": "--train_rows, --eval_rows and --test_rows",
+    "needs_length=False": "--max_steps",
+    "separator": "--label_separator",
+}
 
 
 def make_parser(verb: str = "train", more: Optional[Mapping[str, Any]] = None) -> CommandParser:

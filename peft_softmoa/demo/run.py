@@ -13,9 +13,10 @@ import numpy as np
 import soundfile
 from transformers import pipeline
 
-from ..commands.train import main as train
 from ..quiet import quiet_loading
 from ..training import decode_audio
+from ..training.arguments import make_run
+from ..training.run import train
 from .sounds import SAMPLING_RATE, SOUNDS, synthesise, write_dataset
 
 BASE_MODEL = Path(__file__).with_name("ast-small")
@@ -56,20 +57,20 @@ def run_demo(folder: Path) -> DemoResult:
         DemoResult: what was trained and how good it is.
     """
     write_dataset(folder / "sounds", CLIPS, seed=0)
-    options = {
-        "model_name_or_path": BASE_MODEL,
-        "dataset_name": folder / "sounds",
-        "train_rows": "part=train",
-        "eval_split_name": "train",
-        "eval_rows": "part=test",
-        "num_train_epochs": 4,
-        "per_device_train_batch_size": 16,
-        "eval_on_start": True,
-        "save_strategy": "no",
-        "report_to": "none",
-        "output_dir": folder / "adapter",
-    }
-    trainer = train([part for key, value in options.items() for part in (f"--{key}", str(value))])
+    run = make_run(
+        model_name_or_path=str(BASE_MODEL),
+        dataset_name=str(folder / "sounds"),
+        train_rows="part=train",
+        eval_split_name="train",
+        eval_rows="part=test",
+        num_train_epochs=4,
+        per_device_train_batch_size=16,
+        eval_on_start=True,
+        save_strategy="no",
+        report_to="none",
+        output_dir=str(folder / "adapter"),
+    )
+    trainer = train(run)
     model: Any = trainer.model
     accuracies = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
 

@@ -7,12 +7,12 @@ from typing import Any, Literal, Optional
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoTokenizer, Seq2SeqTrainingArguments
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..arguments import AdapterArguments
 from .network import retry
-from .options import collect_options, flag_names, option
+from .options import collect_options, option
 from .tasks import Task, make_task
 
 # The paper's optimisation, and an evaluation after every epoch.
@@ -35,32 +35,12 @@ TRAINING_DEFAULTS = {
 }
 # The training arguments that must stay the same when a run resumes, besides the model, the data and the adapter.
 SETTINGS = (
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "dataloader_num_workers",
-    "optim",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "lr_scheduler_kwargs",
-    "optim_args",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "average_tokens_across_devices",
-    "bf16",
-    "fp16",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "greater_is_better",
-    "num_train_epochs",
-    "max_steps",
+    *("seed", "data_seed", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_num_workers"),
+    *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 # The other arguments that may change: they do not affect the training.
 OTHER = (
@@ -110,7 +90,7 @@ class TaskArguments:
     task: Literal["audio-classification", "audio-frame-classification", "ctc", "speech-seq2seq"] = field(
         default="audio-classification",
         metadata={
-            "help": "What the model learns: classes or numbers of a clip (which, says --problem_type), events in time, "
+            "help": "What the model learns: classes or numbers of a clip (problem_type says which), events in time, "
             "or the text that is spoken, by CTC (wav2vec 2.0, …) or by a decoder (Whisper, …)."
         },
     )
@@ -196,14 +176,6 @@ class DataArguments:
     on_bad_audio: Literal["skip", "raise"] = option("on_bad_audio")
 
 
-# Errors of the library name Python arguments: what commands call them.
-FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments) | {
-    "rows": "--train_rows, --eval_rows and --test_rows",
-    "needs_length=False": "--max_steps",
-    "separator": "--label_separator",
-}
-
-
 @dataclass
 class RunArguments:
     """All options of a run."""
@@ -273,6 +245,26 @@ class RunArguments:
             return self.task.vocabulary == "model"
         config = retry(AutoConfig.from_pretrained, self.model.model_name_or_path, **self.model.hub_options())
         return not set(MODEL_FOR_CTC_MAPPING_NAMES.values()).isdisjoint(config.architectures or ())
+
+
+def make_run(**options: Any) -> RunArguments:
+    """Make the options of a run in Python.
+
+        trainer = train(make_run(dataset_name="ashraq/esc50", label_column_name="category", output_dir="out"))
+
+    Args:
+        options (Any): fields of the dataclasses of this module, of `SoftMoAConfig` and of `Seq2SeqTrainingArguments`.
+
+    Returns:
+        RunArguments: all options, with the defaults of the commands.
+
+    Raises:
+        ValueError: if an option is unknown, or a value is not allowed.
+    """
+    parser = HfArgumentParser(
+        [ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments]
+    )
+    return RunArguments(*parser.parse_dict({**TRAINING_DEFAULTS, **options}))
 
 
 def parse_weights(words: Optional[list[str]]) -> Any:

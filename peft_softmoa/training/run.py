@@ -54,13 +54,13 @@ def train(run: RunArguments) -> AudioTrainer:
     config = make_config(run.adapter, modules_to_save=run.model.modules_to_save)
     if config.choices()["router_aux_loss_coef"] and training.label_smoothing_factor:
         raise ValueError(
-            "--label_smoothing_factor and --routing top_k do not go together: the Trainer computes a smoothed loss "
-            "itself, without the load-balancing loss of the routers. Leave one out, or set --router_aux_loss_coef 0."
+            "`label_smoothing_factor` and `routing=top_k` do not go together: the Trainer computes a smoothed loss "
+            "itself, without the load-balancing loss of the routers. Leave one out, or set `router_aux_loss_coef=0`."
         )
     check_no_shared_rows(run.parts())
     for name in ("save_only_model", "ignore_data_skip"):
         if getattr(training, name):
-            raise ValueError(f"With --{name} an interrupted run could not resume as it was: leave it out.")
+            raise ValueError(f"With `{name}` an interrupted run could not resume as it was: leave it out.")
     with lock_run(str(training.output_dir), is_main=training.process_index == 0):
         return _train(run, config)
 
