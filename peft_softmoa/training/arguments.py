@@ -261,10 +261,8 @@ def make_run(**options: Any) -> RunArguments:
     Raises:
         ValueError: if an option is unknown, or a value is not allowed.
     """
-    parser = HfArgumentParser(
-        [ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments]
-    )
-    return RunArguments(*parser.parse_dict({**TRAINING_DEFAULTS, **options}))
+    classes: Any = (ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments)
+    return RunArguments(*HfArgumentParser(classes).parse_dict({**TRAINING_DEFAULTS, **options}))
 
 
 def parse_weights(words: Optional[list[str]]) -> Any:

@@ -19,12 +19,12 @@ from peft_softmoa.demo.sounds import SOUNDS, synthesise
 from peft_softmoa.training import AudioError, load, open_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TRAIN = EXAMPLES / "train_audio_classification.py"
+TRAIN = ["-m", "peft_softmoa", "train"]
 
 
 def train(base, dataset, output, environment=(), **arguments):
     return subprocess.run(
-        [sys.executable, str(TRAIN), *training_options(base, dataset, output, **arguments)],
+        [sys.executable, *TRAIN, *training_options(base, dataset, output, **arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, **dict(environment)},
@@ -66,7 +66,7 @@ def test_choices_of_the_adapter(base_folder, tones_folder, tmp_path):
 
 def test_accelerate_launch(base_folder, tones_folder, tmp_path):
     result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(TRAIN),
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *TRAIN,
          "--model_name_or_path", str(base_folder), "--dataset_name", str(tones_folder), "--eval_strategy", "no",
          "--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none",
          "--output_dir", str(tmp_path / "out")],

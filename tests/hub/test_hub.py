@@ -21,7 +21,6 @@ from transformers import AutoModelForAudioClassification
 
 from hub import Fault, loopback_hub
 
-TRAIN = Path(__file__).parents[2] / "examples" / "train_audio_classification.py"
 TOKEN = "hf_secret"
 WEIGHTS = "adapter_model.safetensors"
 SHARDS = [f"data/train-{index:05d}-of-00004.parquet" for index in range(4)]
@@ -36,7 +35,7 @@ dataset_info:
 
 # The clients wait for seconds before they try again, here for thousandths.
 IMPATIENT = "import time; sleep = time.sleep; time.sleep = lambda seconds: sleep(seconds / 1000)\n"
-SCRIPT = f"{IMPATIENT}import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+SCRIPT = f"{IMPATIENT}import sys; from peft_softmoa.cli import main; main(['train', *sys.argv[1:]])"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def training_arguments(folder, **options):
 
 
 def train(hub, folder, **variables):
-    return run(hub, folder / "home", "-c", SCRIPT, TRAIN, *training_arguments(folder), **variables)
+    return run(hub, folder / "home", "-c", SCRIPT, *training_arguments(folder), **variables)
 
 
 @pytest.fixture(scope="module")
