@@ -31,6 +31,7 @@ class CommandParser(HfArgumentParser):
         verb (str): the verb, one of `VERBS`, which say what it does.
         groups (mapping): dataclasses whose fields are options, by the titles of their sections of the help.
         hidden (mapping): further ones, which only `--help-all` shows.
+        shown (mapping): names of fields of those that the help shows all the same, by the titles of their sections.
         takes_config (bool): whether `--config` names a YAML file with options. Default: no.
     """
 
@@ -40,10 +41,12 @@ class CommandParser(HfArgumentParser):
         groups: Mapping[str, Any] | None = None,
         *,
         hidden: Mapping[str, Any] | None = None,
+        shown: Mapping[str, Sequence[str]] | None = None,
         takes_config: bool = False,
     ) -> None:
         self.actions: list[Action] = []
         self.groups, self.hidden, self.takes_config = dict(groups or {}), dict(hidden or {}), takes_config
+        self.shown = dict(shown or {})
         super().__init__(
             [*self.groups.values(), *self.hidden.values()],
             prog=f"peft-softmoa {verb}",
@@ -155,7 +158,12 @@ class CommandParser(HfArgumentParser):
         Returns:
             str: the page.
         """
-        sections = {**self.groups, **(self.hidden if show_all else {})}
+        sections = {title: {entry.name for entry in fields(each)} for title, each in self.groups.items()}
+        sections |= {title: set(names) for title, names in self.shown.items()}
+        if show_all:
+            elsewhere = {name for names in self.shown.values() for name in names}
+            for title, each in self.hidden.items():
+                sections[title] = {entry.name for entry in fields(each)} - elsewhere
         in_groups = {entry.name for each in self.dataclass_types for entry in fields(each)}
         positional = [action for action in self.actions if not action.option_strings]
         others = [action for action in self.actions if action.option_strings and action.dest not in in_groups]
@@ -166,8 +174,7 @@ class CommandParser(HfArgumentParser):
         for action in positional:
             lines += _entry(_placeholder(action), action)
         lines += [""] if positional else []
-        for title, each in sections.items():
-            names = {entry.name for entry in fields(each)}
+        for title, names in sections.items():
             lines += [f"{title}:"]
             for action in self.actions:
                 if action.dest in names:
@@ -178,7 +185,7 @@ class CommandParser(HfArgumentParser):
             lines += _entry(f"{', '.join(action.option_strings)} {_placeholder(action)}".rstrip(), action)
         if self.hidden and not show_all:
             titles = " and ".join(self.hidden)
-            lines += ["", *textwrap.wrap(f"`{self.prog} --help-all` shows the options of {titles} too.", WIDTH)]
+            lines += ["", *textwrap.wrap(f"`{self.prog} --help-all` shows all options of {titles}.", WIDTH)]
         return "\n".join(lines) + "\n"
 
     def _refuse_unknown(self, arguments: Sequence[str]) -> None:

@@ -14,6 +14,14 @@ from ..training.run import train
 from ..training.trainer import AudioTrainer
 from .parser import CommandParser
 
+# The arguments of the Trainer that the help shows first.
+TRAINING = (
+    *("output_dir", "num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "seed"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("dataloader_num_workers", "bf16", "eval_strategy", "load_best_model_at_end", "metric_for_best_model"),
+    *("generation_max_length", "report_to", "push_to_hub", "hub_model_id", "resume_from_checkpoint"),
+)
+
 # Errors of the library name Python arguments: what this command calls them.
 FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments) | {
     "rows": "--train_rows, --eval_rows and --test_rows",
@@ -36,7 +44,8 @@ def make_parser(verb: str = "train", more: Optional[Mapping[str, Any]] = None) -
         **(more or {}),
         **{"Model": ModelArguments, "Task": TaskArguments, "Data": DataArguments, "Adapter": AdapterArguments},
     }
-    parser = CommandParser(verb, groups, hidden={"the Trainer": Seq2SeqTrainingArguments}, takes_config=True)
+    hidden = {"the Trainer": Seq2SeqTrainingArguments}
+    parser = CommandParser(verb, groups, hidden=hidden, shown={"Training": TRAINING}, takes_config=True)
     parser.set_defaults(**TRAINING_DEFAULTS)
     return parser
 

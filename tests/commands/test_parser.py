@@ -54,7 +54,7 @@ def test_help_shows_the_hidden_options_only_if_asked(capsys):
     assert end.value.code == 0
     assert page == parser().format_help()
     assert page.index("\n  DATASET  ") < page.index("\nModel:\n") < page.index("\nOther options:\n")
-    assert "--steps" not in page and "`peft-softmoa check --help-all` shows the options of Trainer too." in page
+    assert "--steps" not in page and "`peft-softmoa check --help-all` shows all options of Trainer." in page
     lines = page.splitlines()
     assert "  --rate NUMBER           How fast it learns, in 100% of cases. Default: 0.5." in lines
     assert "  --names TEXT ...        Names. Default: a b." in lines
