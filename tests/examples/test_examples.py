@@ -127,19 +127,19 @@ def test_arguments_from_a_file(base_folder, tones_folder, tmp_path):
         "# of a run\nlearning_rate: 1e-3\nnum_train_epochs: 7\ntrain_norms: true\nlayers_to_transform: [0, 1]\n"
     )
     options = training_options(base_folder, tones_folder, tmp_path / "out")
-    _, data_args, adapter_args, training_args = parse(["--config", str(config), *options])
-    assert training_args.learning_rate == 1e-3 and training_args.num_train_epochs == 2  # the command line's
-    assert adapter_args.train_norms and adapter_args.layers_to_transform == [0, 1]
-    assert data_args.dataset_name == str(tones_folder)
+    run = parse(["--config", str(config), *options])
+    assert run.training.learning_rate == 1e-3 and run.training.num_train_epochs == 2  # the command line's
+    assert run.adapter.train_norms and run.adapter.layers_to_transform == [0, 1]
+    assert run.data.dataset_name == str(tones_folder)
     config.write_text("learning_rate: 1e-3\nnum_expert: 7\n")
-    with pytest.raises(ValueError, match="run.yaml' has num_expert, which this script does not take. Correct"):
+    with pytest.raises(ValueError, match="run.yaml' has num_expert, which this command does not take. Correct"):
         parse([*options, "--config", str(config)])
     config.write_text("a list\n")
     with pytest.raises(ValueError, match="run.yaml' has no fields at all"):
         parse([*options, "--config", str(config)])
     config.write_text("eval_strategy: no\nmax_length_seconds: null\n")
-    parsed = parse([*options, f"--config={config}"])
-    assert parsed[3].eval_strategy == "no" and parsed[1].max_length_seconds is None
+    run = parse([*options, f"--config={config}"])
+    assert run.training.eval_strategy == "no" and run.data.max_length_seconds is None
     for mistake in (["--config"], ["--conf", str(config)]):
         with pytest.raises((SystemExit, ValueError)):
             parse([*options, *mistake])

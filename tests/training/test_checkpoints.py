@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FRAMES, training_options
+from conftest import training_options
 
 from peft_softmoa.commands.train import main
 from peft_softmoa.training import AudioTrainer, atomic_checkpoint, newest_checkpoint, start_or_resume, write_run_state
@@ -263,7 +263,7 @@ def test_a_run_that_lacks_only_its_end_trains_no_more(base_folder, tones_folder,
 
 @pytest.mark.parametrize("name", ["save_only_model", "ignore_data_skip"])
 def test_what_a_run_needs_to_go_on_is_not_left_out(base_folder, tones_folder, tmp_path, name):
-    with pytest.raises(ValueError, match=f"With --{name} an interrupted run could not resume"):
+    with pytest.raises(ValueError, match=f"With `{name}` an interrupted run could not resume"):
         main(run_of(base_folder, tones_folder, tmp_path / "out", **{name: True}))
 
 
@@ -279,7 +279,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(base_folder, tones_folder, tmp_p
     best = min(losses, key=losses.get)
     assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best}")
     kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
-    assert kept == {f"checkpoint-{best}", "checkpoint-4"}
+    assert kept == {f"checkpoint-{best}"}  # the Trainer itself removes another last one at the end
     state = json.loads((tmp_path / "out" / f"checkpoint-{best}" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint
 
@@ -339,6 +339,6 @@ def test_masks_are_for_training_only(base_folder, tones_folder, tmp_path):
     )
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.training_step(trainer.model, dict(batch))
-    assert seen[0].shape[1:] == (FRAMES, 128) and not torch.equal(seen[0], batch["input_values"])
+    assert seen[0].shape == batch["input_values"].shape and not torch.equal(seen[0], batch["input_values"])
     trainer.prediction_step(trainer.model, dict(batch), True)
     assert torch.equal(seen[1], batch["input_values"])

@@ -10,7 +10,15 @@ from peft import PeftModel, get_peft_model
 from transformers import ASTForAudioClassification, AutoFeatureExtractor, TrainingArguments
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.training import AudioTrainer, DataOptions, check_classes, classification_metrics, load_stream
+from peft_softmoa.training import (
+    AudioTrainer,
+    DataOptions,
+    SingleLabel,
+    check_classes,
+    classification_metrics,
+    load_stream,
+    run,
+)
 
 
 @pytest.fixture
@@ -112,14 +120,14 @@ def test_the_same_classes_pass(streams, tmp_path):
 
 
 def test_the_plain_loop_compares_too(base_folder, tones_folder, tmp_path, monkeypatch):
-    load = train_no_trainer.load_stream
+    load = run.load_stream
 
     def load_low(*args, **options):
-        if options.get("label_names"):
-            options.update(rows="label=low", label_names=None)
+        if options["task"].label_names:
+            options.update(rows="label=low", task=SingleLabel())
         return load(*args, **options)
 
-    monkeypatch.setattr(train_no_trainer, "load_stream", load_low)
+    monkeypatch.setattr(run, "load_stream", load_low)
     options = training_options(base_folder, tones_folder, tmp_path / "out")
     index = options.index("--report_to")
     with pytest.raises(ValueError, match="The evaluation stream has other classes .* it lacks 'high'"):
