@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ..training.audio import AudioError
-from ..training.decoders import Samples
+from ..training.audio_file import Samples
 from ..training.folders import AUDIO
 
 SAMPLE_FORMATS: dict[str, np.dtype[Any]] = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}

@@ -15,8 +15,8 @@ from typing import Any, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
-from .containers import DecodeError, Source
-from .decoders import Decoder, Samples, open_decoder
+from .audio_file import DecodeError, Samples, Source
+from .decoders import Decoder, open_decoder
 from .network import read_url
 
 # Shorter clips are decoded whole before a part is cut out.
@@ -97,7 +97,7 @@ def decode_crop(
     with _open(name, content) as (source, decoder):
         rate = decoder.sampling_rate
         short = WHOLE_SECONDS * rate
-        if not decoder.can_seek or decoder.count_frames() <= short:
+        if not decoder.can_seek or decoder.guessed_frames <= short or decoder.count_frames() <= short:
             whole = list(_cut(decoder.blocks(), 0, short + 1))
             if sum(map(len, whole)) <= short:
                 samples = _resample(name, source, iter(whole), rate, sampling_rate)
