@@ -55,7 +55,7 @@ class FfmpegDecoder:
         try:
             for place, frame in self._frames(start):
                 if place + frame.samples > start:
-                    waiting.append(_mono(frame)[max(start - place, 0) :])
+                    waiting.append(mono(frame)[max(start - place, 0) :])
                 if sum(map(len, waiting)) >= BLOCK_FRAMES:
                     yield np.concatenate(waiting)
                     waiting = []
@@ -177,10 +177,24 @@ class FfmpegDecoder:
         return container.duration / 1e6 if alone else 0.0
 
 
-def _mono(frame: Any) -> Samples:
-    """`(frames,)`, the mean of all channels of a frame, with full scale at 1."""
+def mono(frame: Any) -> Samples:
+    """The mean of all channels of a frame.
+
+    Args:
+        frame (av.AudioFrame): the frame.
+
+    Returns:
+        np.ndarray: `(frames,)` float32, with full scale at 1.
+
+    Raises:
+        DecodeError: if the frame does not hold as many channels as it says.
+    """
+    channels = len(frame.layout.channels)
+    # PyAV would read where no data is.
+    if len(frame.planes) != (1 if frame.format.is_packed else channels):
+        raise DecodeError(f"damaged: a part of it has {channels} channels")
     values = frame.to_ndarray()
-    values = values.reshape(-1, len(frame.layout.channels)) if frame.format.is_packed else values.T
+    values = values.reshape(-1, channels) if frame.format.is_packed else values.T
     if values.dtype.kind == "u":
         values = values.astype(np.float32) / 128 - 1
     elif values.dtype.kind == "i":

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -17,7 +18,8 @@ from recordings import RATE, encode, id3, riff, signal
 
 from peft_softmoa.training import AudioError, decode_audio
 from peft_softmoa.training.audio import audio_seconds, decode_crop
-from peft_softmoa.training.audio_file import Source
+from peft_softmoa.training.audio_file import DecodeError, Source
+from peft_softmoa.training.ffmpeg import mono
 
 SECONDS = 2.0
 DELAY = 0.06  # seconds that a codec may add
@@ -364,6 +366,18 @@ def test_no_mutated_file_ends_a_run(tmp_path):
             refused += 1
     assert refused
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kilobytes
+
+
+def test_a_frame_with_other_planes_than_channels_is_refused():
+    """PyAV would read memory that is not there: AAC may say in the middle that it has 37 channels."""
+    frame = SimpleNamespace(
+        layout=SimpleNamespace(channels=range(37)),
+        planes=range(40),
+        format=SimpleNamespace(is_packed=False),
+        to_ndarray=lambda: pytest.fail("read"),
+    )
+    with pytest.raises(DecodeError, match="damaged: a part of it has 37 channels"):
+        mono(frame)
 
 
 FORMATS = {
