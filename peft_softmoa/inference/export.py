@@ -202,7 +202,7 @@ def _save_tokenizer(
     for name, commit in ((adapter, revision), (base_model or config.name_or_path, None)):
         try:
             AutoTokenizer.from_pretrained(name, revision=commit).save_pretrained(folder)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):  # tokenizers whose files are missing raise each of them
             continue
         return []
     return ["Neither the adapter nor its base model has a tokenizer, which makes text of the outputs."]

@@ -177,7 +177,7 @@ def test_a_note_names_what_of_the_adapter_is_not_in_the_file():
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(WhisperConfig(**WHISPER))
     targets = ["model.encoder.layers.0.fc2", "model.decoder.layers.1.fc2"]
-    base = get_peft_model(model, SoftMoAConfig(target_modules=targets)).get_base_model()
+    base = get_peft_model(model, SoftMoAConfig(routing="dense", target_modules=targets)).get_base_model()
     [note] = describe_rest(base, base.get_encoder())
     assert note.endswith("what the adapter changes there neither: model.decoder.layers.1.fc2.")
 
