@@ -4,9 +4,8 @@
     python examples/train_no_trainer.py --dataset_name ashraq/esc50 --label_column_name category \
         --train_rows fold=1,2,3,4 --eval_split_name train --eval_rows fold=5 --output_dir esc50-softmoa
 
-It does what `peft-softmoa train` does, for all of its tasks, with the same data, the same optimisation and the same
-checkpoints, and runs under `accelerate launch`, which also chooses the precision. Interrupted runs resume: run the same
-command again.
+It does what `peft-softmoa train` does, for all of its tasks, with the same data, optimisation and checkpoints, and runs
+under `accelerate launch`, which also chooses the precision. Interrupted runs resume: run the same command again.
 """
 
 from __future__ import annotations

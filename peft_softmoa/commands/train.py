@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from transformers import Seq2SeqTrainingArguments
-
 from ..arguments import AdapterArguments
-from ..training.arguments import FLAGS, TRAINING_DEFAULTS, DataArguments, ModelArguments, RunArguments, TaskArguments
+from ..training.arguments import (
+    FLAGS,
+    TRAINING_DEFAULTS,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    TaskArguments,
+    TrainingArguments,
+)
 from ..training.options import name_flags
 from ..training.run import train
 from ..training.trainer import AudioTrainer
@@ -29,7 +35,7 @@ def make_parser(verb: str = "train", more: Optional[Mapping[str, Any]] = None) -
         **(more or {}),
         **{"Model": ModelArguments, "Task": TaskArguments, "Data": DataArguments, "Adapter": AdapterArguments},
     }
-    parser = CommandParser(verb, groups, hidden={"the Trainer": Seq2SeqTrainingArguments}, takes_config=True)
+    parser = CommandParser(verb, groups, hidden={"the Trainer": TrainingArguments}, takes_config=True)
     parser.set_defaults(**TRAINING_DEFAULTS)
     return parser
 

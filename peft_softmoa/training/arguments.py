@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, Seq2SeqTrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..arguments import AdapterArguments
+from .metrics import LOWER_IS_BETTER
 from .network import retry
 from .options import collect_options, flag_names, option
-from .tasks import Task, make_task
+from .tasks import Task, make_task, parse_weights
 
 # The paper's optimisation, and an evaluation after every epoch.
 TRAINING_DEFAULTS = {
@@ -196,8 +197,21 @@ class DataArguments:
     on_bad_audio: Literal["skip", "raise"] = option("on_bad_audio")
 
 
+@dataclass
+class TrainingArguments(Seq2SeqTrainingArguments):
+    """The Trainer's own arguments, which know which of the package's metrics are better the lower they are."""
+
+    def __post_init__(self) -> None:
+        if (
+            self.greater_is_better is None
+            and (self.metric_for_best_model or "").removeprefix("eval_") in LOWER_IS_BETTER
+        ):
+            self.greater_is_better = False
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
 # Errors of the library name Python arguments: what commands call them.
-FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments) | {
+FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, TrainingArguments) | {
     "rows": "--train_rows, --eval_rows and --test_rows",
     "needs_length=False": "--max_steps",
     "separator": "--label_separator",
@@ -212,7 +226,7 @@ class RunArguments:
     task: TaskArguments
     data: DataArguments
     adapter: Any  # AdapterArguments
-    training: Any  # Seq2SeqTrainingArguments, or what a loop of one's own has of them
+    training: Any  # TrainingArguments, or what a loop of one's own has of them
 
     def settings(self) -> dict[str, Any]:
         """The settings that must stay the same when the run resumes, by name."""
@@ -273,24 +287,3 @@ class RunArguments:
             return self.task.vocabulary == "model"
         config = retry(AutoConfig.from_pretrained, self.model.model_name_or_path, **self.model.hub_options())
         return not set(MODEL_FOR_CTC_MAPPING_NAMES.values()).isdisjoint(config.architectures or ())
-
-
-def parse_weights(words: Optional[list[str]]) -> Any:
-    """The weights of classes from the words of a command line.
-
-    Args:
-        words (list[str], optional): `balanced`, or numbers.
-
-    Returns:
-        Any: `"balanced"`, a list of numbers, or None.
-
-    Raises:
-        ValueError: if they are neither.
-    """
-    if words is None or words == ["balanced"]:
-        return words and words[0]
-    try:
-        return [float(word) for word in words]
-    except ValueError:
-        given = " ".join(words)
-        raise ValueError(f"`class_weights` must be balanced, or a number for each class, got {given}.") from None
