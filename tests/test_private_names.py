@@ -74,6 +74,7 @@ GUARDS = {
         "_load_from_checkpoint": "training/test_checkpoints.py::test_a_run_that_lacks_only_its_end_trains_no_more",
         "_prepare_inputs": "inspection/test_callback.py::test_a_step_has_the_metrics_of_all_its_batches",
         "_push_from_checkpoint": "hub/test_trainer_push.py::test_each_strategy_gives_what_the_plain_trainer_gives",
+        "_save": "training/tasks/test_runs.py::test_recognition_through_the_pipeline_is_text",
         "_save_checkpoint": "training/test_checkpoints.py::test_a_checkpoint_is_whole_or_not_there",
         "_train_batch_size": "training/test_checkpoints.py::test_small_last_batches_are_kept",
     },
@@ -95,10 +96,12 @@ def names_in(node):
 
 
 def own_names(tree):
-    """The private names that a module defines: functions, and what it assigns to `self`."""
+    """The private names that a module defines: functions, fields, and what it assigns to `self`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             yield node.name
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):  # a field of a dataclass
+            yield node.target.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
             yield node.attr
 
