@@ -289,7 +289,10 @@ class SoftMoAConfig(PeftConfig):
 
         pickles.refuse_written(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        card.write_model_card({**self.to_dict(), **self.resolved_fields()}, save_directory)
+        described = {**self.to_dict(), **self.resolved_fields()}
+        # PEFT keeps the class of the model for the file alone.
+        described["auto_mapping"] = kwargs.get("auto_mapping_dict") or self.auto_mapping
+        card.write_model_card(described, save_directory)
 
 
 # The only place where a field is explained is the field itself.

@@ -35,6 +35,15 @@ class EvaluateArguments:
     normalize_text: bool = field(
         default=False, metadata={"help": "Compare texts in lower case and without punctuation."}
     )
+    label_separator: Optional[str] = field(
+        default=None, metadata={"help": "What stands between several labels in one column. Default: a comma."}
+    )
+    language: Optional[str] = field(
+        default=None, metadata={"help": "Language of the texts, for a Whisper of many languages."}
+    )
+    speech_task: Optional[Literal["transcribe", "translate"]] = field(
+        default=None, metadata={"help": "What such a Whisper does."}
+    )
     text_case: Optional[Literal["lower", "upper"]] = field(
         default=None, metadata={"help": "The case into which texts are put. Default: texts stay as they are."}
     )
@@ -57,7 +66,7 @@ def make_parser() -> CommandParser:
     return parser
 
 
-@name_flags(flag_names(EvaluateArguments))
+@name_flags({**flag_names(EvaluateArguments), "separator": "--label_separator"})
 def main(arguments: list[str]) -> None:
     """Evaluate an adapter on a dataset, and print the metrics.
 
@@ -77,6 +86,9 @@ def main(arguments: list[str]) -> None:
         metrics=given.metrics,
         normalize_text=given.normalize_text,
         text_case=given.text_case,
+        separator=given.label_separator,
+        language=given.language,
+        speech_task=given.speech_task,
     )
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")

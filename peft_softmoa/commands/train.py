@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional
 
-from transformers import Seq2SeqTrainingArguments
-
 from ..arguments import AdapterArguments
-from ..training.arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments, RunArguments, TaskArguments
+from ..training.arguments import (
+    TRAINING_DEFAULTS,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    TaskArguments,
+    TrainingArguments,
+)
 from ..training.options import flag_names, name_flags
 from ..training.run import train
 from ..training.trainer import AudioTrainer
@@ -23,7 +28,7 @@ TRAINING = (
 )
 
 # Errors of the library name Python arguments: what this command calls them.
-FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments) | {
+FLAGS = flag_names(ModelArguments, TaskArguments, DataArguments, AdapterArguments, TrainingArguments) | {
     "rows": "--train_rows, --eval_rows and --test_rows",
     "needs_length=False": "--max_steps",
     "separator": "--label_separator",
@@ -44,7 +49,7 @@ def make_parser(verb: str = "train", more: Optional[Mapping[str, Any]] = None) -
         **(more or {}),
         **{"Model": ModelArguments, "Task": TaskArguments, "Data": DataArguments, "Adapter": AdapterArguments},
     }
-    hidden = {"the Trainer": Seq2SeqTrainingArguments}
+    hidden = {"the Trainer": TrainingArguments}
     parser = CommandParser(verb, groups, hidden=hidden, shown={"Training": TRAINING}, takes_config=True)
     parser.set_defaults(**TRAINING_DEFAULTS)
     return parser

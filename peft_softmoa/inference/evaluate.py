@@ -77,7 +77,8 @@ def evaluate_adapter(
         )
         trainer = AudioTrainer(model, arguments, eval_dataset=stream)
         found = trainer.evaluate()
-    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
-    values = {name.removeprefix("eval_"): value for name, value in found.items() if name not in speed}
+    others = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
+    values = {name.removeprefix("eval_"): value for name, value in found.items()}
+    values = {name: value for name, value in values.items() if name not in others}
     skipped = len(stream.extract.skipped)
     return {**values, **({"num_clips": stream.summary.num_rows - skipped} if stream.summary else {})}

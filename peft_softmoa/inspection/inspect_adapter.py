@@ -24,12 +24,13 @@ from ..training.load import load_stream
 from ..training.options import DataOptions
 from ..training.rows import name_some
 from ..training.source import open_source
+from ..training.tasks import SingleLabel, find_task
 from .clips import FRAME_SECONDS, ClipReading, prepare_batches, read_clip, shared_name
 from .page import write_page
 from .report import expert_report
 from .sections import class_sections, find_peaks, load_section, metrics_section, reading_section
 
-# The label column is `label`, if there is one.
+# The label column is `label`, if there is one, and the adapter is for one class a clip.
 DEFAULT_OPTIONS = DataOptions(label_column=None, max_length_seconds=30.0)
 
 
@@ -59,7 +60,8 @@ def inspect_adapter(
         split (str): split of the dataset. Default: `"train"`.
         rows (str, optional): rows of the dataset, such as `"fold=5"`. Default: all.
         options (DataOptions): how the dataset is read, and how much of a clip, from its start. With `label_column=None`
-            the labels are in the column `label`, if there is one. Default: that, and 30 seconds of each clip.
+            the labels are in the column `label`, if there is one and the adapter is for one class a clip. Default:
+            that, and 30 seconds of each clip.
         revision (str, optional): branch, tag or commit of the adapter.
         max_clips (int, optional): number of clips of the dataset that are read. Default: all.
         batch_size (int): number of clips in a batch. Default: 8.
@@ -94,7 +96,8 @@ def inspect_adapter(
     notes = []
     if dataset is not None:
         source = open_source(dataset, split, options)
-        if options.label_column is None and "label" in source.columns:
+        has_classes = _has_one_class(model)
+        if options.label_column is None and has_classes and "label" in source.columns:
             options = replace(options, label_column="label")
         stream = load_stream(
             source, source.split, feature_extractor, options, rows=rows, training=False, needs_length=False
@@ -106,6 +109,8 @@ def inspect_adapter(
         report = expert_report(
             model, prepare_batches(model, batches), label_names=stream.label_names, show_progress=False
         )
+        if options.label_column is None and not has_classes:
+            report = replace(report, no_classes_reason="the adapter was not trained for one class a clip")
         facts["Dataset"] = f"{dataset_name}, {split}{f', {rows}' if rows else ''}: {report.num_clips} clips"
         if stream.extract.skipped:
             data_folder = dataset if os.path.isdir(dataset) else None
@@ -149,6 +154,13 @@ def inspect_adapter(
         audio_label="The clip, as far as it is read",
     )
     return page
+
+
+def _has_one_class(model: Any) -> bool:
+    try:
+        return isinstance(find_task(model.active_peft_config, model.get_base_model()), SingleLabel)
+    except ValueError:  # a model of nobody's task, such as an encoder
+        return True
 
 
 def _batches(clips: Iterator[dict[str, Any]], size: int, collate: Any) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_CTC_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
@@ -37,6 +38,9 @@ METRICS = {
 # What the Hub calls a task, by the class of the model.
 RECOGNITION = "automatic-speech-recognition"
 RECOGNIZERS = {*MODEL_FOR_CTC_MAPPING_NAMES.values(), *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values()}
+
+# Their `load_adapter` is for another kind of adapter, so that `pipeline()` refuses the folder of one of PEFT's.
+OWN_ADAPTERS = ("Wav2Vec2For", "WavLMFor", "Data2VecAudioFor")
 
 # Around what this module writes. The first has a digest of it.
 BEGIN, END = "<!-- peft-softmoa {}: saving writes this part anew, unless it was changed -->", "<!-- end of the part -->"
@@ -238,20 +242,26 @@ def _shown(text: str) -> str:
 
 
 def _pipeline(config: Mapping[str, Any]) -> Optional[str]:
-    """The pipeline of transformers that runs an adapter."""
-    if (config.get("auto_mapping") or {}).get("base_model_class") in RECOGNIZERS:
+    """The pipeline of transformers that runs an adapter; there is none for frames."""
+    base = (config.get("auto_mapping") or {}).get("base_model_class")
+    if base in RECOGNIZERS:
         return RECOGNITION
-    return "audio-classification" if config["label_names"] else None
+    is_framed = base in MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES.values()
+    return "audio-classification" if config["label_names"] and not is_framed else None
 
 
 def _section(config: dict[str, Any]) -> str:
     base_model = config["base_model_name_or_path"] or "the base model"
     if os.path.isdir(base_model):
         base_model = os.path.basename(base_model.rstrip("/"))
-    if _pipeline(config) == RECOGNITION:
+    base_class = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    tag = None if base_class.startswith(OWN_ADAPTERS) else _pipeline(config)
+    if tag == RECOGNITION:
         library, loader = "transformers", "pipeline"
-        call = f'recognizer = pipeline("{RECOGNITION}", model="path/or/id/of/this/adapter")'
-    elif config["label_names"]:
+        # By itself the pipeline takes the tokenizer of the base model.
+        call = 'adapter = "path/or/id/of/this/adapter"\n'
+        call += f'recognizer = pipeline("{RECOGNITION}", model=adapter, tokenizer=adapter, feature_extractor=adapter)'
+    elif tag:
         library, loader = "transformers", "AutoFeatureExtractor, pipeline"
         call = f"feature_extractor = AutoFeatureExtractor.from_pretrained({_literal(base_model)})\n"
         call += 'adapter = "path/or/id/of/this/adapter"\n'

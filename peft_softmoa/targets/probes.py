@@ -107,12 +107,12 @@ def norms_before(model: nn.Module, widths: Mapping[str, int]) -> dict[str, str]:
     return {block: found[block] for block in widths}
 
 
-def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]], int]:
+def token_probe(model: nn.Module, layer: Optional[str] = None) -> Callable[[Mapping[str, Tensor]], int]:
     """Make a function that tells how many tokens of a sample come to a layer from some inputs of the model.
 
     Args:
         model (nn.Module): the model; it is neither run nor changed.
-        layer (str): name of the layer.
+        layer (str, optional): name of the layer. Default: those for which the model gives logits.
 
     Returns:
         Callable[[Mapping[str, Tensor]], int]: takes the model's inputs, of which only the shapes matter, and raises
@@ -124,7 +124,8 @@ def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]]
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(find_tokens(args, kwargs))
 
-    copied.get_submodule(layer).register_forward_pre_hook(stop, with_kwargs=True)
+    if layer is not None:
+        copied.get_submodule(layer).register_forward_pre_hook(stop, with_kwargs=True)
 
     def probe(inputs: Mapping[str, Tensor]) -> int:
         shapes = {
@@ -133,10 +134,10 @@ def token_probe(model: nn.Module, layer: str) -> Callable[[Mapping[str, Tensor]]
         }
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                copied(**shapes)
+                output = copied(**shapes)
         except _Reached as reached:
             return reached.tokens.shape[1] if reached.tokens.numel() else 0
-        return 1
+        return 1 if layer is not None else int(output.logits.shape[1])
 
     return probe
 

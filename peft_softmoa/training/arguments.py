@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Seq2SeqTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..arguments import AdapterArguments
+from .metrics import LOWER_IS_BETTER
 from .network import retry
 from .options import collect_options, option
-from .tasks import Task, make_task
+from .tasks import Task, make_task, parse_weights
 
 # The paper's optimisation, and an evaluation after every epoch.
 TRAINING_DEFAULTS = {
@@ -177,6 +178,19 @@ class DataArguments:
 
 
 @dataclass
+class TrainingArguments(Seq2SeqTrainingArguments):
+    """The Trainer's own arguments, which know which of the package's metrics are better the lower they are."""
+
+    def __post_init__(self) -> None:
+        if (
+            self.greater_is_better is None
+            and (self.metric_for_best_model or "").removeprefix("eval_") in LOWER_IS_BETTER
+        ):
+            self.greater_is_better = False
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+@dataclass
 class RunArguments:
     """All options of a run."""
 
@@ -184,7 +198,7 @@ class RunArguments:
     task: TaskArguments
     data: DataArguments
     adapter: Any  # AdapterArguments
-    training: Any  # Seq2SeqTrainingArguments, or what a loop of one's own has of them
+    training: Any  # TrainingArguments, or what a loop of one's own has of them
 
     def settings(self) -> dict[str, Any]:
         """The settings that must stay the same when the run resumes, by name."""
@@ -253,7 +267,7 @@ def make_run(**options: Any) -> RunArguments:
         trainer = train(make_run(dataset_name="ashraq/esc50", label_column_name="category", output_dir="out"))
 
     Args:
-        options (Any): fields of the dataclasses of this module, of `SoftMoAConfig` and of `Seq2SeqTrainingArguments`.
+        options (Any): fields of the dataclasses of this module, of `SoftMoAConfig` and of `TrainingArguments`.
 
     Returns:
         RunArguments: all options, with the defaults of the commands.
@@ -261,26 +275,5 @@ def make_run(**options: Any) -> RunArguments:
     Raises:
         ValueError: if an option is unknown, or a value is not allowed.
     """
-    classes: Any = (ModelArguments, TaskArguments, DataArguments, AdapterArguments, Seq2SeqTrainingArguments)
+    classes: Any = (ModelArguments, TaskArguments, DataArguments, AdapterArguments, TrainingArguments)
     return RunArguments(*HfArgumentParser(classes).parse_dict({**TRAINING_DEFAULTS, **options}))
-
-
-def parse_weights(words: Optional[list[str]]) -> Any:
-    """The weights of classes from the words of a command line.
-
-    Args:
-        words (list[str], optional): `balanced`, or numbers.
-
-    Returns:
-        Any: `"balanced"`, a list of numbers, or None.
-
-    Raises:
-        ValueError: if they are neither.
-    """
-    if words is None or words == ["balanced"]:
-        return words and words[0]
-    try:
-        return [float(word) for word in words]
-    except ValueError:
-        given = " ".join(words)
-        raise ValueError(f"`class_weights` must be balanced, or a number for each class, got {given}.") from None

@@ -53,7 +53,7 @@ def mixup(inputs: Mapping[str, Any], labels: Tensor, alpha: float) -> dict[str, 
         x' = λ x_i + (1 - λ) x_j,  y' = λ y_i + (1 - λ) y_j,  λ ~ Beta(α, α)
 
     j goes through the batch in random order; λ is drawn for each clip, from torch's generator. Where one of the two
-    clips is padded, the other one is heard.
+    clips is padded, the other one is heard; labels of frames count as far as those of the first clip do.
 
     Args:
         inputs (mapping): the model's inputs by name; those of floating dtypes are mixed, masks are joined.
@@ -61,8 +61,13 @@ def mixup(inputs: Mapping[str, Any], labels: Tensor, alpha: float) -> dict[str, 
         alpha (float): α, positive; the smaller it is, the more of one of the two clips is left.
 
     Returns:
-        dict[str, Any]: the inputs, with the mixed `labels`.
+        dict[str, Any]: the inputs, with the mixed `labels`; those that are -100 stay so.
+
+    Raises:
+        ValueError: if α is not positive.
     """
+    if not alpha > 0:
+        raise ValueError(f"`mixup_alpha` must be positive, or 0 for no mixup, got {alpha}.")
     others = torch.randperm(len(labels)).to(labels.device)
     shares = torch.distributions.Beta(alpha, alpha).sample((len(labels),)).to(labels.device)
 
@@ -74,5 +79,6 @@ def mixup(inputs: Mapping[str, Any], labels: Tensor, alpha: float) -> dict[str, 
     for name, value in inputs.items():
         if name != "labels" and isinstance(value, Tensor):
             result[name] = mixed(value) if value.is_floating_point() else torch.maximum(value, value[others])
-    result["labels"] = mixed(labels)
+    padded = labels == -100
+    result["labels"] = mixed(labels.masked_fill(padded, 0)).masked_fill(padded, -100)
     return result

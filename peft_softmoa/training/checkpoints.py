@@ -252,7 +252,8 @@ def checkpoint_only_adapters(accelerator: Accelerator) -> None:
         if weights:
             weights.clear()
             if accelerator.is_main_process:
-                save_file(get_peft_model_state_dict(accelerator.unwrap_model(models[0])), Path(folder, ADAPTER))
+                model = accelerator.unwrap_model(models[0])
+                save_file(get_peft_model_state_dict(model, save_embedding_layers=False), Path(folder, ADAPTER))
 
     def load(models: list[Any], folder: str) -> None:
         if Path(folder, ADAPTER).exists():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import numpy.typing as npt
 from peft import PeftModel
 from torch import nn
-from transformers import SequenceFeatureExtractor
 
 from ..targets.placement import find_encoder
 from ..targets.probes import token_probe
@@ -55,64 +55,90 @@ class FrameGrid(NamedTuple):
 
 
 def find_frames(model: nn.Module, feature_extractor: Any) -> FrameGrid:
-    """Find out how a model divides a clip into frames, by running a copy without weights on shapes.
+    """Find out how a model divides a clip into the frames of its logits, by running a copy without weights on shapes.
 
     Args:
         model (nn.Module): the model, with or without an adapter.
         feature_extractor (SequenceFeatureExtractor): its feature extractor.
 
     Returns:
-        FrameGrid: of the tokens that the encoder reads.
+        FrameGrid: of the frames.
 
     Raises:
         ValueError: if they do not grow with the clip.
     """
-    one, two = (shortest_clip(model, feature_extractor, tokens=tokens) for tokens in (1, 2))
-    if not 1 <= one < two:
-        raise ValueError(
-            f"{type(model).__name__} gives no frames that grow with the clip, so that no frame has a place in time."
-        )
-    return FrameGrid(one, two - one)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    frames = _counter(base, feature_extractor, None)
+    # Most models have a frame for each token of the encoder, which a run up to its first layer counts much faster.
+    for count in (_counter(base, feature_extractor, _first_layer(base)), frames):
+        # Not one frame: some feature extractors need two to normalize.
+        two, three = (_shortest(count, tokens, feature_extractor.sampling_rate) for tokens in (2, 3))
+        if 1 < two < three:
+            grid = FrameGrid(two - (three - two), three - two)
+            if all(frames(length) == grid.count(length) for length in (three - 1, three, three + 7 * grid.step)):
+                return grid
+    raise ValueError(
+        f"{type(model).__name__} gives no frames that grow with the clip, so that no frame has a place in time."
+    )
 
 
-def shortest_clip(model: nn.Module, feature_extractor: SequenceFeatureExtractor, tokens: int = 1) -> int:
-    """Find how long a clip must be to give a model one token, or more.
+def shortest_clip(model: nn.Module, feature_extractor: Any) -> int:
+    """Find how long a clip must be to give a model one token.
 
     A copy of the model without weights is run on shapes alone, up to the first layer of its encoder.
 
     Args:
         model (nn.Module): the model, with or without an adapter; it is neither run nor changed.
         feature_extractor (SequenceFeatureExtractor): its feature extractor.
-        tokens (int): how many. Default: 1.
 
     Returns:
         int: the smallest number of samples; 1 if the model cannot run so, or has no layers.
     """
-    extract: Any = feature_extractor
-    name, rate = extract.model_input_names[0], extract.sampling_rate
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    try:
-        probe = token_probe(base, find_encoder(base)[0].name)
-    except Exception:  # noqa: BLE001 - a foreign model may raise anything
+    layer = _first_layer(base)
+    if layer is None:
         return 1
+    return _shortest(_counter(base, feature_extractor, layer), 1, feature_extractor.sampling_rate)
 
-    def is_enough(length: int) -> bool:
-        try:
-            features = extract(np.zeros(length, np.float32), sampling_rate=rate, return_tensors="pt")[name]
-            # Some extractors divide by the deviation over time, which a single frame does not have.
-            return bool(features.isfinite().all()) and probe({name: features}) >= tokens
-        except Exception:  # noqa: BLE001 - so may a foreign feature extractor
-            return False
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        enough = 1
-        while not is_enough(enough):
-            if enough > LONGEST_TOKEN * rate:
-                return 1
-            enough *= 2
-        lengths = range(enough // 2 + 1, enough)
-        return enough // 2 + 1 + bisect_left(lengths, True, key=is_enough)
+def _first_layer(model: nn.Module) -> Optional[str]:
+    try:
+        return find_encoder(model)[0].name
+    except Exception:  # noqa: BLE001 - a foreign model may raise anything
+        return None
+
+
+def _counter(model: nn.Module, feature_extractor: Any, layer: Optional[str]) -> Callable[[int], int]:
+    """What counts the tokens that come to a layer, or the frames of the logits, by the length of a clip."""
+    name, rate = feature_extractor.model_input_names[0], feature_extractor.sampling_rate
+    try:
+        probe = token_probe(model, layer)
+    except Exception:  # noqa: BLE001 - a foreign model may raise anything
+        return lambda length: 0
+
+    def count(length: int) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                clip = np.zeros(length, np.float32)
+                features = feature_extractor(clip, sampling_rate=rate, return_tensors="pt")[name]
+                # Some extractors divide by the deviation over time, which a single frame does not have.
+                return probe({name: features}) if features.isfinite().all() else 0
+            except Exception:  # noqa: BLE001 - so may a foreign feature extractor
+                return 0
+
+    return count
+
+
+def _shortest(count: Callable[[int], int], tokens: int, rate: int) -> int:
+    """The smallest length of a clip that has a number of tokens; 1 if there is none."""
+    enough = 1
+    while count(enough) < tokens:
+        if enough > LONGEST_TOKEN * rate:
+            return 1
+        enough *= 2
+    lengths = range(enough // 2 + 1, enough)
+    return enough // 2 + 1 + bisect_left(lengths, True, key=lambda length: count(length) >= tokens)
 
 
 def check_length(name: str, length: int, min_samples: int, sampling_rate: int) -> None:

@@ -158,7 +158,7 @@ def name_flags(flags: Mapping[str, str]) -> Iterator[None]:
         whole = argument[0].strip("`")
         if whole in flags:
             return flags[whole]
-        return f"{flags[name]} {value}" if name in flags else argument[0]
+        return " ".join([flags[name], *filter(None, [value and value.strip("'")])]) if name in flags else argument[0]
 
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Optional
 
 import torch
@@ -64,6 +65,8 @@ class AudioTrainer(ResumableTrainer):
             if data_collator is None:
                 data_collator = Collate(streams[0].extract.feature_extractor, self.task)
             kwargs.setdefault("compute_metrics", self.task.score)
+            if args is not None and args.label_smoothing_factor:
+                self._check_smoothing(self.task)
             if self.task.has_loss or mixup_alpha:
                 kwargs.setdefault("compute_loss_func", loss_function(model, self.task))
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
@@ -71,18 +74,23 @@ class AudioTrainer(ResumableTrainer):
         self._min_samples: dict[Any, int] = {}  # by feature extractor
         self._check_classes()
 
-    def _check_arguments(self) -> None:
-        if self.compute_loss_func is not None and self.args.label_smoothing_factor:
+    def _check_smoothing(self, task: Task) -> None:
+        if not task.can_smooth or self.mixup_alpha:
             raise ValueError(
-                "`label_smoothing_factor` has no effect on a loss that is computed outside of the model, as with class "
-                "weights, mixup or several labels a clip: leave it out."
+                "`label_smoothing_factor` is for the plain loss of one label a clip, or of a decoder's texts, and does "
+                f"not go with {type(task).__name__}{' and mixup' if self.mixup_alpha else ''}"
+                f"{' and class weights' if getattr(task, 'class_weights', None) is not None else ''}: leave it out."
             )
+
+    def _check_arguments(self) -> None:
         metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
         if metric in LOWER_IS_BETTER and self.args.greater_is_better:
             raise ValueError(
                 f"`metric_for_best_model={metric}` is the better the lower it is: set `greater_is_better=False`."
             )
-        if self.task is not None and not self.task.divides_loss:
+        if self.task is not None and not self.task.has_loss:
+            # Most models take the number of labels of a step, but do not divide their loss by it: a step then has the
+            # mean of its batches' losses.
             self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -206,6 +214,9 @@ class AudioTrainer(ResumableTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
+        with warnings.catch_warnings():
+            # PEFT takes a vocabulary of the adapter's own, with its head, for embeddings of another size.
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers` to `True` as the embedding")
+            super()._save(output_dir, state_dict=state_dict)
         if self.task is not None:
             self.task.save(str(output_dir or self.args.output_dir))

@@ -77,7 +77,7 @@ def test_two_processes(base_folder, tones_folder, tmp_path):
         [*command, train_no_trainer.__file__, *options], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Epoch 2: accuracy") == 1
+    assert done.stdout.count("Epoch 2: {'accuracy'") == 1
     # Eight rows are two batches for each of two processes.
     assert newest_checkpoint(tmp_path / "out").endswith("checkpoint-4")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["num_processes"] == "2"

@@ -1,7 +1,7 @@
 """What models learn from audio: the tasks, and everything that depends on them."""
 
 from .base import Clip, Task
-from .choice import TASKS, find_task, make_task
+from .choice import TASKS, find_task, make_task, parse_weights
 from .frames import FrameClassification
 from .labels import MultiLabel, Regression, SingleLabel
 from .text import CTC, SpeechSeq2Seq
@@ -18,4 +18,5 @@ __all__ = [
     "Task",
     "find_task",
     "make_task",
+    "parse_weights",
 ]

@@ -59,8 +59,6 @@ class Task(ABC):
     default_metrics: ClassVar[tuple[str, ...]]
     # Whether a part of a clip has the clip's target, so that long clips may be cut.
     can_crop: ClassVar[bool] = True
-    # Whether the model's loss is of a whole optimizer step, if it is told how many labels that has.
-    divides_loss: ClassVar[bool] = True
     # Whether the Trainer generates for the metrics.
     generates: ClassVar[bool] = False
 
@@ -70,6 +68,11 @@ class Task(ABC):
     @property
     def has_loss(self) -> bool:
         """Whether the loss is computed here, and not by the model."""
+        return False
+
+    @property
+    def can_smooth(self) -> bool:
+        """Whether the loss with the Trainer's label smoothing is this loss, but for the smoothing."""
         return False
 
     @abstractmethod
@@ -161,7 +164,7 @@ class Task(ABC):
         return nn.utils.rnn.pad_sequence(arrays, batch_first=True, padding_value=IGNORED)
 
     def loss(self, logits: Tensor, labels: Tensor, num_items: Optional[Tensor | int] = None) -> Tensor:
-        """The loss, where `has_loss`.
+        """The loss, where `has_loss`, or where clips were mixed.
 
         Args:
             logits (Tensor): of the model.
@@ -194,7 +197,9 @@ class Task(ABC):
         Raises:
             ValueError: if this task has no such labels.
         """
-        raise ValueError(f"`mixup` mixes classes and numbers, which the labels of `task={self.name}` are not.")
+        raise ValueError(
+            f"`mixup_alpha` mixes classes and numbers, which the labels of `task={self.name}` are not: leave it out."
+        )
 
     def reduce_outputs(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """What of a batch's outputs the metrics need, which the Trainer keeps of the whole evaluation.

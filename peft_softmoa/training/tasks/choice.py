@@ -6,6 +6,12 @@ from dataclasses import fields
 from typing import Any, Optional
 
 from peft import PeftConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_CTC_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from .base import Task
 from .frames import FrameClassification
@@ -19,6 +25,13 @@ TASKS: dict[str, tuple[type[Task], ...]] = {
     "audio-frame-classification": (FrameClassification,),
     "ctc": (CTC,),
     "speech-seq2seq": (SpeechSeq2Seq,),
+}
+# The classes of models, by the name of the task.
+MODELS = {
+    "audio-classification": MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    "audio-frame-classification": MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES,
+    "ctc": MODEL_FOR_CTC_MAPPING_NAMES,
+    "speech-seq2seq": MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }
 
 
@@ -54,6 +67,27 @@ def make_task(name: str, *, problem_type: Optional[str] = None, **options: Any) 
     return kind(**given)
 
 
+def parse_weights(words: Optional[list[str]]) -> Any:
+    """The weights of classes from the words of a command line.
+
+    Args:
+        words (list[str], optional): `balanced`, or numbers.
+
+    Returns:
+        Any: `"balanced"`, a list of numbers, or None.
+
+    Raises:
+        ValueError: if they are neither.
+    """
+    if words is None or words == ["balanced"]:
+        return words and words[0]
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        given = " ".join(words)
+        raise ValueError(f"`class_weights` must be balanced, or a number for each class, got {given}.") from None
+
+
 def find_task(config: PeftConfig, model: Any, **options: Any) -> Task:
     """Find out what an adapter was trained for.
 
@@ -69,9 +103,8 @@ def find_task(config: PeftConfig, model: Any, **options: Any) -> Task:
         ValueError: if the model is for none of the tasks.
     """
     base = (config.auto_mapping or {}).get("base_model_class") or type(model).__name__
-    for name, kinds in TASKS.items():
-        classes = {each.__name__ for each in kinds[0].model_class._model_mapping.values()}
-        if base in classes:
+    for name, models in MODELS.items():
+        if base in models.values():
             problem = getattr(config, "problem_type", None) if name == "audio-classification" else None
             task = make_task(name, problem_type=problem, **options)
             names = getattr(config, "label_names", None)

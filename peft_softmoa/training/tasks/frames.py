@@ -40,8 +40,9 @@ class FrameClassification(MultiLabel):
     """Events in time: any number of labels for each frame of a clip, with binary cross entropies, and a mask.
 
     A row has a list of events, each a mapping with `start`, `end` (seconds) and `label`, or the same as JSON. A frame
-    has the labels of the events in which its middle lies; an event that is too short for that has the nearest frame.
-    What a model needs to know of its frames it is asked by `prepare`. The arguments are those of `MultiLabel`.
+    has the labels of the events in which its middle lies; an event that is too short for that has the frame nearest to
+    its own middle. A row without a value has no events. `prepare` asks the model where its frames lie. The arguments
+    are those of `MultiLabel`.
     """
 
     _grid: Optional[FrameGrid] = field(default=None, repr=False)
@@ -50,10 +51,22 @@ class FrameClassification(MultiLabel):
     label_column: ClassVar[str] = "events"
     model_class: ClassVar[Any] = AutoModelForAudioFrameClassification
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_weights == "balanced":
+            raise ValueError(
+                "`class_weights='balanced'` is for labels of whole clips: how many frames have a class is not counted. "
+                "Give a number for each class."
+            )
+
     def prepare(self, model: nn.Module, feature_extractor: Any) -> None:
         self._grid = find_frames(model, feature_extractor)
 
     def parse(self, values: Mapping[str, Any], where: str) -> list[Event]:  # type: ignore[override]
+        if len(values) > 1:
+            raise ValueError(
+                f"`label_column` must be one column with events for `task={self.name}`, got {','.join(values)}."
+            )
         [(column, given)] = values.items()
         problem = (
             f"{where}: column '{column}' must be a list of events, such as "
@@ -61,9 +74,11 @@ class FrameClassification(MultiLabel):
         )
         if isinstance(given, str):
             try:
-                given = json.loads(given or "[]")
+                given = json.loads(given) if given.strip() else None
             except ValueError as error:
                 raise ValueError(f"{problem}; got {given[:60]!r}.") from error
+        if given is None or (isinstance(given, float) and math.isnan(given)):  # an empty cell
+            given = []
         if isinstance(given, dict):  # how Parquet may store a list of structs
             given = [dict(zip(given, each)) for each in zip(*given.values())]
         if not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
@@ -77,7 +92,10 @@ class FrameClassification(MultiLabel):
         except (TypeError, ValueError) as error:
             raise ValueError(problem) from error
         if not (math.isfinite(start) and 0 <= start < end < math.inf):
-            raise ValueError(f"{where}: an event in column '{column}' begins at {start} s and ends at {end} s.")
+            raise ValueError(
+                f"{where}: an event in column '{column}' begins at {start} s and ends at {end} s, but it must begin at "
+                "0 or later, and end after that."
+            )
         return Event(start, end, label_name(found[2], self.declared.get(column), where))
 
     def labels_in(self, target: list[Event]) -> Iterable[str]:  # type: ignore[override]
@@ -95,8 +113,9 @@ class FrameClassification(MultiLabel):
         for event in target:
             index = self._check_class(event.label, where)
             inside = (middles >= event.start) & (middles < event.end)
-            if not inside.any() and event.start < clip.start + length and event.end > clip.start:
-                inside[np.abs(middles - (event.start + event.end) / 2).argmin()] = True
+            middle = (event.start + event.end) / 2
+            if not inside.any() and clip.start <= middle < clip.start + length:
+                inside[np.abs(middles - middle).argmin()] = True
             labels[inside, index] = 1.0
         return labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Union
@@ -19,6 +20,8 @@ from .base import IGNORED, Clip, Task
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass
@@ -60,10 +63,6 @@ class _Classification(Task):
         fields = {"modules_to_save": ["classifier"], "problem_type": self.problem_type}
         return {**fields, "label_names": self.label_names} if self.label_names else fields
 
-    @property
-    def has_loss(self) -> bool:
-        return self.class_weights is not None
-
     def _weights(self, like: Tensor, balance: Any) -> Optional[Tensor]:
         if self.class_weights is None:
             return None
@@ -82,6 +81,12 @@ class _Classification(Task):
                     "class out, or give a number for each class."
                 )
             weights = [balance(num_rows, counts[label]) for label in self.label_names]
+            always = [label for label, weight in zip(self.label_names, weights) if not weight]
+            if always:
+                raise ValueError(
+                    f"`class_weights='balanced'`: every row of the training data has {name_some(always)}. Leave the "
+                    "class out, or give a number for each class."
+                )
         return torch.tensor(weights, dtype=torch.float32, device=like.device)
 
 
@@ -96,8 +101,25 @@ class SingleLabel(_Classification):
     problem_type: ClassVar[str] = "single_label_classification"
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro")
 
+    def with_labels(self, names: Optional[Sequence[str]], summary: Optional[DatasetSummary] = None) -> Self:
+        task = super().with_labels(names, summary)
+        if not names and all(map(NUMBER.fullmatch, task.label_names)) and any("." in each for each in task.label_names):
+            raise ValueError(
+                f"The labels are the numbers {name_some(task.label_names, 5)}, of which each would be a class. Give "
+                "another `label_column`, or for regression another `problem_type`."
+            )
+        return task
+
     def parse(self, values: Mapping[str, Any], where: str) -> str:
         return " ".join(label_name(value, self.declared.get(column), where) for column, value in values.items())
+
+    @property
+    def has_loss(self) -> bool:
+        return self.class_weights is not None
+
+    @property
+    def can_smooth(self) -> bool:
+        return not self.has_loss
 
     def labels_in(self, target: str) -> Iterable[str]:
         return (target,)
@@ -154,9 +176,19 @@ class MultiLabel(_Classification):
             return [column for column, value in values.items() if self._has(column, value, where)]
         [(column, given)] = values.items()
         if isinstance(given, str):
+            if given.strip().startswith("["):  # as pandas writes lists into CSV
+                raise ValueError(
+                    f"{where}: column '{column}' says {given[:60]!r}, a list as text. Write labels with a separator "
+                    f"between them, such as dog{self.separator}rain, or as lists into JSON Lines or Parquet."
+                )
             given = [part for part in map(str.strip, given.split(self.separator)) if part]
         if given is None or isinstance(given, (int, float)):
             given = [] if given is None or given != given else [given]
+        if not isinstance(given, (list, tuple, np.ndarray)):
+            raise ValueError(
+                f"{where}: column '{column}' says {str(given)[:60]!r}, but several labels are a list, or text with "
+                f"'{self.separator}' between them."
+            )
         names = self.declared.get(column)
         return list(dict.fromkeys(label_name(each, names, where) for each in given))
 
@@ -166,7 +198,10 @@ class MultiLabel(_Classification):
         except (TypeError, ValueError):
             number = math.nan
         if number not in (0.0, 1.0):
-            raise ValueError(f"{where}: column '{column}' says {value!r}, but it must be 1 if the clip has it, else 0.")
+            raise ValueError(
+                f"{where}: column '{column}' says {value!r}, but it must be 1 if the clip has it, else 0. Correct it, "
+                "or give another `label_column` or `problem_type`."
+            )
         return bool(number)
 
     def labels_in(self, target: list[str]) -> Iterable[str]:
@@ -215,6 +250,12 @@ class Regression(Task):
         return super().with_labels(names or list(self.declared), summary)
 
     def parse(self, values: Mapping[str, Any], where: str) -> dict[str, float]:
+        for column in values:
+            if self.declared.get(column):
+                raise ValueError(
+                    f"{where}: column '{column}' has the classes {name_some(self.declared[column] or ())}, and no "
+                    "numbers: give another `problem_type`."
+                )
         return {column: self._number(column, value, where) for column, value in values.items()}
 
     def _number(self, column: str, value: Any, where: str) -> float:
@@ -223,7 +264,10 @@ class Regression(Task):
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise ValueError(f"{where}: column '{column}' says {value!r}, which is no number.")
+            raise ValueError(
+                f"{where}: column '{column}' says {value!r}, but regression needs a number in each row. Correct it, or "
+                "give another `label_column` or `problem_type`."
+            )
         if number == IGNORED:
             raise ValueError(
                 f"{where}: column '{column}' says {IGNORED}, which transformers takes for a label that does not count. "

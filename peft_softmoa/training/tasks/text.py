@@ -56,8 +56,8 @@ class _Recognition(Task):
         self.tokenizer.save_pretrained(folder)
 
     def _texts(self, ids: Any, **options: Any) -> list[str]:
-        ids = np.where(np.asarray(ids) == IGNORED, self.tokenizer.pad_token_id, np.asarray(ids))
-        texts: list[str] = [text.strip() for text in self.tokenizer.batch_decode(ids, **options)]
+        kept = [[token for token in row if token != IGNORED] for row in np.asarray(ids).tolist()]
+        texts: list[str] = [text.strip() for text in self.tokenizer.batch_decode(kept, **options)]
         if self.normalize_text:
             normalize = BasicTextNormalizer()
             texts = [normalize(text).strip() for text in texts]
@@ -75,7 +75,6 @@ class CTC(_Recognition):
     _grid: Optional[FrameGrid] = field(default=None, repr=False)
 
     name: ClassVar[str] = "ctc"
-    divides_loss: ClassVar[bool] = False
     model_class: ClassVar[Any] = AutoModelForCTC
 
     def with_labels(self, names: Optional[Sequence[str]], summary: Optional[DatasetSummary] = None) -> Self:
@@ -123,7 +122,9 @@ class CTC(_Recognition):
         config.ctc_loss_reduction, config.ctc_zero_infinity = "mean", True
 
     def config_fields(self) -> dict[str, Any]:
-        return {"modules_to_save": ["lm_head"], "label_names": self.label_names} if self.label_names else {}
+        if self.label_names:
+            return {"modules_to_save": ["lm_head"], "label_names": self.label_names}
+        return {} if self.tokenizer is not None else {"modules_to_save": ["lm_head"]}
 
     def reduce_outputs(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         ids = super().reduce_outputs(outputs, inputs).argmax(dim=-1)
@@ -131,10 +132,12 @@ class CTC(_Recognition):
         if mask is None:
             return ids
         lengths = mask.sum(dim=1)
-        if mask.shape[1] != ids.shape[1] and self._grid is not None:
+        if "input_values" in inputs and self._grid is not None:
             lengths = (lengths - self._grid.window).div(self._grid.step, rounding_mode="floor") + 1
+        else:  # a mask of spectrograms, of which a frame of the model may read several columns
+            lengths = (lengths * ids.shape[1] / mask.shape[1]).ceil()
         padded = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None].to(ids.device)
-        return ids.masked_fill(padded, self.tokenizer.pad_token_id)
+        return ids.masked_fill(padded, IGNORED)
 
     def forms(self, prediction: EvalPrediction) -> dict[Form, tuple[Any, Any]]:
         return {
@@ -183,7 +186,10 @@ class SpeechSeq2Seq(_Recognition):
         generation: Any = model.generation_config
         start: Any = getattr(generation, "decoder_start_token_id", None)
         self._start = getattr(config, "decoder_start_token_id", None) if start is None else start
-        self._longest = getattr(config, "max_target_positions", None)
+        longest: Any = getattr(config, "max_target_positions", None)
+        self._longest = getattr(config, "max_position_embeddings", None) if longest is None else longest
+        if generation is not None and generation.max_length is None:
+            generation.max_length = self._longest  # instead of 20 tokens
         if self.language is None and self.speech_task is None:
             return
         if not getattr(generation, "is_multilingual", False):
@@ -204,6 +210,10 @@ class SpeechSeq2Seq(_Recognition):
         if self._longest is not None and len(ids) > self._longest:
             raise AudioError(where, f"its text of {len(ids)} tokens is longer than the {self._longest} of the decoder")
         return np.asarray(ids, np.int64)
+
+    @property
+    def can_smooth(self) -> bool:
+        return True
 
     def reduce_outputs(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         given = super().reduce_outputs(outputs, inputs)
