@@ -47,6 +47,12 @@ class EvaluateArguments:
     text_case: Optional[Literal["lower", "upper"]] = field(
         default=None, metadata={"help": "The case into which texts are put. Default: texts stay as they are."}
     )
+    long_form: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a Whisper transcribe clips of any length, piece by piece. Default: long ones are skipped."
+        },
+    )
     batch_size: int = field(default=8, metadata={"help": "Number of clips in a batch."})
     num_workers: int = field(default=0, metadata={"help": "Number of processes that decode."})
     revision: Optional[str] = field(default=None, metadata={"help": "Branch, tag or commit of the adapter."})
@@ -84,6 +90,7 @@ def main(arguments: list[str]) -> None:
         batch_size=given.batch_size,
         num_workers=given.num_workers,
         metrics=given.metrics,
+        long_form=given.long_form,
         normalize_text=given.normalize_text,
         text_case=given.text_case,
         separator=given.label_separator,

@@ -5,10 +5,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 from conftest import SAMPLING_RATE
-from transformers import pipeline
+from peft import get_peft_model
+from transformers import WhisperForConditionalGeneration, pipeline
 
+from peft_softmoa import SoftMoAConfig
 from peft_softmoa.commands.train import main
 from peft_softmoa.inference.evaluate import evaluate_adapter
 from peft_softmoa.training import decode_audio
@@ -78,3 +83,18 @@ def test_learns_words_of_speakers_that_it_has_not_heard(words_folder, tmp_path):
     clips = [decode_audio(row["file_name"], SAMPLING_RATE) for row in rows]
     heard = [recognize(clip)["text"].strip() for clip in clips]
     assert sum(text == row["text"] for text, row in zip(heard, rows)) >= 5
+
+
+@pytest.mark.real_audio
+@pytest.mark.timeout(600)
+def test_clips_that_are_longer_than_whisper_reads(words_folder, tmp_path):
+    """By default they are skipped, as their texts are of all of them; long_form transcribes them piece by piece."""
+    for name, seconds in (("long", 31), ("short", 1)):  # of silence, of which there is little to say
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(seconds * SAMPLING_RATE, np.float32), SAMPLING_RATE)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nlong.wav,yes no\nshort.wav,yes\n")
+    base = WhisperForConditionalGeneration.from_pretrained(os.environ["SOFTMOA_WHISPER"], dtype=torch.float32)
+    get_peft_model(base, SoftMoAConfig()).save_pretrained(tmp_path / "adapter")
+    arguments = str(tmp_path / "adapter"), str(tmp_path), "train"
+    assert evaluate_adapter(*arguments)["num_clips"] == 1
+    found = evaluate_adapter(*arguments, long_form=True)
+    assert found["num_clips"] == 2 and found["wer"] > 0 and "loss" not in found

@@ -57,11 +57,19 @@ class _Recognition(Task):
 
     def _texts(self, ids: Any, **options: Any) -> list[str]:
         kept = [[token for token in row if token != IGNORED] for row in np.asarray(ids).tolist()]
-        texts: list[str] = [text.strip() for text in self.tokenizer.batch_decode(kept, **options)]
-        if self.normalize_text:
-            normalize = BasicTextNormalizer()
-            texts = [normalize(text).strip() for text in texts]
-        return texts
+        return self.compared(self.tokenizer.batch_decode(kept, **options))
+
+    def compared(self, texts: Iterable[str]) -> list[str]:
+        """Texts as the metrics compare them.
+
+        Args:
+            texts (iterable of str): as they were written or recognised.
+
+        Returns:
+            list[str]: without space around them and, with `normalize_text`, in lower case and without punctuation.
+        """
+        normalize = BasicTextNormalizer() if self.normalize_text else str
+        return [normalize(text).strip() for text in texts]
 
 
 @dataclass
