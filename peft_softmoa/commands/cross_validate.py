@@ -13,8 +13,10 @@ from ..training.arguments import RunArguments
 from ..training.checkpoints import read_run_state, write_run_state
 from ..training.options import name_flags
 from ..training.rows import summarize_rows
+from ..training.run import train as run_training
 from ..training.source import open_source
 from ..training.tasks import SingleLabel
+from ..training.trainer import AudioTrainer
 from . import train
 from .parser import CommandParser
 
@@ -89,7 +91,6 @@ def main(arguments: list[str]) -> dict[str, Any]:
     folds, model, task, data, adapter, training, _ = make_parser().parse(arguments)
     run = RunArguments(model, task, data, adapter, training)
     _check_options(run, folds)
-    others = _without_folds(arguments)
     output_dir = Path(training.output_dir)
     is_main = int(os.environ.get("RANK", 0)) == 0
     settings = run.settings() | {name: getattr(training, name) for name in CHOICE}
@@ -101,9 +102,12 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if is_main:
         write_run_state(output_dir, settings, finished=False)
     metrics: dict[str, dict[str, float]] = {}
+    trainer: Optional[AudioTrainer] = None
     for test, folder in folders.items():
         if not _is_finished(folder):
-            train.main([*others, *folds.arguments(test, data.train_split_name), "--output_dir", str(folder)])
+            words = [*folds.arguments(test, data.train_split_name), "--output_dir", str(folder)]
+            _, *parts, _ = make_parser().parse([*arguments, *words])
+            trainer = run_training(RunArguments(*parts))
         metrics[str(test)] = _test_metrics(folder)
         if is_main:
             print(f"Fold {test} of {folds.num_folds}: {_listed(metrics[str(test)])}")
@@ -119,6 +123,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
             mean, deviation = result["mean"][name], result["standard_deviation"][name]
             print(f"{name} {mean:.4f} ± {deviation:.4f} (mean and population standard deviation over folds)")
         (output_dir / "cross_validation.json").write_text(json.dumps(result, indent=2) + "\n")
+    if trainer is not None:
+        trainer.accelerator.end_training()
     return result
 
 
@@ -163,19 +169,6 @@ def _check_folds(run: RunArguments, folds: FoldArguments) -> None:
             f"({split}) has {', '.join(sorted(present, key=lambda fold: (len(fold), fold)))}: correct --num_folds or "
             "--fold_column."
         )
-
-
-def _without_folds(arguments: list[str]) -> list[str]:
-    """The words without the options of the folds."""
-    names = {f"--{name}" for name in vars(FoldArguments(3))}
-    kept, skip = [], False
-    for word in arguments:
-        flag, equals, _ = word.partition("=")
-        if skip or flag in names:
-            skip = flag in names and not equals and not skip
-            continue
-        kept.append(word)
-    return kept
 
 
 def _is_finished(folder: Path) -> bool:

@@ -76,7 +76,7 @@ def evaluate_adapter(
     if hasattr(task, "tokenizer") and task.tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(adapter, revision=revision)
-        except (OSError, ValueError):  # the adapter was saved without it
+        except (OSError, ValueError, TypeError):  # the adapter was saved without it
             tokenizer = AutoTokenizer.from_pretrained(config.base_model_name_or_path, revision=config.revision)
         task = replace(task, tokenizer=tokenizer)  # type: ignore[call-arg]
     options = options or DataOptions(label_column=None)
@@ -85,6 +85,7 @@ def evaluate_adapter(
         dataset, split, feature_extractor, options, task=task, rows=rows, training=False, needs_length=False
     )
     if long_form:
+        stream.prepare(model)
         return _evaluate_long_form(model, feature_extractor, stream)
     counted = []
 

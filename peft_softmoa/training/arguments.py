@@ -43,6 +43,11 @@ SETTINGS = (
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
+# Those that choose the best checkpoint, where one is chosen.
+CHOICE = (
+    *("eval_strategy", "eval_steps"),
+    *("predict_with_generate", "generation_max_length", "generation_num_beams"),
+)
 # The other arguments that may change: they do not affect the training.
 OTHER = (
     *("token", "cache_dir", "log_experts_steps", "metrics", "normalize_text"),
@@ -209,9 +214,16 @@ class RunArguments:
             "num_processes": PartialState().num_processes,
             "distributed_type": str(PartialState().distributed_type),
         }
+        if not self.training.load_best_model_at_end:
+            return {name: value for name, value in settings.items() if name not in OTHER}
         # What chooses the best checkpoint affects the result.
-        evaluation = ("eval_split_name", "eval_rows") if self.training.load_best_model_at_end else ()
-        return {name: value for name, value in settings.items() if name not in OTHER or name in evaluation}
+        settings |= {name: getattr(self.training, name, None) for name in CHOICE}
+        not_compared = {"token", "cache_dir", "log_experts_steps", "test_split_name", "test_rows"}
+        return {
+            name: str(value) if name in CHOICE else value
+            for name, value in settings.items()
+            if name not in not_compared
+        }
 
     def parts(self) -> dict[str, tuple[str, Optional[str]]]:
         """The split and the selection of rows, by the name of their use: training, evaluation and test."""
@@ -241,6 +253,8 @@ class RunArguments:
             Task: the task, without classes.
         """
         given, model = self.task, self.model
+        if given.vocabulary is not None and given.task != "ctc":
+            raise ValueError(f"`vocabulary` is for `task=ctc`: leave it out for `task={given.task}`.")
         tokenizer = None
         if given.task == "speech-seq2seq" or (given.task == "ctc" and self._keeps_vocabulary()):
             tokenizer = retry(AutoTokenizer.from_pretrained, model.model_name_or_path, **model.hub_options())

@@ -72,7 +72,7 @@ def load_stream(
         task = None
     else:
         task = replace(task or SingleLabel(), declared={each: source.classes.get(each) for each in columns})
-        names = source.classes.get(columns[0]) if len(columns) == 1 else None
+        names = source.classes.get(columns[0]) if len(columns) == 1 and task.takes_declared else None
         if names is None or source.reads_single_columns:
             audio_column = options.audio_column if digest.names_files else None
             found: set[str] = set()

@@ -77,7 +77,7 @@ class AudioTrainer(ResumableTrainer):
     def _check_smoothing(self, task: Task) -> None:
         if not task.can_smooth or self.mixup_alpha:
             raise ValueError(
-                "`label_smoothing_factor` is for the plain loss of one label a clip, or of a decoder's texts, and does "
+                "`label_smoothing_factor` is for the plain loss of one label a clip, and does "
                 f"not go with {type(task).__name__}{' and mixup' if self.mixup_alpha else ''}"
                 f"{' and class weights' if getattr(task, 'class_weights', None) is not None else ''}: leave it out."
             )

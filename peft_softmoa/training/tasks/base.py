@@ -59,6 +59,8 @@ class Task(ABC):
     default_metrics: ClassVar[tuple[str, ...]]
     # Whether a part of a clip has the clip's target, so that long clips may be cut.
     can_crop: ClassVar[bool] = True
+    # Whether the classes that a dataset declares are the model's classes.
+    takes_declared: ClassVar[bool] = True
     # Whether the Trainer generates for the metrics.
     generates: ClassVar[bool] = False
 

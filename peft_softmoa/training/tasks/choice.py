@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from peft import PeftConfig
 from transformers.models.auto.modeling_auto import (
@@ -63,15 +64,22 @@ def make_task(name: str, *, problem_type: Optional[str] = None, **options: Any) 
     given = {option: value for option, value in options.items() if value not in (None, False)}
     known = {entry.name for entry in fields(kind) if not entry.name.startswith("_")}
     for option in given.keys() - known:
-        raise ValueError(f"`{option}` must be left out for `task={name}`, which does not have it.")
+        others = [
+            each
+            for each, other in kinds.items()
+            if option in {entry.name for entry in fields(other)} and each != problem_type
+        ]
+        chosen = f"`problem_type={problem_type or next(iter(kinds))}`" if others else f"`task={name}`"
+        instead = f": leave it out, or give `problem_type={others[0]}`" if others else ": leave it out"
+        raise ValueError(f"`{option}` does not go with {chosen}{instead}.")
     return kind(**given)
 
 
-def parse_weights(words: Optional[list[str]]) -> Any:
+def parse_weights(words: Union[str, Sequence[Any], None]) -> Any:
     """The weights of classes from the words of a command line.
 
     Args:
-        words (list[str], optional): `balanced`, or numbers.
+        words (str or sequence, optional): `balanced`, or numbers.
 
     Returns:
         Any: `"balanced"`, a list of numbers, or None.
@@ -79,12 +87,14 @@ def parse_weights(words: Optional[list[str]]) -> Any:
     Raises:
         ValueError: if they are neither.
     """
-    if words is None or words == ["balanced"]:
-        return words and words[0]
+    if words in (None, "balanced"):
+        return words
+    if list(words or ()) == ["balanced"]:
+        return "balanced"
     try:
-        return [float(word) for word in words]
+        return [float(word) for word in words or ()]
     except ValueError:
-        given = " ".join(words)
+        given = words if isinstance(words, str) else " ".join(map(str, words or ()))
         raise ValueError(f"`class_weights` must be balanced, or a number for each class, got {given}.") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, EvalPrediction, Wav2Vec2CTCTokenizer
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from ..audio import AudioError
 from ..frames import FrameGrid, find_frames
@@ -46,6 +46,7 @@ class _Recognition(Task):
     label_column: ClassVar[str] = "text"
     default_metrics: ClassVar[tuple[str, ...]] = ("wer", "cer")
     can_crop: ClassVar[bool] = False
+    takes_declared: ClassVar[bool] = False
 
     def parse(self, values: Mapping[str, Any], where: str) -> str:
         text = " ".join(label_name(value, self.declared.get(column), where) for column, value in values.items())
@@ -68,8 +69,14 @@ class _Recognition(Task):
         Returns:
             list[str]: without space around them and, with `normalize_text`, in lower case and without punctuation.
         """
-        normalize = BasicTextNormalizer() if self.normalize_text else str
+        normalize = _plain if self.normalize_text else str
         return [normalize(text).strip() for text in texts]
+
+
+def _plain(text: str) -> str:
+    """A text in lower case, without punctuation and symbols; letters keep their marks."""
+    kept = "".join(" " if unicodedata.category(each)[0] in "PS" and each != "'" else each for each in text.lower())
+    return " ".join(kept.split())
 
 
 @dataclass
@@ -148,9 +155,11 @@ class CTC(_Recognition):
         return ids.masked_fill(padded, IGNORED)
 
     def forms(self, prediction: EvalPrediction) -> dict[Form, tuple[Any, Any]]:
-        return {
-            "texts": (self._texts(prediction.predictions), self._texts(prediction.label_ids, group_tokens=False)),
-        }
+        # What the vocabulary does not have is another character in the references than in what is recognised.
+        unknown = str(self.tokenizer.unk_token)
+        recognised = [text.replace(unknown, "\N{WHITE SQUARE}") for text in self._texts(prediction.predictions)]
+        written = self._texts(prediction.label_ids, group_tokens=False)
+        return {"texts": (recognised, [text.replace(unknown, "\N{BLACK SQUARE}") for text in written])}
 
 
 def make_tokenizer(tokens: Sequence[str]) -> Wav2Vec2CTCTokenizer:
@@ -176,8 +185,8 @@ class SpeechSeq2Seq(_Recognition):
     """A decoder writes the text, token by token, as in Whisper. The tokenizer is the model's.
 
     Args:
-        language (str, optional): of the texts, for a Whisper of many languages. Default: Whisper guesses it.
-        speech_task (str, optional): `"transcribe"` or `"translate"`, for such a Whisper. Default: its own.
+        language (str, optional): of the texts; a Whisper of many languages needs it.
+        speech_task (str, optional): `"transcribe"` or `"translate"`, for such a Whisper. Default: `"transcribe"`.
     """
 
     language: Optional[str] = None
@@ -198,15 +207,20 @@ class SpeechSeq2Seq(_Recognition):
         self._longest = getattr(config, "max_position_embeddings", None) if longest is None else longest
         if generation is not None and generation.max_length is None:
             generation.max_length = self._longest  # instead of 20 tokens
-        if self.language is None and self.speech_task is None:
-            return
-        if not getattr(generation, "is_multilingual", False):
+        is_multilingual = getattr(generation, "is_multilingual", False)
+        if not is_multilingual and (self.language or self.speech_task):
             raise ValueError(
                 "`language` and `speech_task` are for a Whisper of many languages, which this model is not: leave them "
                 "out."
             )
-        self.tokenizer.set_prefix_tokens(language=self.language, task=self.speech_task)
-        generation.language, generation.task = self.language, self.speech_task
+        if is_multilingual:
+            if self.language is None:
+                raise ValueError(
+                    "This Whisper is of many languages, and learns texts of one: give `language`, such as 'en'."
+                )
+            # The prompt of the labels and of what is generated.
+            generation.language, generation.task = self.language, self.speech_task or "transcribe"
+            self.tokenizer.set_prefix_tokens(language=generation.language, task=generation.task)
 
     def encode(self, target: str, where: str, clip: Clip) -> Any:
         ids = list(self.tokenizer(target).input_ids)
@@ -218,10 +232,6 @@ class SpeechSeq2Seq(_Recognition):
         if self._longest is not None and len(ids) > self._longest:
             raise AudioError(where, f"its text of {len(ids)} tokens is longer than the {self._longest} of the decoder")
         return np.asarray(ids, np.int64)
-
-    @property
-    def can_smooth(self) -> bool:
-        return True
 
     def reduce_outputs(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         given = super().reduce_outputs(outputs, inputs)

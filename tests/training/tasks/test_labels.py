@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from peft_softmoa.training.arguments import FLAGS
+from peft_softmoa.commands.train import FLAGS
 from peft_softmoa.training.losses import compute_loss
 from peft_softmoa.training.options import name_flags
 from peft_softmoa.training.rows import DatasetSummary
@@ -142,9 +142,9 @@ def test_weights_by_frequency():
         (lambda: FrameClassification(class_weights="balanced"), "how many frames .* is not counted"),
         (
             lambda: make_task("audio-classification", problem_type="regression", class_weights="balanced"),
-            "`class_weights` must be left out",
+            "`class_weights` does not go with `problem_type=regression`",
         ),
-        (lambda: make_task("ctc", class_weights="balanced"), "`class_weights` must be left out for `task=ctc`"),
+        (lambda: make_task("ctc", class_weights="balanced"), "`class_weights` does not go with `task=ctc`"),
         (lambda: make_task("ctc", problem_type="regression"), "`problem_type` must be left out for `task=ctc`"),
         (lambda: make_task("audio-classification", problem_type="other"), "must be one of single_label_classification"),
         (lambda: make_task("speech"), "`task` must be one of audio-classification"),

@@ -1,20 +1,23 @@
 """Texts: vocabularies, clips that are too long for them, and lengths of padded batches."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
+from conftest import write_parquet
 from made_tasks import RATE, WHISPER_TOKENS, make_base, tone, whisper_tokenizer, write_clips
+from transformers import EvalPrediction
 
+from peft_softmoa.commands.train import FLAGS
 from peft_softmoa.training import Collate, DataOptions, load_stream
-from peft_softmoa.training.arguments import FLAGS
 from peft_softmoa.training.audio import AudioError
 from peft_softmoa.training.options import name_flags
 from peft_softmoa.training.rows import DatasetSummary
 from peft_softmoa.training.tasks import CTC, Clip, SpeechSeq2Seq
-from peft_softmoa.training.tasks.text import make_tokenizer
+from peft_softmoa.training.tasks.text import BLANK, SPACE, UNKNOWN, make_tokenizer
 
 TEXT = DataOptions(label_column="text", shuffle_buffer=0)
 
@@ -126,3 +129,44 @@ def test_padded_frames_are_not_decoded(family, tmp_path):
         assert ids == [rows[0] for _, rows in alone]
         torch.testing.assert_close(loss, torch.stack([each for each, _ in alone]).mean(), rtol=1e-4, atol=1e-4)
     assert all(np.isfinite(float(each)) for each, _ in alone)
+
+
+def test_declared_classes_are_texts_and_no_vocabulary(tones_folder, tmp_path):
+    folder = write_parquet(tmp_path / "parquet", tones_folder, class_label=True)
+    stream = load_stream(str(folder), "train", tf.Wav2Vec2FeatureExtractor(), task=CTC())
+    assert stream.label_names == ["[PAD]", "[UNK]", "|", *sorted(set("highlow"))]
+    assert stream.task.tokenizer.decode(next(iter(stream))["labels"], group_tokens=False) in ("high", "low")
+
+
+def test_unknown_characters_are_counted_as_one_error_each():
+    task = CTC().with_labels([BLANK, UNKNOWN, SPACE, *"acf"])
+    labels = task.encode("café", "a clip", Clip(0.0, 16_000, 16_000))
+    recognised = task.encode("caf", "a clip", Clip(0.0, 16_000, 16_000))
+    prediction = EvalPrediction(predictions=recognised[None], label_ids=labels[None])
+    assert task.score(prediction)["cer"] == 0.25
+    assert task.score(EvalPrediction(predictions=labels[None], label_ids=labels[None]))["cer"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("Don't  stop!", "don't stop"), ("हिन्दी, भाषा", "हिन्दी भाषा"), ("Ça va – oui?", "ça va oui")]
+)
+def test_normal_texts_keep_their_letters(text, expected):
+    assert CTC(normalize_text=True).compared([text]) == [expected]
+
+
+def test_a_whisper_of_many_languages_needs_the_language():
+    class Tokenizer:
+        def set_prefix_tokens(self, **prompt):
+            self.prompt = prompt
+
+    model = SimpleNamespace(
+        config=SimpleNamespace(decoder_start_token_id=1, max_target_positions=40),
+        generation_config=SimpleNamespace(is_multilingual=True, max_length=40),
+    )
+    with pytest.raises(ValueError, match="is of many languages, and learns texts of one: give `language`"):
+        SpeechSeq2Seq(tokenizer=Tokenizer()).prepare(model, None)
+    task = SpeechSeq2Seq(tokenizer=Tokenizer(), language="de")
+    task.prepare(model, None)
+    assert task.tokenizer.prompt == {"language": "de", "task": "transcribe"}
+    assert (model.generation_config.language, model.generation_config.task) == ("de", "transcribe")
+    assert not task.can_smooth
