@@ -36,8 +36,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer (nn.Module): F.
         adapter_name (str): name of the first adapter.
-        target (Target): where it is in the model, and D and D'.
-        options (mapping): the arguments of `Mixture`, but for D and D'.
+        target (Target): where it is in the model, D and D', and whether it is causal.
+        options (mapping): the other arguments of `Mixture`.
         scaling (float): the factor on what the mixture adds.
         forward_passes (ForwardPasses): the passes of the model.
     """
@@ -80,7 +80,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, target: Target, options: Mapping[str, Any], scaling: float) -> None:
         """Add an adapter to the block; the arguments are those of the class."""
-        self.softmoa_mixture[adapter_name] = Mixture(target.in_features, target.out_features, **options)
+        widths = target.in_features, target.out_features
+        self.softmoa_mixture[adapter_name] = Mixture(*widths, **options, causal=target.causal)
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
         self.softmoa_targets[adapter_name] = target
         self.softmoa_hooks[adapter_name] = []
