@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .calls.caches import CANNOT_CONTINUE
 from .calls.forward_pass import CallKey, ForwardPass, ForwardPasses, in_backward
 from .calls.masks import CUMULATIVE_LENGTHS, Mask, argument_names, find_mask, find_tokens, is_mask, token_mask, unpack
 from .method import Mixture
@@ -178,6 +179,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         # The same mask when a checkpoint runs the block again, which is not recorded.
         mask = mask if self._reads_mask(adapter_name) else None
         mixture = self.softmoa_mixture[adapter_name]
+        if mixture.reads_in_time and self.forward_passes.continues(self._call_key(adapter_name)):
+            raise ValueError(CANNOT_CONTINUE)
         output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name])
         if loss is not None and current.router_losses is not None:
             current.router_losses.append(loss)

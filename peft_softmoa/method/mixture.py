@@ -81,6 +81,11 @@ class Mixture(nn.Module):
         return self.router.mixes_tokens or self.experts.mixes_tokens
 
     @property
+    def reads_in_time(self) -> bool:
+        """Whether what the mixture adds to a token depends on the tokens before it, and not on all."""
+        return self.causal and self.mixes_tokens
+
+    @property
     def has_router_loss(self) -> bool:
         """Whether training has a load-balancing loss."""
         return bool(getattr(self.router, "router_aux_loss_coef", 0))

@@ -20,7 +20,9 @@ from torch import Tensor
 from .kernels import without_autocast
 
 # C. The triangles cost T·S·C, the ends of the pieces T·S·R / C.
-PIECE = 16
+PIECE = 8
+# The logarithm of a weight that counts as none: processors take a hundred times as long for what underflows.
+FAINT = -80.0
 
 
 class Running(NamedTuple):
@@ -96,7 +98,7 @@ class _RunningAverage(torch.autograd.Function):
             given = torch.cat([grad, through_output.unsqueeze(-1)], dim=-1) * torch.exp(-log_total).unsqueeze(-1)
             rate = logits.new_zeros(logits.shape[2], 1) if forgetting is None else forgetting.unsqueeze(1)
             later = _scan_back(maximum, given, rate)
-            own = _weights(logits, mask) * torch.exp(_in_time(logits, mask) - maximum)
+            own = _weights(logits, mask) * _exp(_in_time(logits, mask) - maximum)
             values_grad, through_output = (later * own.unsqueeze(-1)).split([values.shape[3], 1], dim=-1)
             by_slot = _by_slot(values, logits)
             logits_grad = (values_grad * by_slot).sum(dim=-1) - through_output.squeeze(-1)
@@ -148,8 +150,7 @@ def _scan(given: Running, rate: Tensor) -> Running:
     seen = steps.unsqueeze(1) >= steps
     pairs = logits.unsqueeze(-2).masked_fill(~seen, lowest)
     maximum = pairs.amax(dim=-1)
-    # Where all are the lowest, the exponential is one.
-    pairs = torch.exp(pairs - maximum.unsqueeze(-1)).masked_fill(~seen, 0.0)
+    pairs = _exp(pairs.sub_(maximum.unsqueeze(-1))).masked_fill_(~seen, 0.0)
     maximum = maximum - falls
     sums = pairs @ _in_pieces(given.sums, 0.0)
     if logits.shape[2] > 1:
@@ -158,8 +159,8 @@ def _scan(given: Running, rate: Tensor) -> Running:
         carried = F.pad(before.maximum[..., :-1], (1, 0), value=lowest).unsqueeze(-1) - falls - rate.unsqueeze(-1)
         carried_sums = F.pad(before.sums[..., :-1, :], (0, 0, 1, 0)).unsqueeze(-2)
         inside, maximum = maximum, torch.maximum(maximum, carried)
-        sums = sums * torch.exp(inside - maximum).unsqueeze(-1)
-        sums = sums + carried_sums * torch.exp(carried - maximum).unsqueeze(-1)
+        sums = sums * _exp(inside - maximum).unsqueeze(-1)
+        sums += carried_sums * _exp(carried - maximum).unsqueeze(-1)
     return Running(maximum.flatten(2)[..., :num_tokens], sums.flatten(2, 3)[..., :num_tokens, :])
 
 
@@ -183,7 +184,8 @@ def _scan_back(maximum: Tensor, given: Tensor, rate: Tensor) -> Tensor:
     falls = rate.unsqueeze(-1) * steps
     units = units + falls
     pairs = units.unsqueeze(-1) - units.unsqueeze(-2)
-    pairs = torch.exp(pairs.masked_fill(steps.unsqueeze(1) > steps, lowest))
+    before = steps.unsqueeze(1) > steps
+    pairs = _exp(pairs.masked_fill(before, FAINT)).masked_fill(before, 0.0)
     sums = pairs @ _in_pieces(given, 0.0)
     if units.shape[2] > 1:
         first = units[..., 0]
@@ -191,8 +193,13 @@ def _scan_back(maximum: Tensor, given: Tensor, rate: Tensor) -> Tensor:
         after = F.pad(after[..., 1:, :], (0, 0, 0, 1)).unsqueeze(-2)
         # Nothing comes after the last piece.
         next_first = F.pad(first[..., 1:], (0, 1), value=-lowest).unsqueeze(-1) + PIECE * rate.unsqueeze(-1)
-        sums = sums + after * torch.exp((units - next_first).clamp_max(0)).unsqueeze(-1)
+        sums = sums + after * _exp(units - next_first).unsqueeze(-1)
     return sums.flatten(2, 3)[..., :num_tokens, :]
+
+
+def _exp(logarithms: Tensor) -> Tensor:
+    """What is faint is not exactly zero, but less than can be seen beside one."""
+    return torch.exp(logarithms.clamp_min(FAINT))
 
 
 def _in_pieces(tensor: Tensor, padding: float) -> Tensor:

@@ -363,7 +363,8 @@ def test_it_is_exported_for_any_number_of_tokens():
         program = torch.export.export(Adding(), example, dynamic_shapes=lengths)
         for num_tokens in (2, 16, 40, 700, 8000):
             tokens, mask = torch.randn(2, num_tokens, 4), torch.rand(2, num_tokens) < 0.7
-            torch.testing.assert_close(program.module()(tokens, mask), mixture(tokens, mask, added_to=tokens)[0])
+            given, expected = program.module()(tokens, mask), mixture(tokens, mask, added_to=tokens)[0]
+            torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
 
 
 def test_record_says_what_the_last_token_reads():
