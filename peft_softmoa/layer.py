@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Optional, TypeGuard
 
 import torch
@@ -13,7 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls.caches import CANNOT_CONTINUE
 from .calls.forward_pass import CallKey, ForwardPass, ForwardPasses, in_backward
-from .calls.masks import CUMULATIVE_LENGTHS, Mask, argument_names, find_mask, find_tokens, is_mask, token_mask, unpack
+from .calls.masks import (
+    CUMULATIVE_LENGTHS,
+    Mask,
+    argument_names,
+    find_mask,
+    find_tokens,
+    is_mask,
+    past_horizon,
+    token_mask,
+    unpack,
+)
 from .method import Mixture
 from .targets.choice import Target
 
@@ -63,7 +72,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = target.in_features, target.out_features
         self.base_layer = base_layer
         self.forward_passes = forward_passes
-        self._arguments = argument_names(base_layer)
+        self._arguments, self._past = argument_names(base_layer), past_horizon(base_layer)
         self.takes_mask = any(map(is_mask, self._arguments))
         self.softmoa_mixture = nn.ModuleDict()
         # The strength of each adapter, as LoRA's layers have it, and what its config says.
@@ -151,7 +160,10 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     ) -> Tensor:
         shape = hidden.shape
         mask: Optional[Tensor]
+        mixture: Mixture = self.softmoa_mixture[adapter_name]  # type: ignore[assignment]
         try:
+            if mixture.reads_in_time and self.forward_passes.continues(self._call_key(adapter_name)):
+                raise ValueError(CANNOT_CONTINUE)
             given = self._find_mask(adapter_name, args, kwargs)
             is_packed = given is not None and given.name in CUMULATIVE_LENGTHS
             if given is not None and is_packed:
@@ -179,8 +191,6 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         # The same mask when a checkpoint runs the block again, which is not recorded.
         mask = mask if self._reads_mask(adapter_name) else None
         mixture = self.softmoa_mixture[adapter_name]
-        if mixture.reads_in_time and self.forward_passes.continues(self._call_key(adapter_name)):
-            raise ValueError(CANNOT_CONTINUE)
         output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name])
         if loss is not None and current.router_losses is not None:
             current.router_losses.append(loss)
@@ -197,7 +207,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         if not (self._reads_mask(adapter_name) or self._is_recorded()):
             return None
         if self.takes_mask:
-            return find_mask(self._arguments, args, kwargs)
+            return find_mask(self._arguments, args, kwargs, self._past)
         target = self.softmoa_targets[adapter_name]
         return self.forward_passes.read_mask(self._call_key(adapter_name), self.name) if target.masks else None
 
@@ -268,29 +278,3 @@ def _by_sample(tokens: Tensor) -> Tensor:
 def is_adapted(module: nn.Module) -> TypeGuard[SoftMoALayer]:
     """Whether a module is a block with mixtures, also one that an earlier import of this package has made."""
     return isinstance(module, BaseTunerLayer) and module.adapter_layer_names == SoftMoALayer.adapter_layer_names
-
-
-@contextmanager
-def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """A context in which all adapters of a model are stronger or weaker: `F(x) + multiplier · scaling · mixture(x)`.
-
-    It is `peft.helpers.rescale_adapter_scale`, which is for LoRA alone.
-
-    Args:
-        model (nn.Module): a model with adapters.
-        multiplier (float): the factor.
-
-    Raises:
-        ValueError: if the model has no Soft-MoA adapter.
-    """
-    layers = [module for module in model.modules() if is_adapted(module)]
-    if not layers:
-        raise ValueError(f"The {type(model).__name__} has no Soft-MoA adapter whose strength could be changed.")
-    before = [dict(layer.scaling) for layer in layers]
-    try:
-        for layer in layers:
-            layer.scaling = {name: multiplier * scaling for name, scaling in layer.scaling.items()}
-        yield
-    finally:
-        for layer, scaling in zip(layers, before):
-            layer.scaling = scaling

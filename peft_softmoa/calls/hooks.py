@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .caches import cache_index, continues
 from .forward_pass import MODEL, CallKey, ForwardPasses
-from .masks import argument_names, find_mask, find_tokens
+from .masks import argument_names, find_mask, find_tokens, past_horizon
 from .mixed_batch import run_by_sample
 from .router_losses import add_router_losses, begin_router_losses
 
@@ -73,7 +73,7 @@ def follow_calls(
             tell = partial(_tell_tokens, passes, key, path)
             handles.append(module.register_forward_pre_hook(tell, with_kwargs=True))
         for path, module in sources.masks.items():
-            tell = partial(_tell_mask, passes, key, path, argument_names(module))
+            tell = partial(_tell_mask, passes, key, path, argument_names(module), past_horizon(module))
             handles.append(module.register_forward_pre_hook(tell, with_kwargs=True))
     for wrapper in wrappers:
         handles.append(wrapper.register_forward_hook(partial(_run_by_sample, passes, adapter_name), with_kwargs=True))
@@ -138,11 +138,12 @@ def _tell_mask(
     key: CallKey,
     name: str,
     arguments: tuple[str, ...],
+    past: int,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    passes.tell_mask(key, name, find_mask(arguments, args, kwargs))
+    passes.tell_mask(key, name, find_mask(arguments, args, kwargs, past))
 
 
 def _run_by_sample(

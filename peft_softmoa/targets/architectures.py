@@ -106,6 +106,7 @@ class Architecture(NamedTuple):
     takes_audio: Optional[bool] = None  # by default what its class says
     causal: Optional[bool] = None  # whether tokens see few or none of those after them; by default what it looks like
     in_time: bool = True  # whether its tokens lie in order of time
+    padding_mask: Optional[str] = None  # an argument of a block that, against its name, is true for padding
 
 
 # By the `model_type` of the config. All that is not here goes by structure.
@@ -116,7 +117,7 @@ ARCHITECTURES = {
     "whisper": Architecture(clip_length=_whisper_length),
     "qwen2_audio_encoder": Architecture(clip_length=_whisper_length),
     # These encoders are made to run while the audio comes in, but only their masks show it.
-    "gemma3n_audio": Architecture(causal=True),
+    "gemma3n_audio": Architecture(causal=True, padding_mask="mask"),
     "gemma4_audio": Architecture(causal=True),
     "moonshine_streaming_encoder": Architecture(causal=True),
     "nemotron_asr_streaming_encoder": Architecture(causal=True),

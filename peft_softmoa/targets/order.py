@@ -6,11 +6,12 @@ from typing import Optional
 
 from torch import nn
 
+from ..calls.masks import argument_names
 from ..config import SoftMoAConfig
 from ..fields import CAUSAL_FIELDS
 from ..method.mixture import CAUSAL_ROUTERS
 from .architectures import architecture_of, looks_causal, parts_around
-from .layers import find_module
+from .layers import find_module, without_adapters
 
 
 def is_causal(config: SoftMoAConfig, model: nn.Module, name: str, layer: Optional[str]) -> bool:
@@ -37,6 +38,11 @@ def is_causal(config: SoftMoAConfig, model: nn.Module, name: str, layer: Optiona
         follows = looks_causal(find_module(model, layer), parts)
     if follows:
         _check_causal_layer(config, name)
+        if known.padding_mask in argument_names(without_adapters(find_module(model, name))):
+            raise ValueError(
+                f"'{name}' is called with a mask that is true for padding, where others are true for real tokens. "
+                f"Adapt what is around it, '{name.rpartition('.')[0]}', or a linear layer in it."
+            )
         return True
     if not config.causal:
         given = next((field for field in CAUSAL_FIELDS if getattr(config, field)), None)
