@@ -199,6 +199,23 @@ class BottleneckExperts(nn.Module):
         projected = F.linear(tokens, down_weight, self.down_bias.to(tokens.dtype).flatten())
         return projected.unflatten(-1, (num_experts, r))
 
+    def project_beside(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the logits of slots in the same product, which reads the tokens once.
+
+        Args:
+            tokens (Tensor): `(B, T, D)`.
+            slots (Tensor): Φ, `(D, S)`.
+
+        Returns:
+            tuple[Tensor, Tensor]: `(B, T, N, R)` and x Φ, `(B, T, S)`.
+        """
+        num_experts, _, r = self.down_weight.shape
+        bias = self.down_bias.to(tokens.dtype).flatten()
+        weight = torch.cat([self.down_weight.mT.flatten(0, 1), slots.mT]).to(tokens.dtype)
+        both = F.linear(tokens, weight, F.pad(bias, (0, slots.shape[1])))
+        projected, logits = both.split([num_experts * r, slots.shape[1]], dim=-1)
+        return projected.unflatten(-1, (num_experts, r)), logits
+
     def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None, *, over_slots: bool = False) -> Tensor:
         """From the output of `down` to the input of dropout and `up`, both `(B, L, N, R)`; L are slots or tokens."""
         return self.activation(projected)

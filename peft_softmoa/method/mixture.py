@@ -176,7 +176,11 @@ class Mixture(nn.Module):
     def _read(self, tokens: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         tokens = in_full_precision(tokens)
         router: CausalSoftRouter = self.router  # type: ignore[assignment]
-        return router.read(tokens, self.experts.project(tokens), mask)
+        if router.scale is None:
+            projected, logits = self.experts.project_beside(tokens, router.slots)
+        else:
+            projected, logits = self.experts.project(tokens), router.logits(tokens)
+        return router.read(logits, projected, mask)
 
     def _check(self, tokens: Tensor, mask: Optional[Tensor], added_to: Tensor) -> None:
         if added_to.shape != (*tokens.shape[:2], self.out_features):

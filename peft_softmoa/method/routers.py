@@ -139,11 +139,15 @@ class CausalSoftRouter(SoftRouter):
         """Sizes and choices, for `print`."""
         return f"{super().extra_repr()}, chunk_size={self.chunk_size}, forgetting={self.forgetting is not None}"
 
-    def read(self, tokens: Tensor, projected: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def logits(self, tokens: Tensor) -> Tensor:
+        """L of tokens `(B, T, D)`, `(B, T, S)` in float32 or float64."""
+        return soft_logits(tokens, self.slots, self.scale)
+
+    def read(self, logits: Tensor, projected: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
         """Average, for each token and slot, what an expert's `down` makes of the tokens that it sees.
 
         Args:
-            tokens (Tensor): x, `(B, T, D)`, float32 or float64.
+            logits (Tensor): L, `(B, T, S)`.
             projected (Tensor): g, what `down` makes of them, `(B, T, N, R)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
 
@@ -151,10 +155,9 @@ class CausalSoftRouter(SoftRouter):
             tuple[Tensor, Tensor]: the averages, `(B, T, S, R)`, zero where no real token is seen, and the combine
             weights, `(B, T, S)`.
         """
-        logits = soft_logits(tokens, self.slots, self.scale)
         read = running_average(projected, logits, mask, self._rates(logits))
         if self.chunk_size is not None and self.chunk_size > 1:
-            ends = chunk_ends(self.chunk_size, tokens.shape[1], mask).to(read.device)
+            ends = chunk_ends(self.chunk_size, logits.shape[1], mask).to(read.device)
             read = read.gather(1, ends[:, :, None, None].expand_as(read))
         return read, logits.softmax(dim=-1)
 
@@ -168,7 +171,7 @@ class CausalSoftRouter(SoftRouter):
         Returns:
             tuple[Tensor, Tensor]: both `(B, T, S)`, in float32 or float64.
         """
-        logits = soft_logits(tokens, self.slots, self.scale)
+        logits = self.logits(tokens)
         combine = logits.softmax(dim=-1)
         rates = self._rates(logits)
         if rates is not None:

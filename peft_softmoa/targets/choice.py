@@ -233,6 +233,25 @@ def _make_target(
     return Target(name, entry, in_features, out_features, next(iter(masks or tuple(around)), None), masks, causal)
 
 
+def unmatched_target(config: SoftMoAConfig, model: nn.Module, name: str) -> Target:
+    """A module that PEFT adapts for its name in a state dict, though the config does not match it.
+
+    Args:
+        config (SoftMoAConfig): the config.
+        model (nn.Module): the model.
+        name (str): name of the module.
+
+    Returns:
+        Target: the module as a block of its own.
+
+    Raises:
+        ValueError: if the config asks for what is impossible there.
+    """
+    around = _elements_around(model, name)
+    causal = is_causal(config, model, name, around[-1] if around else None)
+    return Target(name, None, *block_widths(name, find_module(model, name)), causal=causal)
+
+
 def _elements_around(model: nn.Module, name: str) -> list[str]:
     """The elements of lists that a module is in, or is, innermost first."""
     parts = name.split(".")
