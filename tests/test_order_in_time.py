@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, build
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from transformers.cache_utils import DynamicCache
 from transformers.models.moonshine_streaming.modeling_moonshine_streaming import MoonshineStreamingEncoder
 
@@ -427,3 +427,14 @@ def test_a_cache_that_is_empty_is_no_error():
     with torch.no_grad():
         given = model(input_features=features, decoder_input_ids=ids, past_key_values=cache, use_cache=True).logits
         torch.testing.assert_close(given, model(input_features=features, decoder_input_ids=ids).logits)
+
+
+def test_blocks_that_peft_finds_by_a_state_dict_follow_their_layer():
+    """Names of tensors decide there, not the config: a decoder's block is causal all the same."""
+    adapted = adapt(build(SPEECH), target_modules=r".*decoder.layers.1.self_attn")
+    state = {name.removeprefix("base_model.model."): each for name, each in get_peft_model_state_dict(adapted).items()}
+    config = SoftMoAConfig(target_modules=["encoder.layers.0.self_attn"])
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        model = inject_adapter_in_model(config, build(SPEECH), state_dict=state)
+    layers = {layer.name: layer.softmoa_mixture["default"].causal for layer in model.modules() if is_adapted(layer)}
+    assert layers == {"model.decoder.layers.1.self_attn": True}
