@@ -2,13 +2,14 @@
 
 from .calls.router_losses import router_aux_loss
 from .config import SoftMoAConfig
-from .layer import SoftMoALayer, rescale_adapter_scale
+from .layer import SoftMoALayer
 from .model import SoftMoAModel
 from .registration import register, rename_first_containers
 from .saving.checks import read_shapes
 from .saving.contents import check_adapter
 from .saving.pickles import check_loading
 from .saving.publishing import complete_pushed_cards
+from .strength import rescale_adapter_scale
 from .targets.clip_length import fit_feature_extractor, fitting_length
 from .targets.description import count_parameters, describe_targets
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Optional
+from typing import Any, Optional
 
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -37,6 +37,8 @@ def add_hooks(model: nn.Module, adapter_name: str, config: SoftMoAConfig) -> Non
         encoders.setdefault(target.layer and re.split(r"\.?\b\d+\b", target.layer)[0], block)
         if target.layer is not None or target.entry is not None:
             sources = layers.setdefault(target.scope, Sources(find_module(model, target.scope)))
+            mixture: Any = block.softmoa_mixture[adapter_name]
+            sources.in_time = sources.in_time or mixture.reads_in_time
             if target.entry is not None:
                 sources.entries[target.entry] = find_module(model, target.entry)
             if not block.takes_mask:

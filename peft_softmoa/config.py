@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
+from .config_file import LoadedFrom, read_fields
 from .fields import (
+    CAUSAL_FIELDS,
     DEPENDENT_FIELDS,
     ExpertType,
     Modules,
@@ -21,23 +22,9 @@ from .fields import (
     Routing,
     check_fields,
     is_integer,
-    read_json,
     resolve_fields,
-    shorten,
 )
 from .registration import SOFTMOA
-
-# What PEFT adds to `modules_to_save` when it wraps a model for a task.
-TASK_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
-
-
-class LoadedFrom(NamedTuple):
-    """Where a config was loaded from, and what it chose then."""
-
-    model_id: str
-    subfolder: Optional[str]
-    hub: dict[str, Any]  # arguments of `huggingface_hub.hf_hub_download`
-    choices: dict[str, Any]
 
 
 def _option(default: Any, help: str, **metadata: str) -> Any:
@@ -76,6 +63,21 @@ class SoftMoAConfig(PeftConfig):
         False,
         "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. For "
         "routing 'soft'.",
+    )
+    causal: Optional[bool] = _option(
+        None,
+        "Whether no token sees the tokens after it: slots are averages of the tokens so far, and convolutions reach "
+        "back only. None: in decoders and in encoders made for streaming, and not in others. False is an error there.",
+    )
+    chunk_size: Optional[int] = _option(
+        None,
+        "How many tokens see up to the last one of them, if causal=True makes an encoder causal: its lookahead. For "
+        "routing 'soft', there by default each token sees itself and those before it.",
+    )
+    forgetting: bool = _option(
+        False,
+        "Whether the weights of tokens fall with their age, at a rate that each slot learns, so that endless streams "
+        "stay fresh. For routing 'soft' that is causal.",
     )
     top_k: Optional[int] = _option(
         None,
@@ -180,10 +182,10 @@ class SoftMoAConfig(PeftConfig):
         return resolve_fields(vars(self))
 
     def mixture_options(self) -> dict[str, Any]:
-        """The arguments of `method.Mixture` for these choices, by name, but for its widths and the patch grid."""
+        """The arguments of `method.Mixture` by name, but for its widths, the patch grid and order in time."""
         options: dict[str, dict[str, Any]] = {"routing": {}, "expert_type": {}}
         for name, value in self.resolved_fields().items():
-            if name != "patch_grid":
+            if name != "patch_grid" and (value or name not in CAUSAL_FIELDS):
                 options[DEPENDENT_FIELDS[name][0]][name] = value
         return {
             **{name: getattr(self, name) for name in ("routing", "num_experts", "r", "expert_type")},
@@ -251,29 +253,13 @@ class SoftMoAConfig(PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """Read the fields of a config from a file; a ValueError says why they are none of this method."""
-        given = read_json(path_json_file)
-        if not isinstance(given, dict):
-            raise ValueError(f"it holds a {type(given).__name__} instead of the fields of a config")
-        if given.get("peft_type") != SOFTMOA:
-            raise ValueError(f"`peft_type` must be '{SOFTMOA.value}', got {shorten(given.get('peft_type'))}")
-        if unknown := sorted(given.keys() - {entry.name for entry in fields(cls)}):
-            raise ValueError(
-                f"the fields {shorten(unknown)} are unknown. A newer version may have written them: upgrade "
-                "peft-softmoa and peft. If they do not belong there, remove them"
-            )
-        return given
+        return read_fields(path_json_file, (entry.name for entry in fields(cls)))
 
     @property
     def loaded_from(self) -> Optional[LoadedFrom]:
         """Where the config was loaded from; None if it was not, or has been changed since."""
-        if self._loaded_from is None:
-            return None
-        # PEFT adds names of heads when a model is wrapped for a task.
-        before, now = (
-            {**each, "modules_to_save": each["modules_to_save"] - TASK_HEADS}
-            for each in (self._loaded_from.choices, self.choices())
-        )
-        return self._loaded_from if before == now else None
+        loaded = self._loaded_from
+        return loaded if loaded is not None and loaded.chose(self.choices()) else None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json` to a folder, and the model card if the folder holds the adapter's weights.

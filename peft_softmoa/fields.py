@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import reprlib
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args
 
 import regex
@@ -33,7 +30,6 @@ REPETITION = regex.compile(r"\{([0-9]{0,9})(,[0-9]{0,9})?\}")
 RECURSION = regex.compile(r"\(\?(R|P>|&|[+-]?[0-9])")
 # Full case-folding, whose sets of characters grow without a bound.
 FULL_CASE = regex.compile(r"\(\?[a-zA-Z0-9]*f")
-LARGEST_CONFIG = 2**20  # bytes
 LONGEST_CLIP = 60  # seconds; longer ones need a model that is made for them
 
 # The others have parameters of their own, which would be shared by all experts.
@@ -43,12 +39,17 @@ ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
 DEPENDENT_FIELDS: dict[str, tuple[str, str, Any]] = {
     "num_slots": ("routing", "soft", 1),
     "normalize": ("routing", "soft", False),
+    "chunk_size": ("routing", "soft", None),
+    "forgetting": ("routing", "soft", False),
     "top_k": ("routing", "top_k", 2),
     "router_aux_loss_coef": ("routing", "top_k", 0.01),
     "capacity_factor": ("routing", "expert_choice", 1.0),
     "kernel_size": ("expert_type", "convolution", 3),
     "patch_grid": ("expert_type", "convolution", False),
 }
+
+# Those that mean something only in order of time.
+CAUSAL_FIELDS = ("chunk_size", "forgetting")
 
 
 def resolve_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,9 +113,21 @@ def _check_numbers(values: Mapping[str, Any], resolved: Mapping[str, Any]) -> No
         _require(values, "num_experts", allowed, experts > 1)
     if routing == "soft":
         _require(values, "num_slots", SIZE, is_size(resolved["num_slots"]))
+        chunk = values["chunk_size"]
+        _require(values, "chunk_size", f"None or {SIZE}", chunk is None or is_size(chunk))
+        for name in CAUSAL_FIELDS:
+            allowed = "left out with causal=False: whole clips have no order in time"
+            _require(values, name, allowed, values["causal"] is not False or not values[name])
         if "patch_grid" in resolved:
             allowed = "False with routing='soft', whose experts read slots"
             _require(values, "patch_grid", allowed, not values["patch_grid"])
+    if values["causal"]:
+        allowed = (
+            "'soft', 'dense' or 'top_k' with causal=True: by expert choice, whether an expert takes a token depends "
+        )
+        _require(values, "routing", f"{allowed}on the tokens after it", routing != "expert_choice")
+        allowed = "False with causal=True: patches in time and frequency are no sequence in time"
+        _require(values, "patch_grid", allowed, not values["patch_grid"])
     if routing == "top_k":
         chosen, coef = resolved["top_k"], resolved["router_aux_loss_coef"]
         allowed = f"an integer from 1 to `num_experts`, {experts}"
@@ -143,26 +156,6 @@ def _check_modules(values: Mapping[str, Any]) -> None:
     if values["label_names"] is not None:
         allowed = "the name of the head, if `label_names` is given"
         _require(values, "modules_to_save", allowed, bool(values["modules_to_save"]))
-
-
-def read_json(path: str) -> Any:
-    """Read the file of a config, if it is as small as one.
-
-    Args:
-        path (str): the file.
-
-    Returns:
-        Any: what it holds.
-
-    Raises:
-        ValueError: if it is too large, or no JSON.
-    """
-    if (size := os.path.getsize(path)) > LARGEST_CONFIG:
-        raise ValueError(f"it has {size:,} bytes, and more than {LARGEST_CONFIG:,} are no config")
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON: {error}") from error
 
 
 def is_integer(value: Any) -> bool:
@@ -253,7 +246,10 @@ _MODULES: Rule = (
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), _TEXT),
     "auto_mapping": ("None or a dictionary of strings", _is_flat),
-    **dict.fromkeys(("inference_mode", "normalize", "patch_grid", "train_norms", "init_weights"), _SWITCH),
+    **dict.fromkeys(
+        ("inference_mode", "normalize", "forgetting", "patch_grid", "train_norms", "init_weights"), _SWITCH
+    ),
+    "causal": ("True, False or None", lambda value: value is None or isinstance(value, bool)),
     **{
         name: (f"one of {', '.join(map(str, options))}", options.__contains__)
         for name, options in (

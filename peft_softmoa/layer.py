@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Optional, TypeGuard
 
 import torch
@@ -11,8 +10,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .calls.caches import CANNOT_CONTINUE
 from .calls.forward_pass import CallKey, ForwardPass, ForwardPasses, in_backward
-from .calls.masks import CUMULATIVE_LENGTHS, Mask, argument_names, find_mask, find_tokens, is_mask, token_mask, unpack
+from .calls.masks import (
+    CUMULATIVE_LENGTHS,
+    Mask,
+    argument_names,
+    find_mask,
+    find_tokens,
+    is_mask,
+    past_horizon,
+    token_mask,
+    unpack,
+)
 from .method import Mixture
 from .targets.choice import Target
 
@@ -36,8 +46,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer (nn.Module): F.
         adapter_name (str): name of the first adapter.
-        target (Target): where it is in the model, and D and D'.
-        options (mapping): the arguments of `Mixture`, but for D and D'.
+        target (Target): where it is in the model, D and D', and whether it is causal.
+        options (mapping): the other arguments of `Mixture`.
         scaling (float): the factor on what the mixture adds.
         forward_passes (ForwardPasses): the passes of the model.
     """
@@ -62,7 +72,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = target.in_features, target.out_features
         self.base_layer = base_layer
         self.forward_passes = forward_passes
-        self._arguments = argument_names(base_layer)
+        self._arguments, self._past = argument_names(base_layer), past_horizon(base_layer)
         self.takes_mask = any(map(is_mask, self._arguments))
         self.softmoa_mixture = nn.ModuleDict()
         # The strength of each adapter, as LoRA's layers have it, and what its config says.
@@ -80,7 +90,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, target: Target, options: Mapping[str, Any], scaling: float) -> None:
         """Add an adapter to the block; the arguments are those of the class."""
-        self.softmoa_mixture[adapter_name] = Mixture(target.in_features, target.out_features, **options)
+        widths = target.in_features, target.out_features
+        self.softmoa_mixture[adapter_name] = Mixture(*widths, **options, causal=target.causal)
         self.scaling[adapter_name] = self.initial_scaling[adapter_name] = scaling
         self.softmoa_targets[adapter_name] = target
         self.softmoa_hooks[adapter_name] = []
@@ -149,7 +160,10 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
     ) -> Tensor:
         shape = hidden.shape
         mask: Optional[Tensor]
+        mixture: Mixture = self.softmoa_mixture[adapter_name]  # type: ignore[assignment]
         try:
+            if mixture.reads_in_time and self.forward_passes.continues(self._call_key(adapter_name)):
+                raise ValueError(CANNOT_CONTINUE)
             given = self._find_mask(adapter_name, args, kwargs)
             is_packed = given is not None and given.name in CUMULATIVE_LENGTHS
             if given is not None and is_packed:
@@ -193,7 +207,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         if not (self._reads_mask(adapter_name) or self._is_recorded()):
             return None
         if self.takes_mask:
-            return find_mask(self._arguments, args, kwargs)
+            return find_mask(self._arguments, args, kwargs, self._past)
         target = self.softmoa_targets[adapter_name]
         return self.forward_passes.read_mask(self._call_key(adapter_name), self.name) if target.masks else None
 
@@ -264,29 +278,3 @@ def _by_sample(tokens: Tensor) -> Tensor:
 def is_adapted(module: nn.Module) -> TypeGuard[SoftMoALayer]:
     """Whether a module is a block with mixtures, also one that an earlier import of this package has made."""
     return isinstance(module, BaseTunerLayer) and module.adapter_layer_names == SoftMoALayer.adapter_layer_names
-
-
-@contextmanager
-def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """A context in which all adapters of a model are stronger or weaker: `F(x) + multiplier · scaling · mixture(x)`.
-
-    It is `peft.helpers.rescale_adapter_scale`, which is for LoRA alone.
-
-    Args:
-        model (nn.Module): a model with adapters.
-        multiplier (float): the factor.
-
-    Raises:
-        ValueError: if the model has no Soft-MoA adapter.
-    """
-    layers = [module for module in model.modules() if is_adapted(module)]
-    if not layers:
-        raise ValueError(f"The {type(model).__name__} has no Soft-MoA adapter whose strength could be changed.")
-    before = [dict(layer.scaling) for layer in layers]
-    try:
-        for layer in layers:
-            layer.scaling = {name: multiplier * scaling for name, scaling in layer.scaling.items()}
-        yield
-    finally:
-        for layer, scaling in zip(layers, before):
-            layer.scaling = scaling

@@ -23,12 +23,11 @@ from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_in_model, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes, text_embeddings
 from .saving.pickles import begin_saving
-from .targets.choice import Target, find_targets, is_matched_by_peft, is_target, name_targets
+from .targets.choice import find_targets, is_matched_by_peft, is_target, name_targets, unmatched_target
 from .targets.clip_length import fit_length
 from .targets.description import mixture_options, mixture_shapes
 from .targets.heads import base_classes, find_head, fit_head, name_classes, note_problem_type
 from .targets.placement import choose_targets
-from .targets.probes import block_widths
 from .targets.rollback import Snapshot
 from .targets.saved_modules import count_saved, find_saved, saved_shapes
 
@@ -114,7 +113,7 @@ class SoftMoAModel(BaseTuner):
         parameter_name: Optional[str] = None,
     ) -> None:
         # Where PEFT goes by the names in a state dict, a module may be none of the config's targets.
-        where = self._targets.get(current_key) or Target(current_key, None, *block_widths(current_key, target))
+        where = self._targets.get(current_key) or unmatched_target(peft_config, self.model, current_key)
         if is_adapted(target):
             target.update_layer(adapter_name, where, self._options, peft_config.scaling)
         else:

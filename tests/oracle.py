@@ -50,10 +50,12 @@ def bottleneck(z, down_weight, down_bias, up_weight, up_bias):
     return up_bias + gelu(down_bias + z @ down_weight) @ up_weight
 
 
-def convolution(z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv_bias, valid=None, grid=None):
+def convolution(
+    z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv_bias, valid=None, grid=None, causal=False
+):
     """One expert on all of z (L, D), which are neighbours; with a grid (class tokens, height, width) in two dimensions.
 
-    Class tokens have no neighbours.
+    Class tokens have no neighbours. If it is causal, all neighbours are before a token.
 
     The kernel (R, K) or (R, K, K) is applied without flipping; beyond the ends and in invalid places there are zeros.
     """
@@ -70,7 +72,7 @@ def convolution(z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv
             value = conv_bias[c]
             if grid is None:
                 for k in range(size):
-                    j = i + k - size // 2
+                    j = i + k - (size - 1 if causal else size // 2)
                     value = value + (conv_weight[c, k] * hidden[j][c] if 0 <= j < length else zero)
             elif i < grid[0]:
                 value = value + conv_weight[c, size // 2, size // 2] * hidden[i][c]
@@ -86,11 +88,11 @@ def convolution(z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv
     return torch.stack(outputs)
 
 
-def expert_on_all(z, weights, valid=None, grid=None):
+def expert_on_all(z, weights, valid=None, grid=None, causal=False):
     """One expert on all of z (L, D): a bottleneck has four tensors, a convolution six."""
     if len(weights) == 4:
         return torch.stack([bottleneck(row, *weights) for row in z])
-    return convolution(z, *weights, valid=valid, grid=grid)
+    return convolution(z, *weights, valid=valid, grid=grid, causal=causal)
 
 
 def soft_mixture(x, slots, experts, mask=None, scale=None):
@@ -107,6 +109,47 @@ def soft_mixture(x, slots, experts, mask=None, scale=None):
             answers += expert_on_all(torch.stack(read[n * slots_per_expert : (n + 1) * slots_per_expert]), weights)
         for t in range(num_tokens):
             outputs.append(sum(combine[b, t, s] * answers[s] for s in range(num_slots)))
+    return torch.stack(outputs).unflatten(0, (batch, num_tokens))
+
+
+def causal_soft_mixture(x, slots, experts, mask=None, scale=None, chunk_size=1, rates=None):
+    """Output (B, T, D'): for each token soft routing of the tokens that it sees, whose weights fall with their age.
+
+    A token sees all before it and up to the end of its chunk; chunks begin with the first real token. If it sees no
+    real one, it reads nothing, not even the biases of `down`.
+    """
+    batch, num_tokens, _ = x.shape
+    num_slots = slots.shape[1]
+    slots_per_expert = num_slots // len(experts)
+    outputs = []
+    for b in range(batch):
+        valid = [t for t in range(num_tokens) if mask is None or bool(mask[b, t])]
+        first = valid[0] if valid else 0
+        logits = [[None] * num_slots for _ in range(num_tokens)]
+        for t in range(num_tokens):
+            for s in range(num_slots):
+                logits[t][s] = (x[b, t] * slots[:, s]).sum()
+                if scale is not None and x[b, t].any():
+                    norms = x[b, t].pow(2).sum().sqrt() * slots[:, s].pow(2).sum().sqrt()
+                    logits[t][s] = scale[0] * logits[t][s] / norms
+        for t in range(num_tokens):
+            end = first + ((t - first) // chunk_size + 1) * chunk_size - 1
+            seen = [u for u in valid if u <= end]
+            answers = []
+            for n, weights in enumerate(experts):
+                read = []
+                for s in range(n * slots_per_expert, (n + 1) * slots_per_expert):
+                    ages = [x.new_zeros(()) if rates is None else -rates[s] * (end - u) for u in seen]
+                    terms = [torch.exp(logits[u][s] + age) for u, age in zip(seen, ages)]
+                    read.append(sum((term / sum(terms) * x[b, u] for term, u in zip(terms, seen)), x.new_zeros(())))
+                if seen:
+                    answers += expert_on_all(torch.stack(read), weights)
+                else:
+                    down, bias, *others = weights
+                    nothing = x.new_zeros(slots_per_expert, x.shape[2])
+                    answers += expert_on_all(nothing, (down, 0 * bias, *others))
+            exponentials = [torch.exp(value) for value in logits[t]]
+            outputs.append(sum(exponentials[s] / sum(exponentials) * answers[s] for s in range(num_slots)))
     return torch.stack(outputs).unflatten(0, (batch, num_tokens))
 
 
@@ -161,11 +204,11 @@ def expert_choice_weights(g, capacity_factor, mask=None):
     return torch.stack([torch.stack([torch.stack(row) for row in sample]) for sample in weights])
 
 
-def token_mixture(x, weights, experts, mask=None, grid=None):
+def token_mixture(x, weights, experts, mask=None, grid=None, causal=False):
     """Output (B, T, D'): for each token the sum of all experts by their weights (B, T, N)."""
     samples = []
     for b in range(x.shape[0]):
         valid = None if mask is None else mask[b]
-        answers = [expert_on_all(x[b], expert, valid, grid) for expert in experts]
+        answers = [expert_on_all(x[b], expert, valid, grid, causal) for expert in experts]
         samples.append(sum(weights[b, :, n, None] * answers[n] for n in range(len(experts))))
     return torch.stack(samples)

@@ -30,10 +30,11 @@ assert not new & {"av", "datasets", "evaluate", "matplotlib", "soundfile", "soxr
 # What is in one row does not import what is in the same row, apart from within a folder.
 RANKS = [
     {"registration", "fields", "method", "calls", "recipes", "quiet"},
+    {"config_file"},
     {"config"},
     {"targets"},
     {"layer", "arguments", "saving"},
-    {"adapter_hooks", "averaging", "training"},
+    {"adapter_hooks", "averaging", "strength", "training"},
     {"model", "inference"},
     {"inspection"},
     {"demo"},

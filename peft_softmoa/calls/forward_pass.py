@@ -39,6 +39,7 @@ class LayerCall:
         self.mask: Optional[Mask] = None
         self.mask_sources: set[str] = set()  # the modules that have told the mask, also that there is none
         self.mask_readers: set[str] = set()  # the blocks that have read it
+        self.continues = False  # whether there are earlier tokens in a cache
 
 
 class ForwardPass:
@@ -143,6 +144,28 @@ class ForwardPasses(threading.local):
             call = self._recomputed[key] = LayerCall()
         call.mask = mask
         call.mask_sources.add(module)
+
+    def tell_continues(self, key: CallKey) -> None:
+        """Note that a layer goes on from a cache of earlier tokens.
+
+        Args:
+            key (CallKey): the adapter, and the layer.
+        """
+        call = self._find(key)
+        if call is not None:
+            call.continues = True
+
+    def continues(self, key: CallKey) -> bool:
+        """Whether a layer goes on from a cache of earlier tokens.
+
+        Args:
+            key (CallKey): the adapter, and the layer.
+
+        Returns:
+            bool: whether there are tokens before those of this call.
+        """
+        call = self._find(key)
+        return call is not None and call.continues
 
     def take_tokens(self, key: CallKey, module: str) -> Any:
         """The tokens of a block that begins in another module, once.

@@ -11,8 +11,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .caches import cache_index, continues
 from .forward_pass import MODEL, CallKey, ForwardPasses
-from .masks import argument_names, find_mask, find_tokens
+from .masks import argument_names, find_mask, find_tokens, past_horizon
 from .mixed_batch import run_by_sample
 from .router_losses import add_router_losses, begin_router_losses
 
@@ -25,11 +26,13 @@ class Sources:
         layer (nn.Module): the layer, or the model.
         entries (dict[str, nn.Module]): the modules in which blocks begin that end in another one.
         masks (dict[str, nn.Module]): modules that are called with the mask of the tokens.
+        in_time (bool): whether a block in it reads the tokens in order of time.
     """
 
     layer: nn.Module
     entries: dict[str, nn.Module] = field(default_factory=dict)
     masks: dict[str, nn.Module] = field(default_factory=dict)
+    in_time: bool = False
 
 
 def follow_calls(
@@ -63,11 +66,14 @@ def follow_calls(
                 sources.layer.register_forward_pre_hook(partial(_enter_layer, passes, key), with_kwargs=True),
                 sources.layer.register_forward_hook(partial(_leave_layer, passes, key), always_call=True),
             ]
+        if sources.in_time:
+            tell = partial(_tell_cache, passes, key, cache_index(sources.layer, name), argument_names(sources.layer))
+            handles.append(sources.layer.register_forward_pre_hook(tell, with_kwargs=True))
         for path, module in sources.entries.items():
             tell = partial(_tell_tokens, passes, key, path)
             handles.append(module.register_forward_pre_hook(tell, with_kwargs=True))
         for path, module in sources.masks.items():
-            tell = partial(_tell_mask, passes, key, path, argument_names(module))
+            tell = partial(_tell_mask, passes, key, path, argument_names(module), past_horizon(module))
             handles.append(module.register_forward_pre_hook(tell, with_kwargs=True))
     for wrapper in wrappers:
         handles.append(wrapper.register_forward_hook(partial(_run_by_sample, passes, adapter_name), with_kwargs=True))
@@ -99,6 +105,19 @@ def _enter_layer(
         passes.current.mixed_batch.check_call(key.layer, find_tokens(args, kwargs))
 
 
+def _tell_cache(
+    passes: ForwardPasses,
+    key: CallKey,
+    index: int,
+    arguments: tuple[str, ...],
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    if continues(index, arguments, args, kwargs):
+        passes.tell_continues(key)
+
+
 def _leave_layer(passes: ForwardPasses, key: CallKey, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     passes.leave(key)
 
@@ -119,11 +138,12 @@ def _tell_mask(
     key: CallKey,
     name: str,
     arguments: tuple[str, ...],
+    past: int,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    passes.tell_mask(key, name, find_mask(arguments, args, kwargs))
+    passes.tell_mask(key, name, find_mask(arguments, args, kwargs, past))
 
 
 def _run_by_sample(

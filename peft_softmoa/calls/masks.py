@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 # Arguments with masks of tokens, and with the cumulative lengths of samples that are packed one after another.
 MASKS = ("attention_mask", "attn_mask", "mask", "conv_attention_mask", "input_features_mask")
+# This one is true for padding, Gemma 3n's.
+PADDING_MASKS = ("audio_mel_mask",)
 CUMULATIVE_LENGTHS = ("cu_seqlens", "cu_seq_lens_q")
 
 # These belong to other tokens, or to heads.
@@ -30,6 +32,7 @@ class Mask(NamedTuple):
 
     name: str  # of the argument
     value: Any
+    past: int = 0  # in a mask of blocks, how many tokens before its own a block sees
 
 
 def find_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -61,22 +64,38 @@ def takes_mask(module: nn.Module) -> bool:
     return any(is_mask(parameter.name) or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def find_mask(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Optional[Mask]:
+def past_horizon(module: nn.Module) -> int:
+    """How many tokens before a block an attention in blocks sees, which its mask does not show.
+
+    Args:
+        module (nn.Module): the attention, or a module around it.
+
+    Returns:
+        int: what it says, as Gemma 4's does; 0 if it says nothing.
+    """
+    horizons = (getattr(each, "max_past_horizon", None) for each in module.modules())
+    return next((horizon for horizon in horizons if isinstance(horizon, int)), 0)
+
+
+def find_mask(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], past: int = 0
+) -> Optional[Mask]:
     """The mask that a module is called with, also one of an unknown name, which `token_mask` refuses.
 
     Args:
         names (tuple[str, ...]): names of the arguments by position.
         args (tuple): positional arguments of the call.
         kwargs (mapping): arguments by name.
+        past (int): as from `past_horizon`. Default: 0.
 
     Returns:
         Mask, optional: the mask in the form in which it is given, or None.
     """
     given = {**dict(zip(names, args)), **kwargs}
-    others = [name for name in given if is_mask(name) and name not in MASKS + CUMULATIVE_LENGTHS]
-    for name in (*others, *MASKS, *CUMULATIVE_LENGTHS):
+    known = MASKS + PADDING_MASKS + CUMULATIVE_LENGTHS
+    for name in (*(name for name in given if is_mask(name) and name not in known), *known):
         if given.get(name) is not None:
-            return Mask(name, given[name])
+            return Mask(name, given[name], past)
     return None
 
 
@@ -111,6 +130,7 @@ def token_mask(mask: Optional[Mask], batch: int, num_tokens: int) -> Optional[Te
         2-D   (B, T)                      boolean or integer, nonzero for real tokens, as for flash attention
         3-D   (B, T, T) or (W, T, T)      with one mask for each window, the same for all samples
         4-D   (B or 1, H or 1, T or 1, T) boolean or integer, nonzero where a token is seen, or additive
+        5-D   (B, 1, blocks, C, tokens)   the same for blocks of C tokens, which see some before and after them
         flex attention's block mask
 
     A mask of more than two dimensions says which tokens each token sees. A token is real if it sees itself: under
@@ -132,9 +152,13 @@ def token_mask(mask: Optional[Mask], batch: int, num_tokens: int) -> Optional[Te
     value = mask.value
     if hasattr(value, "mask_mod"):
         return _read_block_mask(value, batch, num_tokens)
-    if not isinstance(value, Tensor) or mask.name not in MASKS:
+    if not isinstance(value, Tensor) or mask.name not in MASKS + PADDING_MASKS:
         raise ValueError(_not_understood(mask, batch, num_tokens))
     real = value > MASKED if value.is_floating_point() else value != 0
+    if mask.name in PADDING_MASKS:
+        real = ~real
+    if value.ndim == 5:
+        real = real[:, 0].diagonal(mask.past, dim1=-2, dim2=-1).flatten(1)[:, :num_tokens]
     if value.ndim == 4:
         real = real[:, 0]
     if value.ndim in (3, 4) and real.shape[-2] == real.shape[-1]:

@@ -27,7 +27,8 @@ class Record(NamedTuple):
 
     block: str  # name of the block in the base model
     adapter: str
-    dispatch: Tensor  # (B, T, N, P): the share of each token in what each slot reads
+    # (B, T, N, P): the share of each token in what each slot reads; in order of time, in what the last token reads
+    dispatch: Tensor
     combine: Tensor  # (B, T, N, P): the weight of each slot in what each token gets
     norms: Tensor  # (B, T, N): the norm of what each expert adds to each token
     mask: Tensor  # (B, T) boolean, true for real tokens; of the others nothing in here has a meaning

@@ -1,6 +1,7 @@
 """The mixture itself, without PEFT and without models: tensors in, tensors out."""
 
-from .experts import BottleneckExperts, ConvolutionExperts, PatchGrid
+from .convolution import ConvolutionExperts, PatchGrid
+from .experts import BottleneckExperts
 from .mixture import Mixture
 
 __all__ = ["BottleneckExperts", "ConvolutionExperts", "Mixture", "PatchGrid"]

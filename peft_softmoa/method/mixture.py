@@ -12,9 +12,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .experts import BottleneckExperts, ConvolutionExperts
+from .convolution import ConvolutionExperts
+from .experts import BottleneckExperts
 from .kernels import add_slots, without_autocast
-from .routers import DenseRouter, ExpertChoiceRouter, SoftRouter, TopKRouter
+from .routers import CausalSoftRouter, DenseRouter, ExpertChoiceRouter, SoftRouter, TopKRouter
 from .routing import in_full_precision
 
 # Which class makes each choice.
@@ -23,6 +24,12 @@ ROUTERS: dict[str, type[SoftRouter] | type[DenseRouter]] = {
     "dense": DenseRouter,
     "top_k": TopKRouter,
     "expert_choice": ExpertChoiceRouter,
+}
+# Where no token sees those after it. Expert choice is impossible there: which tokens an expert takes depends on all.
+CAUSAL_ROUTERS: dict[str, type[SoftRouter] | type[DenseRouter]] = {
+    "soft": CausalSoftRouter,
+    "dense": DenseRouter,
+    "top_k": TopKRouter,
 }
 EXPERTS: dict[str, type[BottleneckExperts]] = {"bottleneck": BottleneckExperts, "convolution": ConvolutionExperts}
 
@@ -40,6 +47,8 @@ class Mixture(nn.Module):
         router_options (mapping, optional): other arguments of the router. Default: none.
         expert_options (mapping, optional): other arguments of the experts. Default: none.
         identity (bool): whether the fresh mixture adds exactly zero. Default: True.
+        causal (bool): whether no token sees those after it, but for those of its chunk. Not with expert choice.
+            Default: False.
     """
 
     def __init__(
@@ -54,11 +63,15 @@ class Mixture(nn.Module):
         router_options: Optional[Mapping[str, Any]] = None,
         expert_options: Optional[Mapping[str, Any]] = None,
         identity: bool = True,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.out_features = out_features
-        self.router = ROUTERS[routing](in_features, num_experts, **router_options or {})
-        self.experts = EXPERTS[expert_type](num_experts, in_features, r, out_features, **expert_options or {})
+        self.causal = causal
+        routers, experts = CAUSAL_ROUTERS if causal else ROUTERS, EXPERTS[expert_type]
+        self.router = routers[routing](in_features, num_experts, **router_options or {})
+        options = {**(expert_options or {}), **({"causal": causal} if experts.mixes_tokens else {})}
+        self.experts = experts(num_experts, in_features, r, out_features, **options)
         if not identity:
             self.experts.reset_parameters(identity=False)
 
@@ -66,6 +79,11 @@ class Mixture(nn.Module):
     def mixes_tokens(self) -> bool:
         """Whether what the mixture adds to a token depends on other tokens, and so on which of them are padded."""
         return self.router.mixes_tokens or self.experts.mixes_tokens
+
+    @property
+    def reads_in_time(self) -> bool:
+        """Whether what the mixture adds to a token depends on the tokens before it, and not on all."""
+        return self.causal and self.mixes_tokens
 
     @property
     def has_router_loss(self) -> bool:
@@ -80,6 +98,8 @@ class Mixture(nn.Module):
             soft         X̃ = dispatchᵀ x                                                    (B, S, D)
                          Ỹ[s] = expert_{⌊s/P⌋}(X̃[s])                                        (B, S, D')
                          output = F(x) + scaling · combine Ỹ                                (B, T, D')
+            causal soft  output[t] = F(x)[t] + scaling · Σ_s combine[t, s] · up(act(read[t, s]))    with what down makes
+                         of the slots so far, `CausalSoftRouter.read`
             token-wise   output[t] = F(x)[t] + scaling · Σ_n weights[t, n] · expert_n(x)[t]
 
         Everything runs in float32, or in float64 if the tokens are, and not under autocast: half-precision logits
@@ -103,6 +123,9 @@ class Mixture(nn.Module):
         self._check(tokens, mask, added_to)
         tokens = _without_padding(tokens, mask)
         with without_autocast(tokens.device.type):
+            if isinstance(self.router, CausalSoftRouter):
+                read, combine = self._read(tokens, mask)
+                return self.experts.add_read(added_to, read, scaling * combine), None
             if isinstance(self.router, SoftRouter):
                 slots, combine = self.router(tokens, mask)
                 return add_slots(added_to, combine, scaling * self.experts(slots)), None
@@ -116,6 +139,7 @@ class Mixture(nn.Module):
         """The weights of `forward`, and how much each expert adds without dropout.
 
             soft         norms[t, n] = ‖scaling · Σ_p combine[t, n, p] Ỹ[n, p]‖
+            causal soft  the same for what each token reads; dispatch is what the last one reads
             token-wise   dispatch[t, n] = weights[t, n] / Σ_u weights[u, n]    over the real tokens u
                          norms[t, n] = ‖scaling · weights[t, n] · expert_n(x)[t]‖
 
@@ -132,6 +156,11 @@ class Mixture(nn.Module):
             tokens = in_full_precision(_without_padding(tokens, mask))
             if isinstance(self.router, SoftRouter):
                 dispatch, combine = self.router.weights(tokens, mask)
+                if isinstance(self.router, CausalSoftRouter):
+                    read, _ = self._read(tokens, mask)
+                    norms = self.experts.read_norms(read, scaling * combine)
+                    by_expert = (norms.shape[-1], -1)
+                    return dispatch.unflatten(-1, by_expert), combine.unflatten(-1, by_expert), norms
                 outputs = scaling * self.experts(dispatch.mT @ tokens, dropout=False)
                 by_expert = (len(self.experts.up_weight), -1)
                 outputs, combine = outputs.unflatten(1, by_expert), combine.unflatten(-1, by_expert)
@@ -143,6 +172,15 @@ class Mixture(nn.Module):
             dispatch = real / real.sum(dim=1, keepdim=True).clamp_min(torch.finfo(real.dtype).tiny)
             norms = self.experts.norms(tokens, scaling * weights, mask)
             return dispatch.unsqueeze(-1), weights.unsqueeze(-1), norms
+
+    def _read(self, tokens: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+        tokens = in_full_precision(tokens)
+        router: CausalSoftRouter = self.router  # type: ignore[assignment]
+        if router.scale is None:
+            projected, logits = self.experts.project_beside(tokens, router.slots)
+        else:
+            projected, logits = self.experts.project(tokens), router.logits(tokens)
+        return router.read(logits, projected, mask)
 
     def _check(self, tokens: Tensor, mask: Optional[Tensor], added_to: Tensor) -> None:
         if added_to.shape != (*tokens.shape[:2], self.out_features):

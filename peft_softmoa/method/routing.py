@@ -45,16 +45,51 @@ def soft_routing(
 
     Source: arXiv 2402.00828; arXiv 2308.00951, section 2.1 and, for the normalization, 2.3.
     """
-    dtype = tokens.dtype
+    dispatch, combine = soft_weights(soft_logits(tokens, slots, scale).mT, mask)
+    return dispatch.mT.to(tokens.dtype), combine.mT.to(tokens.dtype)
+
+
+def soft_logits(tokens: Tensor, slots: Tensor, scale: Optional[Tensor] = None) -> Tensor:
+    """The logits of soft routing.
+
+        L = x Φ    or, with a scale,    L[t, s] = scale · <x_t, Φ_s> / (‖x_t‖ ‖Φ_s‖)
+
+    Args:
+        tokens (Tensor): x, `(B, T, D)`.
+        slots (Tensor): Φ, `(D, S)`.
+        scale (Tensor, optional): `(1,)`. Default: no normalization.
+
+    Returns:
+        Tensor: L, `(B, T, S)`, in float32 or float64.
+
+    Source: arXiv 2308.00951, sections 2.1 and 2.3.
+    """
     tokens = in_full_precision(tokens)
     slots = slots.to(tokens.dtype)
     if scale is None:
-        logits = tokens @ slots
-    else:
-        norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min(EPS)
-        logits = scale.to(tokens.dtype) * (tokens @ F.normalize(slots, dim=0, eps=EPS)) / norms
-    dispatch, combine = soft_weights(logits.mT, mask)
-    return dispatch.mT.to(dtype), combine.mT.to(dtype)
+        return tokens @ slots
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min(EPS)
+    return scale.to(tokens.dtype) * (tokens @ F.normalize(slots, dim=0, eps=EPS)) / norms
+
+
+def chunk_ends(chunk_size: int, num_tokens: int, mask: Optional[Tensor] = None) -> Tensor:
+    """Up to which token each token sees, if it sees up to the end of its chunk.
+
+        ends[t] = min(f + C·⌊(t - f) / C⌋ + C - 1, T - 1)    with the first real token f, where the chunks begin
+
+    Args:
+        chunk_size (int): C.
+        num_tokens (int): T.
+        mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+
+    Returns:
+        Tensor: `(B, T)`, or `(1, T)` without a mask, indices of tokens.
+    """
+    places = torch.arange(num_tokens, device=None if mask is None else mask.device).unsqueeze(0)
+    # Clips that are padded on the left have the chunks that they have alone.
+    first = 0 if mask is None else mask.int().argmax(dim=1, keepdim=True)
+    chunks = torch.div(places - first, chunk_size, rounding_mode="floor")
+    return (first + (chunks + 1) * chunk_size - 1).clamp(0, num_tokens - 1)
 
 
 def soft_weights(logits: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:

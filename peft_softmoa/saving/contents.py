@@ -21,7 +21,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 
 from ..config import SoftMoAConfig
-from ..method.experts import PatchGrid
+from ..fields import CAUSAL_FIELDS
+from ..method.convolution import PatchGrid
 from ..method.mixture import parameter_shapes
 from ..registration import name_since_0_2
 from ..targets.choice import find_matches
@@ -165,12 +166,13 @@ def _check_blocks(path: str, blocks: dict[str, dict[str, tuple[int, ...]]], conf
     options = config.mixture_options()
     if config.patch_grid:
         options["expert_options"]["patch_grid"] = PatchGrid(0, 1, 1)  # any: the kernel's shape is the same
+    is_causal = any(getattr(config, name) for name in CAUSAL_FIELDS)  # otherwise the shapes are the same
     made: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
     for block, shapes in blocks.items():
         # N x D x R, and N x R x D'.
         widths = (*shapes.get("experts.down_weight", ())[1:2], *shapes.get("experts.up_weight", ())[2:])
         if len(widths) == 2 and all(0 < width <= LARGEST_WIDTH for width in widths) and widths not in made:
-            made[widths] = parameter_shapes(*widths, **options)
+            made[widths] = parameter_shapes(*widths, **options, causal=is_causal)
         if made.get(widths) != shapes:
             raise ValueError(
                 f"'{path}' does not fit its config: {block!r} has a mixture of shapes {shapes}, but with these widths "

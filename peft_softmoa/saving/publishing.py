@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.utils.hub import PushToHubMixin
 
-from ..fields import read_json
+from ..config_file import read_json
 from ..registration import SOFTMOA
 from .card import write_model_card
 

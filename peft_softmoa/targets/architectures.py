@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
 
 from ..calls.masks import argument_names
-from ..method.experts import PatchGrid
+from ..method.convolution import PatchGrid
 
 # Arguments of models that generate token after token.
 CACHES = {"past_key_values", "cache_params", "use_cache"}
@@ -105,16 +105,19 @@ class Architecture(NamedTuple):
     clip_length: Optional[Callable[[Any], Optional[ClipLength]]] = None
     takes_audio: Optional[bool] = None  # by default what its class says
     causal: Optional[bool] = None  # whether tokens see few or none of those after them; by default what it looks like
+    in_time: bool = True  # whether its tokens lie in order of time
+    padding_mask: Optional[str] = None  # an argument of a block that, against its name, is true for padding
 
 
 # By the `model_type` of the config. All that is not here goes by structure.
 ARCHITECTURES = {
     # Only the config says how the patches lie.
-    "audio-spectrogram-transformer": Architecture(patch_grid=_ast_grid, clip_length=_ast_length),
+    "audio-spectrogram-transformer": Architecture(patch_grid=_ast_grid, clip_length=_ast_length, in_time=False),
+    "clap_audio_model": Architecture(in_time=False),
     "whisper": Architecture(clip_length=_whisper_length),
     "qwen2_audio_encoder": Architecture(clip_length=_whisper_length),
     # These encoders are made to run while the audio comes in, but only their masks show it.
-    "gemma3n_audio": Architecture(causal=True),
+    "gemma3n_audio": Architecture(causal=True, padding_mask="mask"),
     "gemma4_audio": Architecture(causal=True),
     "moonshine_streaming_encoder": Architecture(causal=True),
     "nemotron_asr_streaming_encoder": Architecture(causal=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any, NamedTuple, Optional
 
@@ -17,9 +17,9 @@ from torch import nn
 from ..calls.forward_pass import MODEL
 from ..calls.masks import takes_mask
 from ..config import SoftMoAConfig
-from ..method.mixture import EXPERTS, ROUTERS, mixes_tokens
-from .architectures import architecture_of, looks_causal, parts_around
+from ..method.mixture import mixes_tokens
 from .layers import Layer, find_layers, find_module, is_linear, is_repeated
+from .order import is_causal
 from .probes import block_widths
 
 # Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
@@ -38,6 +38,7 @@ class Target(NamedTuple):
     out_features: int  # D'
     layer: Optional[str] = None  # the layer around it
     masks: tuple[str, ...] = ()  # modules that are called with its tokens' mask, if it is not
+    causal: bool = False  # whether no token of its mixture sees those after it
 
     @property
     def scope(self) -> str:
@@ -213,10 +214,11 @@ def _make_target(
         )
     in_features, out_features = _find_widths(model, name, entry, layer)
     around = _elements_around(model, name)
-    if around:
-        _check_order_in_time(config, model, name, around[-1])
-    elif takes_mask(model) and (
-        mixes_tokens(config.routing, config.expert_type) or config.resolved_fields().get("router_aux_loss_coef")
+    causal = is_causal(config, model, name, around[-1] if around else None)
+    if (
+        not around
+        and takes_mask(model)
+        and (mixes_tokens(config.routing, config.expert_type) or config.resolved_fields().get("router_aux_loss_coef"))
     ):
         warnings.warn(
             f"'{name}' is in no layer that could be called with a mask: for it, padded tokens count as real ones. Name "
@@ -224,10 +226,30 @@ def _make_target(
             stacklevel=2,
         )
     if layer is not None:
-        return Target(name, entry, in_features, out_features, layer.name, _find_masks(model, layer, entry or name))
+        masks = _find_masks(model, layer, entry or name)
+        return Target(name, entry, in_features, out_features, layer.name, masks, causal)
     # What is no layer as `find_layers` knows it may still be called with a mask.
-    masks = [each for each in around if takes_mask(find_module(model, each))][:1]
-    return Target(name, entry, in_features, out_features, next(iter(masks or around), None), tuple(masks))
+    masks = tuple([each for each in around if takes_mask(find_module(model, each))][:1])
+    return Target(name, entry, in_features, out_features, next(iter(masks or tuple(around)), None), masks, causal)
+
+
+def unmatched_target(config: SoftMoAConfig, model: nn.Module, name: str) -> Target:
+    """A module that PEFT adapts for its name in a state dict, though the config does not match it.
+
+    Args:
+        config (SoftMoAConfig): the config.
+        model (nn.Module): the model.
+        name (str): name of the module.
+
+    Returns:
+        Target: the module as a block of its own.
+
+    Raises:
+        ValueError: if the config asks for what is impossible there.
+    """
+    around = _elements_around(model, name)
+    causal = is_causal(config, model, name, around[-1] if around else None)
+    return Target(name, None, *block_widths(name, find_module(model, name)), causal=causal)
 
 
 def _elements_around(model: nn.Module, name: str) -> list[str]:
@@ -276,21 +298,3 @@ def _find_masks(model: nn.Module, layer: Layer, entry: str) -> tuple[str, ...]:
     else:
         sources = []  # the layer's own mask, if it makes one, is for windows of the attention only
     return tuple(source for source in sources if takes_mask(find_module(model, source)))
-
-
-def _check_order_in_time(config: SoftMoAConfig, model: nn.Module, name: str, layer: str) -> None:
-    """Check that no token would see the ones after it where the model does not let it."""
-    parts = parts_around(model, name)
-    known = architecture_of(parts).causal
-    if not (looks_causal(find_module(model, layer), parts) if known is None else known):
-        return
-    tables: dict[str, Mapping[str, Any]] = {"routing": ROUTERS, "expert_type": EXPERTS}
-    for field, table in tables.items():
-        choice = getattr(config, field)
-        if table[choice].mixes_tokens:
-            works = [option for option, kind in table.items() if not kind.mixes_tokens]
-            raise ValueError(
-                f"`{field}='{choice}'` mixes all tokens of a sample, but '{name}' is in a causal or streaming layer, "
-                "whose tokens must not see the ones after them. "
-                f"There, {field} may be {' or '.join(map(repr, works))}."
-            )

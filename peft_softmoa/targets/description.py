@@ -35,8 +35,8 @@ class Description:
 
     Args:
         targets (tuple[Target, ...]): the adapted blocks: `name` of the module to whose output a mixture adds, `entry`,
-            the module whose tokens it reads, if that is another one, `in_features` D, `out_features` D', and `layer`,
-            the layer around it, if there is one.
+            the module whose tokens it reads, if that is another one, `in_features` D, `out_features` D', `layer`, the
+            layer around it, if there is one, and `causal`, whether no token of its mixture sees those after it.
         parameters_by_block (tuple[int, ...]): parameters of the mixture of each block.
         saved (dict[str, int]): parameters of each module that is trained and saved with the adapter, by its name.
         parameters (int): all parameters that are trained.
@@ -110,7 +110,7 @@ def _rest(target: Target) -> str:
 
 
 def mixture_options(model: nn.Module, config: SoftMoAConfig) -> dict[str, Any]:
-    """The arguments of `method.Mixture`, but for its widths, for an adapter of a model.
+    """The arguments of `method.Mixture`, but for its widths and order in time, for an adapter of a model.
 
     Args:
         model (nn.Module): the base model.
@@ -142,12 +142,12 @@ def mixture_shapes(
         list[dict[str, tuple[int, ...]]]: their shapes by name, for each block.
     """
     options = mixture_options(model, config)
-    made: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
-    widths = [(target.in_features, target.out_features) for target in targets]
-    for pair in widths:
-        if pair not in made:
-            made[pair] = parameter_shapes(*pair, **options)
-    return [made[pair] for pair in widths]
+    made: dict[tuple[int, int, bool], dict[str, tuple[int, ...]]] = {}
+    kinds = [(target.in_features, target.out_features, target.causal) for target in targets]
+    for kind in kinds:
+        if kind not in made:
+            made[kind] = parameter_shapes(*kind[:2], **options, causal=kind[2])
+    return [made[kind] for kind in kinds]
 
 
 def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
@@ -155,7 +155,7 @@ def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
 
     Per adapted block of widths D and D', with N experts, P slots each and bottleneck R, the parameters are
 
-        soft:            D·N·P, one more if it normalizes
+        soft:            D·N·P, one more if it normalizes, and N·P more if it forgets
         token-wise:      D·N + N for its router; none if N is 1
         experts:         N·(D·R + R + R·D' + D')
         convolution:     N·R·(K + 1) more, or N·R·(K² + 1) over a patch grid

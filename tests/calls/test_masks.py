@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,22 @@ def test_one_mask_for_each_window():
     assert torch.equal(read(mask, batch=6, tokens=4), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]] * 3).bool())
 
 
+def test_masks_of_blocks():
+    """Two blocks of three tokens for five, which see two tokens before them and one after them."""
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    value = torch.full((2, 1, 2, 3, 6), -1e9)
+    for sample, block, place in itertools.product(range(2), range(2), range(3)):
+        token = 3 * block + place
+        for key in range(max(0, token - 2), min(5, token + 2)):
+            if token < 5 and real[sample, key]:
+                value[sample, 0, block, place, key - 3 * block + 2] = 0.0
+    assert torch.equal(token_mask(Mask("attention_mask", value, past=2), 2, 5), real)
+
+
+def test_a_mask_that_is_true_for_padding():
+    assert torch.equal(read(REAL == 0, "audio_mel_mask"), REAL == 1)
+
+
 @pytest.mark.parametrize(
     ("value", "name", "named"),
     [
@@ -74,7 +92,7 @@ def test_one_mask_for_each_window():
         (REAL[:2], "mask", r"`mask`, a Tensor torch.int64 of shape \(2, 5\)"),
         (additive[:2], "attention_mask", r"torch.float32 of shape \(2, 1, 1, 5\)"),
         (torch.ones(3, 1, 4, 5), "attention_mask", r"of shape \(3, 1, 4, 5\)"),
-        (torch.ones(3, 1, 2, 4, 5), "attention_mask", r"of shape \(3, 1, 2, 4, 5\)"),
+        (torch.ones(3, 1, 1, 4, 5), "attention_mask", r"of shape \(3, 1, 1, 4, 5\)"),
         (torch.ones(3), "attention_mask", r"of shape \(3,\)"),
         (REAL.tolist(), "attention_mask", "`attention_mask`, a list,"),
         (REAL, "key_padding_mask", "`key_padding_mask`, a Tensor"),

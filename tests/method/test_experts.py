@@ -2,7 +2,7 @@ import oracle
 import pytest
 import torch
 
-from peft_softmoa.method.experts import BottleneckExperts, ConvolutionExperts, PatchGrid
+from peft_softmoa.method import BottleneckExperts, ConvolutionExperts, PatchGrid
 
 
 @pytest.mark.parametrize("num_experts, num_slots", [(1, 1), (3, 2), (4, 1)])

@@ -178,26 +178,40 @@ def test_layers_to_transform():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({}, "`routing='soft'` mixes all tokens .* There, routing may be 'dense' or 'top_k'"),
-        ({"routing": "expert_choice"}, "`routing='expert_choice'` mixes all tokens"),
+        ({"causal": False}, "`causal=False` lets tokens see whole clips"),
+        ({"chunk_size": 4}, "`chunk_size=4` lets tokens see up to the end of their chunk"),
         (
-            {"routing": "dense", "expert_type": "convolution"},
-            "`expert_type='convolution'` mixes .* may be 'bottleneck'",
+            {"routing": "expert_choice"},
+            "`routing='expert_choice'` lets each expert choose .* may be 'soft', 'dense', 'top_k'",
+        ),
+        (
+            {"routing": "dense", "expert_type": "convolution", "patch_grid": True},
+            "`patch_grid=True` convolves in time and frequency",
         ),
     ],
 )
 @pytest.mark.parametrize("block", ["self_attn", "fc1->decoder.layers.0.fc2", "self_attn.q_proj"])
-def test_a_causal_decoder_takes_nothing_that_mixes_tokens(options, named, block):
+def test_a_causal_decoder_takes_nothing_that_sees_ahead(options, named, block):
     config = SoftMoAConfig(target_modules=[f"decoder.layers.0.{block}"], **options)
     with pytest.raises(ValueError, match=named) as error:
         get_peft_model(build("Whisper, speech to text"), config)
     assert "is in a causal or streaming layer, whose tokens must not see the ones after them" in str(error.value)
 
 
-@pytest.mark.parametrize("routing", ["dense", "top_k"])
-def test_what_works_in_a_causal_decoder_does_not_see_ahead(routing):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"forgetting": True, "normalize": True},
+        {"expert_type": "convolution", "num_slots": 2},
+        {"routing": "dense"},
+        {"routing": "dense", "expert_type": "convolution"},
+        {"routing": "top_k"},
+    ],
+)
+def test_what_works_in_a_causal_decoder_does_not_see_ahead(options):
     targets = ["decoder.layers.0.self_attn", "decoder.layers.1.fc1->decoder.layers.1.fc2"]
-    config = SoftMoAConfig(routing=routing, target_modules=targets, init_weights=False, scaling=4.0)
+    config = SoftMoAConfig(**options, target_modules=targets, init_weights=False, scaling=4.0)
     base = build("Whisper, speech to text")
     batch = {**FAMILIES["Whisper, speech to text"].inputs([40]), "decoder_input_ids": torch.tensor([[1, 4, 5, 6]])}
     with torch.no_grad():
@@ -240,9 +254,11 @@ def test_streaming_encoders(name):
     assert config.model_type == name
     with torch.device("meta"):
         model = model_class._from_config(config)
-    with pytest.raises(ValueError, match="is in a causal or streaming layer, .* routing may be 'dense' or 'top_k'"):
-        describe_targets(model, SoftMoAConfig())
-    assert describe_targets(model, SoftMoAConfig(routing="dense")).targets
+    for options in ({}, {"causal": True}, {"routing": "dense"}, {"forgetting": True}):
+        targets = describe_targets(model, SoftMoAConfig(**options)).targets
+        assert targets and all(target.causal for target in targets)
+    with pytest.raises(ValueError, match="is in a causal or streaming layer"):
+        describe_targets(model, SoftMoAConfig(routing="expert_choice"))
 
 
 def test_the_audio_tower_among_others():
@@ -268,8 +284,8 @@ def test_a_decoder_of_audio_codes_is_no_encoder():
 
 
 def test_a_whole_causal_layer():
-    with pytest.raises(ValueError, match="'model.decoder.layers.0' is in a causal or streaming layer"):
-        get_peft_model(build("Whisper, speech to text"), SoftMoAConfig(target_modules=["decoder.layers.0"]))
+    config = SoftMoAConfig(target_modules=["decoder.layers.0"])
+    assert [each.causal for each in describe_targets(build("Whisper, speech to text"), config).targets] == [True]
 
 
 DECODERS = {
@@ -289,8 +305,10 @@ def test_decoders_of_any_structure(name):
     with torch.device("meta"):
         model = model_class._from_config(model_class.config_class())
     with pytest.raises(ValueError, match="is in a causal or streaming layer"):
-        describe_targets(model, SoftMoAConfig(target_modules=[DECODERS[name]]))
-    assert describe_targets(model, SoftMoAConfig(target_modules=[DECODERS[name]], routing="dense")).targets
+        describe_targets(model, SoftMoAConfig(target_modules=[DECODERS[name]], routing="expert_choice"))
+    for routing in ("soft", "dense"):
+        targets = describe_targets(model, SoftMoAConfig(target_modules=[DECODERS[name]], routing=routing)).targets
+        assert targets and all(target.causal for target in targets)
 
 
 def test_a_text_encoder_may_be_named():
