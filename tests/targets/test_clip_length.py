@@ -37,7 +37,7 @@ from peft_softmoa import (
     fit_feature_extractor,
     fitting_length,
 )
-from peft_softmoa.inspection.clips import load_adapter
+from peft_softmoa.inference.loading import load_adapter
 from peft_softmoa.training import fingerprint_weights
 
 RATE = 16_000
