@@ -226,7 +226,7 @@ REFUSED = [
     ("script(dataset_name='user/down')", "trying to locate the file on the Hub.*check your connection"),
     ("script(dataset_name='user/lost')", "503 Service Unavailable"),
     ("script(dataset_name='user/cut')", "ConnectionError: Server Disconnected"),
-    ("script(model_name_or_path='user/down')", "Can't load .*'user/down'"),
+    ("script(model_name_or_path='user/down')", "couldn't connect to .* to load the files"),
     ("script(model_name_or_path='user/lost')", "connection error .* to load user/lost.*503 Service Unavailable"),
     ("adapter('user/missing')", "Can't find 'adapter_config.json' at 'user/missing'"),
     ("adapter('user/gated')", "Can't find 'adapter_config.json' at 'user/gated'"),
