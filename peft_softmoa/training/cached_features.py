@@ -88,10 +88,10 @@ class FeatureCache:
             try:
                 for path, features in self._new.items():
                     _save(path, features)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:  # a full disk is the latter
                 _warn_once(
                     f"Features are not kept for the next epoch, as {self._folder} cannot be written "
-                    f"({error.strerror}): free space, or give another `cache_dir`."
+                    f"({getattr(error, 'strerror', None) or error}): free space, or give another `cache_dir`."
                 )
         self._new.clear()
 

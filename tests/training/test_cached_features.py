@@ -15,6 +15,7 @@ import soundfile
 import torch
 import transformers as tf
 from conftest import SAMPLING_RATE, write_parquet
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from peft_softmoa.training import AudioError, DataOptions, features, load_stream
@@ -333,6 +334,17 @@ def test_a_folder_that_cannot_be_written(folder, options, caplog):
     with caplog.at_level(logging.WARNING):
         assert_same(read(folder, options()), read(folder, options(streaming=True)))
     assert caplog.text.count(f"Features are not kept for the next epoch, as {cache_folder(options())}") == 1
+
+
+def test_a_full_disk(folder, options, caplog, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft_softmoa.training.cached_features.save_file", full)
+    with caplog.at_level(logging.WARNING):
+        assert_same(read(folder, options()), read(folder, options(streaming=True)))
+    assert f"{cache_folder(options())}" in caplog.text and "(Error while serializing: No space left" in caplog.text
+    assert not files(options())
 
 
 def test_audio_in_the_table(folder, tmp_path, options, decoded):
