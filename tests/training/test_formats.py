@@ -209,6 +209,23 @@ def test_a_damaged_frame_is_refused():
         decode_audio(bytes(content), SAMPLING_RATE)
 
 
+@pytest.mark.parametrize("container, codec", [("flac", "flac"), ("ipod", "aac")])
+@pytest.mark.parametrize("count", [40, 60])
+@pytest.mark.parametrize("where", [0.3, 0.5])
+def test_damage_in_the_middle_is_refused_by_who_reads_a_part(tmp_path, container, codec, count, where):
+    noise = 0.05 * np.random.default_rng(0).standard_normal(6 * RATE)
+    options = {"movflags": "faststart"} if container == "ipod" else {}
+    clip = encode(container, codec, (signal(6.0) + noise).astype("f4"), options=options, path=tmp_path / "clip")
+    assert len(decode_audio(clip, SAMPLING_RATE, 5.0)) == 5 * SAMPLING_RATE
+    content, hole = bytearray(clip), int(where * len(clip))
+    for place in range(hole, hole + count):
+        content[place] ^= 0x5A
+    with pytest.raises(AudioError, match="damaged"):
+        decode_audio(bytes(content), SAMPLING_RATE, 5.0)
+    with pytest.raises(AudioError, match="damaged"):
+        decode_crop(bytes(content), SAMPLING_RATE, 16_000, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("rate", [1, 999, 1_000_001, 2**31 - 1])
 def test_rates_that_no_clip_has_are_refused(rate):
     with pytest.raises(AudioError, match="from 1000 to 1000000 are allowed"):
