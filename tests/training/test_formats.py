@@ -18,8 +18,9 @@ from recordings import RATE, encode, id3, riff, signal
 
 from peft_softmoa.training import AudioError, decode_audio
 from peft_softmoa.training.audio import audio_seconds, decode_crop
-from peft_softmoa.training.audio_file import DecodeError, Source
+from peft_softmoa.training.audio_file import READABLE, DecodeError, Source
 from peft_softmoa.training.ffmpeg import mono
+from peft_softmoa.training.folders import AUDIO
 
 SECONDS = 2.0
 DELAY = 0.06  # seconds that a codec may add
@@ -416,6 +417,40 @@ FORMATS = {
         for name, options in {"": {}, "no Xing": {"options": {"write_xing": "0"}}, "pipe": {"pipe": True}}.items()
     },
 }
+
+
+# How files that end so are made, beside those of libsndfile.
+ENDINGS = {
+    ".3gp": ("3gp", "libopencore_amrnb"),
+    ".3gpp": ("3gp", "libopencore_amrnb"),
+    ".aac": ("adts", "aac"),
+    ".amr": ("amr", "libopencore_amrnb"),
+    ".m4a": ("ipod", "aac"),
+    ".m4b": ("ipod", "aac"),
+    ".mka": ("matroska", "aac"),
+    ".mp3": ("mp3", "libmp3lame"),
+    ".mp4": ("mp4", "aac"),
+    ".opus": ("ogg", "libopus"),
+    ".tta": ("tta", "tta"),
+    ".webm": ("webm", "libopus"),
+    ".wma": ("asf", "wmav2"),
+    ".wv": ("wv", "wavpack"),
+}
+OTHER_NAMES = {"aif": "AIFF", "aifc": "AIFF", "oga": "OGG", "snd": "AU", "sph": "NIST"}
+
+
+def test_endings_of_audio_are_those_of_what_is_readable(tmp_path):
+    names = {"Ogg": ".ogg", "WavPack": ".wv"}
+    assert {names.get(name, f".{name.lower()}") for name in re.split(", | and ", READABLE)} <= AUDIO
+    for ending in AUDIO:
+        if ending in ENDINGS:
+            container, codec = ENDINGS[ending]
+            rate = {"libopencore_amrnb": 8000, "libopus": 48_000}.get(codec, RATE)
+            content = encode(container, codec, signal(rate=rate), rate, path=tmp_path / "clip")
+        else:
+            form = OTHER_NAMES.get(ending[1:], ending[1:].upper())
+            content = written(form, "VORBIS" if form == "OGG" else "PCM_16")
+        assert abs(len(decode_audio(content, SAMPLING_RATE)) / SAMPLING_RATE - SECONDS) < DELAY, ending
 
 
 @pytest.mark.skipif(
