@@ -18,8 +18,10 @@ SAMPLE_FORMATS: dict[str, np.dtype[Any]] = {"s16le": np.dtype("<i2"), "f32le": n
 # At most so much is read from a pipe at once; a pipe gives what is there.
 READ_BYTES = 65_536
 # How files begin that are not raw PCM: WAV, FLAC, Ogg, MP3 with tags, AIFF, CAF, AU, WebM, AMR, WavPack and WMA.
-HEADERS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\x1aE\xdf\xa3")
-HEADERS += (b"#!AMR", b"wvpk", b"\x30\x26\xb2\x75")
+HEADERS = (
+    *(b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\x1aE\xdf\xa3"),
+    *(b"#!AMR", b"wvpk", b"\x30\x26\xb2\x75"),
+)
 HEADER_BYTES = 12
 
 
