@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ from ..training.features import extract_features
 from ..training.frames import shortest_clip
 from ..training.inputs import cast_inputs
 from .loading import load_adapter
+from .scores import Scores, scores_of
 from .windows import Window
 
 # The window of models that take any length.
 DEFAULT_SECONDS = 5.0
 # Spectrograms of models with a greatest number of frames have a frame every ten milliseconds.
 FRAMES_PER_SECOND = 100
-Scores = Literal["softmax", "sigmoid", "none"]
 
 
 class WindowScores(NamedTuple):
@@ -155,7 +155,7 @@ def load_classifier(
         model,
         feature_extractor,
         names,
-        scores or _scores(getattr(config, "problem_type", None), len(names)),
+        scores or scores_of(config),
         type(model.get_base_model()).__name__ in MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES.values(),
         _max_samples(feature_extractor, getattr(model.active_peft_config, "max_length_seconds", None)),
         shortest_clip(model, feature_extractor),
@@ -226,14 +226,6 @@ def _check_task(adapter: str, model_class: str) -> None:
             f"The model of '{adapter}', {model_class}, does not classify audio. Those that do are of a class "
             "…ForAudioClassification, …ForSequenceClassification or …ForAudioFrameClassification."
         )
-
-
-def _scores(problem_type: Optional[str], num_labels: int) -> Scores:
-    if problem_type is None:
-        # As transformers chooses the loss.
-        return "softmax" if num_labels > 1 else "none"
-    known: dict[str, Scores] = {"multi_label_classification": "sigmoid", "regression": "none"}
-    return known.get(problem_type, "softmax")
 
 
 def _max_samples(feature_extractor: Any, fitted_seconds: Optional[float]) -> Optional[int]:

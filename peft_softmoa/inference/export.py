@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from ..layer import SoftMoALayer
 from .loading import load_adapter
+from .scores import scores_of
 from .tracing import (
     TOLERANCE,
     Comparison,
@@ -28,9 +29,6 @@ from .tracing import (
     require_packages,
     trace,
 )
-
-# What makes scores of logits, by the `problem_type` of the model; otherwise softmax does.
-SCORES = {"multi_label_classification": "sigmoid", "regression": "none"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,9 @@ def export_adapter(
         program.save(path)
         part.config.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)
-        notes = [*describe_rest(base, part), *_save_tokenizer(base, adapter, revision, base_model, folder)]
+        base_revision = model.active_peft_config.revision
+        tokenizer = _save_tokenizer(base, adapter, revision, base_model, base_revision, folder)
+        notes = [*describe_rest(base, part), *tokenizer]
         _advance(bar, "Comparing")
         comparisons = compare(part, path, batches)
         _advance(bar, "Done")
@@ -163,7 +163,7 @@ def _classes(part: Any, program: Any) -> tuple[Optional[list[str]], Optional[str
     widths = [value.shape[-1] for value in program.model.graph.outputs if value.name == "logits"]
     if widths != [len(names)]:
         return None, None
-    return [names[index] for index in sorted(names)], SCORES.get(part.config.problem_type, "softmax")
+    return [names[index] for index in sorted(names)], scores_of(part.config)
 
 
 def describe_rest(model: nn.Module, part: nn.Module) -> list[str]:
@@ -193,13 +193,19 @@ def describe_rest(model: nn.Module, part: nn.Module) -> list[str]:
 
 
 def _save_tokenizer(
-    model: nn.Module, adapter: str, revision: Optional[str], base_model: Optional[str], folder: Path
+    model: nn.Module,
+    adapter: str,
+    revision: Optional[str],
+    base_model: Optional[str],
+    base_revision: Optional[str],
+    folder: Path,
 ) -> list[str]:
     """Save what makes text of the outputs of a CTC model, and say so if there is none."""
     if "ForCTC" not in type(model).__name__:
         return []
     config: Any = model.config
-    for name, commit in ((adapter, revision), (base_model or config.name_or_path, None)):
+    base = (base_model, None) if base_model else (config.name_or_path, base_revision)
+    for name, commit in ((adapter, revision), base):
         try:
             AutoTokenizer.from_pretrained(name, revision=commit).save_pretrained(folder)
         except (OSError, ValueError, TypeError):  # tokenizers whose files are missing raise each of them

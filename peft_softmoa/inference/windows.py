@@ -17,8 +17,12 @@ from ..training.folders import AUDIO
 SAMPLE_FORMATS: dict[str, np.dtype[Any]] = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
 # At most so much is read from a pipe at once; a pipe gives what is there.
 READ_BYTES = 65_536
-# How files begin that are not raw PCM: WAV, FLAC, Ogg, MP3 with tags, AIFF, CAF, AU, WebM.
-HEADERS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\x1aE\xdf\xa3")
+# How files begin that are not raw PCM: WAV, FLAC, Ogg, MP3 with tags, AIFF, CAF, AU, WebM, AMR, WavPack and WMA.
+HEADERS = (
+    *(b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\x1aE\xdf\xa3"),
+    *(b"#!AMR", b"wvpk", b"\x30\x26\xb2\x75"),
+)
+HEADER_BYTES = 12
 
 
 class Window(NamedTuple):
@@ -95,20 +99,23 @@ def pcm_blocks(pipe: BinaryIO, name: str, sample_format: str = "s16le", channels
     """
     dtype = SAMPLE_FORMATS[sample_format]
     read: Any = getattr(pipe, "read1", pipe.read)
-    rest, is_start = b"", True
-    while content := read(READ_BYTES):
-        if is_start and content.startswith(HEADERS):
-            raise AudioError(
-                name,
-                "it begins like an audio file, but raw PCM is read from a pipe: let FFmpeg write it "
-                f"(`-f {sample_format} -ar RATE -ac {channels} -`), or give the file itself",
-            )
-        content, is_start = rest + content, False
+    content = b""
+    while len(content) < HEADER_BYTES and (more := read(READ_BYTES)):
+        content += more
+    if content.startswith(HEADERS) or content[4:8] == b"ftyp":  # MP4, M4A and 3GP
+        raise AudioError(
+            name,
+            "it begins like an audio file, but raw PCM is read from a pipe: let FFmpeg write it "
+            f"(`-f {sample_format} -ar RATE -ac {channels} -`), or give the file itself",
+        )
+    while content:
         end = len(content) - len(content) % (dtype.itemsize * channels)
         rest = content[end:]
         if end:
             values = np.frombuffer(content[:end], dtype).reshape(-1, channels).astype(np.float32)
             yield (values / np.float32(2**15) if dtype.kind == "i" else values).mean(axis=1)
+        more = read(READ_BYTES)
+        content = rest + more if more else b""
 
 
 def find_clips(paths: Iterable[str]) -> Iterator[str]:

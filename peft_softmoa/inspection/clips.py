@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
+from ..inference.scores import scores_of
 from ..method import PatchGrid
 from ..targets.architectures import known_patch_grid
 from ..targets.placement import find_encoder
@@ -172,8 +173,7 @@ def mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
 def _predicted_class(model: PeftModel, output: Any) -> Optional[str]:
     logits = getattr(output, "logits", None)
     names = getattr(model.config, "id2label", None) or {}
-    several = getattr(model.config, "problem_type", None) == "multi_label_classification"
-    if several or not isinstance(logits, Tensor) or logits.shape != (1, len(names)):
+    if not isinstance(logits, Tensor) or logits.shape != (1, len(names)) or scores_of(model.config) != "softmax":
         return None
     best = int(logits.argmax())
     return f"{names[best]} ({logits.softmax(-1)[0, best].item():.0%})"

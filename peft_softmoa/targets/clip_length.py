@@ -33,12 +33,14 @@ class BaseLength:
 
     Args:
         seconds (float): the length that it is fitted to.
+        frames (int): how many frames of a spectrogram it reads when it is not fitted.
         before (tuple): objects that were changed, their attributes, and the values before.
         hook (RemovableHandle): removes the hook that cuts longer spectrograms.
         adapters (frozenset[str]): the adapters that need the length.
     """
 
     seconds: float
+    frames: int
     before: tuple[tuple[Any, str, Any], ...]
     hook: RemovableHandle
     adapters: frozenset[str] = frozenset()
@@ -92,7 +94,7 @@ def fit_length(model: nn.Module, seconds: Optional[float]) -> None:
     for owner, name, value in changes:
         _set(owner, name, value)
     hook = length.reader.register_forward_pre_hook(partial(_cut, length.time, frames), with_kwargs=True)
-    setattr(model, BASE_LENGTH, BaseLength(seconds, before, hook))
+    setattr(model, BASE_LENGTH, BaseLength(seconds, length.frames, before, hook))
 
 
 def hold_length(model: nn.Module, adapter_name: str) -> list[Any]:
@@ -243,11 +245,13 @@ def fitting_length(model: nn.Module, seconds: float) -> Optional[float]:
         float, optional: the length, rounded up to one that the model can be fitted to; None if it reads any length, or
         no more than that anyway.
     """
-    length = find_clip_length(model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    length = find_clip_length(base)
     if length is None:
         return None
     rounded = seconds if length.step == 1 else math.ceil(seconds * FRAME_RATE / length.step) * length.step / FRAME_RATE
-    return rounded if rounded * FRAME_RATE < length.frames else None
+    kept: Optional[BaseLength] = getattr(base, BASE_LENGTH, None)
+    return rounded if rounded * FRAME_RATE < (kept.frames if kept is not None else length.frames) else None
 
 
 def fit_feature_extractor(feature_extractor: SequenceFeatureExtractor, seconds: float) -> SequenceFeatureExtractor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import random
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 FOLDER = "softmoa_features"
 # Another version of these may make other features of the same clip.
 PACKAGES = ("peft-softmoa", "transformers", "torch", "torchaudio", "numpy", "av", "soundfile", "soxr")
+
+# Packages whose code is known by their versions, not by its text.
+RELEASED = ("builtins", "transformers")
 
 
 class Features(NamedTuple):
@@ -57,7 +61,7 @@ class FeatureCache:
     def __init__(self, feature_extractor: Any, options: DataOptions, whole: bool = False) -> None:
         self._extractor = feature_extractor
         self._before = _state(feature_extractor)
-        made_by = [self._before[0], options.max_length_seconds, whole, _versions()]
+        made_by = [self._before[0], _sources(feature_extractor), options.max_length_seconds, whole, _versions()]
         self._folder = cache_folder(options) / Hasher.hash(made_by)
         self._new: dict[Path, Features] = {}
 
@@ -88,10 +92,10 @@ class FeatureCache:
             try:
                 for path, features in self._new.items():
                     _save(path, features)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:  # a full disk is the latter
                 _warn_once(
                     f"Features are not kept for the next epoch, as {self._folder} cannot be written "
-                    f"({error.strerror}): free space, or give another `cache_dir`."
+                    f"({getattr(error, 'strerror', None) or error}): free space, or give another `cache_dir`."
                 )
         self._new.clear()
 
@@ -115,7 +119,10 @@ def open_cache(
     try:
         return FeatureCache(feature_extractor, options, whole)
     except Exception as error:  # noqa: BLE001 - pickling a foreign feature extractor may raise anything
-        _warn_once(f"Features are not kept for the next epoch, as the feature extractor cannot be pickled ({error}).")
+        _warn_once(
+            f"Features are not kept for the next epoch, as the feature extractor cannot be pickled, or has no "
+            f"source code ({error})."
+        )
         return None
 
 
@@ -137,6 +144,12 @@ def _state(feature_extractor: Any) -> tuple[Any, ...]:
     _, keys, *rest = state
     numbers = (keys.tobytes(), *rest, torch.get_rng_state().numpy().tobytes(), random.getstate())
     return Hasher.hash(feature_extractor), *numbers
+
+
+def _sources(feature_extractor: Any) -> list[str]:
+    """The code of a feature extractor of one's own, which may change while its attributes stay."""
+    own = (each for each in type(feature_extractor).__mro__ if each.__module__.split(".")[0] not in RELEASED)
+    return [inspect.getsource(each) for each in own]
 
 
 @cache

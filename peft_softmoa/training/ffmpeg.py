@@ -84,6 +84,7 @@ class FfmpegDecoder:
         with opened as container:
             place, page = 0, None
             error: Optional[Exception] = None
+            moved: Optional[int] = None
             try:
                 for packet in container.demux(container.streams.audio[0]):
                     try:
@@ -95,6 +96,9 @@ class FfmpegDecoder:
                         continue
                     page = packet.pos if page is None else page
                     for frame in frames:
+                        if error:
+                            # What follows would move forward, and who reads a part may never come to the end.
+                            raise _damaged(error)
                         if frame.sample_rate != self.sampling_rate:
                             raise DecodeError(
                                 f"its sampling rate changes from {self.sampling_rate} to {frame.sample_rate} Hz: "
@@ -105,6 +109,11 @@ class FfmpegDecoder:
                             if frame.pts is None or (self._format == "ogg" and packet.pos == page):
                                 continue
                             place, is_known = self._place(frame) - self._origin, True
+                        if self._format == "flac" and frame.pts is not None:
+                            # Damaged frames are left out without an error, but each frame has its number.
+                            moved, before = self._place(frame) - place, moved
+                            if before not in (None, moved):
+                                raise DecodeError("damaged (a part is missing)")
                         yield place, frame
                         place += frame.samples
             except av.error.FFmpegError as failed:
@@ -117,7 +126,7 @@ class FfmpegDecoder:
             if place / self.sampling_rate < self._declared - tolerance or is_truncated(self._source):
                 raise DecodeError("truncated")
             if error:
-                raise DecodeError(f"damaged ({getattr(error, 'strerror', None) or error})") from error
+                raise _damaged(error)
 
     def _seek(self, start: int) -> Any:
         """The container at a packet before `start`, or None if that is the first or cannot be found."""
@@ -175,6 +184,12 @@ class FfmpegDecoder:
         # That of a film may be longer than its sound.
         alone = len(container.streams) == 1 and container.duration is not None
         return container.duration / 1e6 if alone else 0.0
+
+
+def _damaged(error: Exception) -> DecodeError:
+    damaged = DecodeError(f"damaged ({getattr(error, 'strerror', None) or error})")
+    damaged.__cause__ = error
+    return damaged
 
 
 def mono(frame: Any) -> Samples:

@@ -8,8 +8,8 @@ from pathlib import Path
 from .rows import name_some
 
 AUDIO = frozenset(
-    (".aac", ".aif", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".sph", ".w64")
-    + (".wav", ".webm", ".wma")
+    (".3gp", ".3gpp", ".aac", ".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".m4b", ".mka", ".mp3")
+    + (".mp4", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".sph", ".tta", ".voc", ".w64", ".wav", ".webm", ".wma", ".wv")
 )
 TABLES = frozenset({".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xls", ".xlsx"})
 

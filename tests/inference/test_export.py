@@ -194,6 +194,33 @@ def test_clips_of_a_fixed_length_and_a_tokenizer(tmp_path):
         make_batches(Wav2Vec2FeatureExtractor(), seconds=0)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_tokenizer_of_the_base_model_is_of_its_revision(tmp_path, monkeypatch, moved):
+    save_adapter(tmp_path, "CTC")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "revision": "one"}))
+    asked = []
+
+    def from_pretrained(name, revision):
+        asked.append((str(name), revision))
+        raise OSError("there is none")
+
+    monkeypatch.setattr("peft_softmoa.inference.export.AutoTokenizer.from_pretrained", from_pretrained)
+    base = {"base_model": str(tmp_path / "base")} if moved else {}
+    export_adapter(tmp_path / "adapter", tmp_path / "onnx", show_progress=False, revision="other", **base)
+    assert asked == [(str(tmp_path / "adapter"), "other"), (str(tmp_path / "base"), None if moved else "one")]
+
+
+def test_what_makes_scores_of_one_output(tmp_path):
+    model = ASTForAudioClassification(tiny_ast_config(num_labels=1))
+    model.save_pretrained(tmp_path / "base")
+    ASTFeatureExtractor(max_length=64).save_pretrained(tmp_path / "base")
+    model = get_peft_model(ASTForAudioClassification.from_pretrained(tmp_path / "base"), SoftMoAConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    written = export_adapter(tmp_path / "adapter", tmp_path / "onnx", show_progress=False)
+    assert written.scores == "none" and "the logits are the values" in str(written)
+
+
 def test_the_example_and_another_base_model(tmp_path, capsys):
     """The base model has moved since the adapter was saved."""
     save_adapter(tmp_path, "AST")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import SAMPLING_RATE, write_tone
+from recordings import RATE, encode, signal
 
 from peft_softmoa.inference.windows import Meter, cut_windows, find_clips, pcm_blocks
 from peft_softmoa.training import AudioError, decode_audio
@@ -117,6 +118,24 @@ def test_a_pipe_with_a_file_in_it(tmp_path):
         next(pcm_blocks(io.BytesIO((tmp_path / "clip.wav").read_bytes()), "pipe"))
 
 
+@pytest.mark.parametrize("count", [1, 5, 10_000])
+@pytest.mark.parametrize(
+    ("container", "codec", "rate"),
+    [
+        ("mp4", "aac", RATE),
+        ("3gp", "libopencore_amrnb", 8000),
+        ("amr", "libopencore_amrnb", 8000),
+        ("wv", "wavpack", RATE),
+        ("asf", "wmav2", RATE),
+        ("flac", "flac", RATE),
+    ],
+)
+def test_a_pipe_with_a_file_that_ffmpeg_reads(tmp_path, container, codec, rate, count):
+    content = encode(container, codec, signal(0.5, rate), rate, path=tmp_path / "clip")
+    with pytest.raises(AudioError, match="^pipe: it begins like an audio file, but raw PCM is read from a pipe"):
+        next(pcm_blocks(Pipe(content, count), "pipe"))
+
+
 def test_an_empty_pipe():
     assert list(pcm_blocks(io.BytesIO(), "pipe")) == [] == list(pcm_blocks(io.BytesIO(b"\0"), "pipe"))
 
@@ -129,7 +148,7 @@ def test_clips_of_folders(tmp_path):
     inner = [str(tmp_path / name) for name in ("a.FLAC", "b.wav", "in/c.mp3")]
     assert found == ["first.xyz", *inner, "https://host/clip.wav"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="/empty' has no audio files: they end in .aac, "):
+    with pytest.raises(ValueError, match="/empty' has no audio files: they end in .3gp, "):
         list(find_clips([str(tmp_path / "empty")]))
 
 

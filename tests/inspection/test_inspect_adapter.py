@@ -295,6 +295,24 @@ def test_a_model_that_writes_text_and_fills_clips_up(clip, tmp_path):
     assert found["seconds"] == 1.0 and found["duration"] == 0.5 and found["prediction"] is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "has_class"),
+    [
+        ({}, True),
+        ({"problem_type": "single_label_classification"}, True),
+        ({"problem_type": "multi_label_classification"}, False),
+        ({"problem_type": "regression"}, False),
+        ({"num_labels": 1}, False),
+    ],
+)
+def test_a_class_is_shown_for_a_model_of_one_class_a_clip(clip, tmp_path, fields, has_class):
+    config = tiny_ast_config(**fields)
+    extractor = transformers.ASTFeatureExtractor(max_length=config.max_length)
+    adapter = save(ASTForAudioClassification, config, tmp_path, extractor)
+    inspect_adapter(adapter, tmp_path / "out", audio=str(clip))
+    assert (report_of(tmp_path / "out")["clip"]["prediction"] is not None) == has_class
+
+
 def test_a_model_of_windows_has_no_map(clip, tmp_path):
     extractor = transformers.ClapFeatureExtractor(feature_size=16, max_length_s=1, truncation="rand_trunc")
     adapter = save(transformers.ClapAudioModel, FAMILIES["CLAP"].config()[1].audio_config, tmp_path, extractor)

@@ -37,7 +37,7 @@ from peft_softmoa import (
     fit_feature_extractor,
     fitting_length,
 )
-from peft_softmoa.inference.loading import load_adapter
+from peft_softmoa.inference import load_adapter
 from peft_softmoa.training import fingerprint_weights
 
 RATE = 16_000
@@ -406,7 +406,10 @@ def test_lengths_for_clips():
     whisper = tiny_whisper()
     assert [fitting_length(whisper, seconds) for seconds in (0.2, 1, 1.2, 2.5, 3, 9)] == [1, 1, 2, None, None, None]
     assert fitting_length(build("WavLM"), 1) is None
-    assert fitting_length(adapted(tiny_ast(), 2), 1) == 1
+    fitted = adapted(tiny_ast(), 1)  # whose base still reads more
+    assert [fitting_length(fitted, seconds) for seconds in (0.5, 1, 2)] == [0.5, 1, 2]
+    assert fitting_length(fitted, 3) is None
+    assert fitting_length(adapted(tiny_whisper(), 1), 1.2) == 2
 
 
 @pytest.mark.parametrize("seconds", [1, 2])

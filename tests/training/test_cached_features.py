@@ -1,11 +1,13 @@
 """Features that are the same in each epoch are made once, if the data is not streamed."""
 
+import importlib
 import logging
 import os
 import random
 import shutil
 import subprocess
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import soundfile
 import torch
 import transformers as tf
 from conftest import SAMPLING_RATE, write_parquet
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from peft_softmoa.training import AudioError, DataOptions, features, load_stream
@@ -211,6 +214,38 @@ def test_an_extractor_that_is_changed(folder, options):
     assert_same(list(stream), read(folder, options(streaming=True), extractor, training=False))
 
 
+def test_an_extractor_of_ones_own_whose_code_changes(folder, options, decoded, tmp_path, monkeypatch):
+    code = """
+        import transformers
+
+        class Base(transformers.Wav2Vec2FeatureExtractor):
+            def __call__(self, waveform, **options):
+                return super().__call__({factor} * waveform, **options)
+
+        class Own(Base):
+            pass
+    """
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for index, factor in enumerate((1, 1, 100.0)):
+        (tmp_path / "own_extractor.py").write_text(textwrap.dedent(code).replace("{factor}", str(factor)))
+        importlib.invalidate_caches()
+        sys.modules.pop("own_extractor", None)
+        extractor = importlib.import_module("own_extractor").Own(do_normalize=False)
+        decoded.clear()
+        found.append(read(folder, options(), extractor, training=False))
+        assert len(decoded) == (1 if index == 1 else CLIPS)
+    assert_same(found[1], found[0])
+    np.testing.assert_allclose(found[2][0]["input_values"], 100 * found[0][0]["input_values"], rtol=1e-5)
+
+
+def test_an_extractor_without_source_code(folder, options, caplog):
+    extractor = type("Typed", (tf.Wav2Vec2FeatureExtractor,), {"__module__": "nowhere"})()
+    with caplog.at_level(logging.WARNING):
+        assert len(read(folder, options(), extractor)) == CLIPS - 1
+    assert "or has no source code (" in caplog.text and not files(options())
+
+
 def test_another_greatest_length(folder, options):
     for seconds in (None, 0.1, 0.05, None, 0.1):
         given = {"max_length_seconds": seconds}
@@ -333,6 +368,17 @@ def test_a_folder_that_cannot_be_written(folder, options, caplog):
     with caplog.at_level(logging.WARNING):
         assert_same(read(folder, options()), read(folder, options(streaming=True)))
     assert caplog.text.count(f"Features are not kept for the next epoch, as {cache_folder(options())}") == 1
+
+
+def test_a_full_disk(folder, options, caplog, monkeypatch):
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft_softmoa.training.cached_features.save_file", full)
+    with caplog.at_level(logging.WARNING):
+        assert_same(read(folder, options()), read(folder, options(streaming=True)))
+    assert f"{cache_folder(options())}" in caplog.text and "(Error while serializing: No space left" in caplog.text
+    assert not files(options())
 
 
 def test_audio_in_the_table(folder, tmp_path, options, decoded):

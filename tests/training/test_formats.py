@@ -18,8 +18,9 @@ from recordings import RATE, encode, id3, riff, signal
 
 from peft_softmoa.training import AudioError, decode_audio
 from peft_softmoa.training.audio import audio_seconds, decode_crop
-from peft_softmoa.training.audio_file import DecodeError, Source
+from peft_softmoa.training.audio_file import READABLE, DecodeError, Source
 from peft_softmoa.training.ffmpeg import mono
+from peft_softmoa.training.folders import AUDIO
 
 SECONDS = 2.0
 DELAY = 0.06  # seconds that a codec may add
@@ -207,6 +208,23 @@ def test_a_damaged_frame_is_refused():
     content[len(content) // 2] ^= 0xFF
     with pytest.raises(AudioError, match="damaged|truncated"):
         decode_audio(bytes(content), SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("container, codec", [("flac", "flac"), ("ipod", "aac")])
+@pytest.mark.parametrize("count", [40, 60])
+@pytest.mark.parametrize("where", [0.3, 0.5])
+def test_damage_in_the_middle_is_refused_by_who_reads_a_part(tmp_path, container, codec, count, where):
+    noise = 0.05 * np.random.default_rng(0).standard_normal(6 * RATE)
+    options = {"movflags": "faststart"} if container == "ipod" else {}
+    clip = encode(container, codec, (signal(6.0) + noise).astype("f4"), options=options, path=tmp_path / "clip")
+    assert len(decode_audio(clip, SAMPLING_RATE, 5.0)) == 5 * SAMPLING_RATE
+    content, hole = bytearray(clip), int(where * len(clip))
+    for place in range(hole, hole + count):
+        content[place] ^= 0x5A
+    with pytest.raises(AudioError, match="damaged"):
+        decode_audio(bytes(content), SAMPLING_RATE, 5.0)
+    with pytest.raises(AudioError, match="damaged"):
+        decode_crop(bytes(content), SAMPLING_RATE, 16_000, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("rate", [1, 999, 1_000_001, 2**31 - 1])
@@ -399,6 +417,40 @@ FORMATS = {
         for name, options in {"": {}, "no Xing": {"options": {"write_xing": "0"}}, "pipe": {"pipe": True}}.items()
     },
 }
+
+
+# How files that end so are made, beside those of libsndfile.
+ENDINGS = {
+    ".3gp": ("3gp", "libopencore_amrnb"),
+    ".3gpp": ("3gp", "libopencore_amrnb"),
+    ".aac": ("adts", "aac"),
+    ".amr": ("amr", "libopencore_amrnb"),
+    ".m4a": ("ipod", "aac"),
+    ".m4b": ("ipod", "aac"),
+    ".mka": ("matroska", "aac"),
+    ".mp3": ("mp3", "libmp3lame"),
+    ".mp4": ("mp4", "aac"),
+    ".opus": ("ogg", "libopus"),
+    ".tta": ("tta", "tta"),
+    ".webm": ("webm", "libopus"),
+    ".wma": ("asf", "wmav2"),
+    ".wv": ("wv", "wavpack"),
+}
+OTHER_NAMES = {"aif": "AIFF", "aifc": "AIFF", "oga": "OGG", "snd": "AU", "sph": "NIST"}
+
+
+def test_endings_of_audio_are_those_of_what_is_readable(tmp_path):
+    names = {"Ogg": ".ogg", "WavPack": ".wv"}
+    assert {names.get(name, f".{name.lower()}") for name in re.split(", | and ", READABLE)} <= AUDIO
+    for ending in AUDIO:
+        if ending in ENDINGS:
+            container, codec = ENDINGS[ending]
+            rate = {"libopencore_amrnb": 8000, "libopus": 48_000}.get(codec, RATE)
+            content = encode(container, codec, signal(rate=rate), rate, path=tmp_path / "clip")
+        else:
+            form = OTHER_NAMES.get(ending[1:], ending[1:].upper())
+            content = written(form, "VORBIS" if form == "OGG" else "PCM_16")
+        assert abs(len(decode_audio(content, SAMPLING_RATE)) / SAMPLING_RATE - SECONDS) < DELAY, ending
 
 
 @pytest.mark.skipif(
