@@ -80,10 +80,10 @@ def test_two_processes(base_folder, tones_folder, tmp_path):
     assert done.stdout.count("Epoch 2: {'accuracy'") == 1
     # Eight rows are two batches for each of two processes.
     assert newest_checkpoint(tmp_path / "out").endswith("checkpoint-4")
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["num_processes"] == "2"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["num_processes"] == 2
     base = AutoModelForAudioClassification.from_pretrained(base_folder)
     PeftModel.from_pretrained(base, tmp_path / "out")
-    with pytest.raises(ValueError, match="num_processes was '2' and is '1'"):
+    with pytest.raises(ValueError, match="num_processes was 2 and is 1"):
         train_no_trainer.main(options)
 
 

@@ -352,7 +352,8 @@ def test_without_weights():
     for each, other in ((model, SoftMoAConfig()), (whisper, SoftMoAConfig())):
         config = SoftMoAConfig(max_length_seconds=5)
         before = each.config.to_dict()
-        assert str(describe_targets(each, config)) == str(describe_targets(each, other))
+        described = str(describe_targets(each, config)).splitlines()
+        assert described[:-1] == str(describe_targets(each, other)).splitlines()[:-1]  # all but the share of the model
         assert SoftMoAConfig.for_budget(each, 905_000, max_length_seconds=5).max_length_seconds == 5
         assert each.config.to_dict() == before
     with pytest.raises(ValueError, match="at most 30, its full length"):

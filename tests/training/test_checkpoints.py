@@ -263,7 +263,7 @@ def test_a_run_that_lacks_only_its_end_trains_no_more(base_folder, tones_folder,
 
 @pytest.mark.parametrize("name", ["save_only_model", "ignore_data_skip"])
 def test_what_a_run_needs_to_go_on_is_not_left_out(base_folder, tones_folder, tmp_path, name):
-    with pytest.raises(ValueError, match=f"With `{name}` an interrupted run could not resume"):
+    with pytest.raises(ValueError, match=f"With --{name} an interrupted run could not resume"):
         main(run_of(base_folder, tones_folder, tmp_path / "out", **{name: True}))
 
 
