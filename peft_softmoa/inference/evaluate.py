@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import (
-    AutoTokenizer,
     EvalPrediction,
     Seq2SeqTrainingArguments,
     WhisperFeatureExtractor,
@@ -27,7 +26,7 @@ from ..training.rows import name_some
 from ..training.streams import AudioStream
 from ..training.tasks import SpeechSeq2Seq, find_task
 from ..training.trainer import AudioTrainer
-from .loading import load_adapter
+from .loading import load_adapter, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +73,12 @@ def evaluate_adapter(
     config = model.active_peft_config
     task = find_task(config, model.get_base_model(), metrics=metrics, **task_options)
     if hasattr(task, "tokenizer") and task.tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(adapter, revision=revision)
-        except (OSError, ValueError, TypeError):  # the adapter was saved without it
-            tokenizer = AutoTokenizer.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+        tokenizer = load_tokenizer(adapter, revision)
+        if tokenizer is None:
+            raise ValueError(
+                f"Neither '{adapter}' nor its base model has a tokenizer, which makes text of the outputs. Save "
+                "that of the training into the adapter's folder."
+            )
         task = replace(task, tokenizer=tokenizer)  # type: ignore[call-arg]
     options = options or DataOptions(label_column=None)
     options = replace(options, label_column=options.label_column or task.label_column)

@@ -13,10 +13,9 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from ..layer import SoftMoALayer
-from .loading import load_adapter
+from .loading import load_adapter, load_tokenizer
 from .scores import scores_of
 from .tracing import (
     TOLERANCE,
@@ -125,8 +124,7 @@ def export_adapter(
         program.save(path)
         part.config.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)
-        base_revision = model.active_peft_config.revision
-        tokenizer = _save_tokenizer(base, adapter, revision, base_model, base_revision, folder)
+        tokenizer = _save_tokenizer(base, adapter, revision, base_model, folder)
         notes = [*describe_rest(base, part), *tokenizer]
         _advance(bar, "Comparing")
         comparisons = compare(part, path, batches)
@@ -193,22 +191,13 @@ def describe_rest(model: nn.Module, part: nn.Module) -> list[str]:
 
 
 def _save_tokenizer(
-    model: nn.Module,
-    adapter: str,
-    revision: Optional[str],
-    base_model: Optional[str],
-    base_revision: Optional[str],
-    folder: Path,
+    model: nn.Module, adapter: str, revision: Optional[str], base_model: Optional[str], folder: Path
 ) -> list[str]:
     """Save what makes text of the outputs of a CTC model, and say so if there is none."""
     if "ForCTC" not in type(model).__name__:
         return []
-    config: Any = model.config
-    base = (base_model, None) if base_model else (config.name_or_path, base_revision)
-    for name, commit in ((adapter, revision), base):
-        try:
-            AutoTokenizer.from_pretrained(name, revision=commit).save_pretrained(folder)
-        except (OSError, ValueError, TypeError):  # tokenizers whose files are missing raise each of them
-            continue
+    tokenizer = load_tokenizer(adapter, revision, base_model)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
         return []
     return ["Neither the adapter nor its base model has a tokenizer, which makes text of the outputs."]

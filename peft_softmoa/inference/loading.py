@@ -8,12 +8,33 @@ import torch
 import transformers
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoFeatureExtractor
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
 from transformers.utils import FEATURE_EXTRACTOR_NAME
 from transformers.utils.hub import cached_file
 
 from ..quiet import quiet_loading
 from ..targets.clip_length import fit_feature_extractor
+
+
+def load_tokenizer(adapter: str, revision: Optional[str] = None, base_model: Optional[str] = None) -> Any:
+    """Load the tokenizer that was saved with an adapter or, if there is none, that of its base model.
+
+    Args:
+        adapter (str): folder of the adapter, or its id on the Hub.
+        revision (str, optional): branch, tag or commit of the adapter.
+        base_model (str, optional): the base model, if it is not the one that the adapter's config names.
+
+    Returns:
+        PreTrainedTokenizerBase, optional: the tokenizer; None if neither has one.
+    """
+    config = PeftConfig.from_pretrained(adapter, revision=revision)
+    base = (base_model, None) if base_model else (config.base_model_name_or_path, config.revision)
+    for name, commit in ((adapter, revision), base):
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=commit)
+        except (OSError, ValueError, TypeError):  # tokenizers whose files are missing raise each of them
+            continue
+    return None
 
 
 def load_adapter(

@@ -43,16 +43,13 @@ SETTINGS = (
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
-# Those that choose the best checkpoint, where one is chosen.
+# Those that choose the best checkpoint; they may change where none is chosen.
 CHOICE = (
-    *("eval_strategy", "eval_steps"),
+    *("eval_split_name", "eval_rows", "eval_strategy", "eval_steps", "metrics", "normalize_text"),
     *("predict_with_generate", "generation_max_length", "generation_num_beams"),
 )
 # The other arguments that may change: they do not affect the training.
-OTHER = (
-    *("token", "cache_dir", "log_experts_steps", "metrics", "normalize_text"),
-    *("eval_split_name", "eval_rows", "test_split_name", "test_rows"),
-)
+OTHER = ("token", "cache_dir", "log_experts_steps", "test_split_name", "test_rows")
 
 
 @dataclass
@@ -210,20 +207,13 @@ class RunArguments:
         parts = (self.model, self.task, self.data, self.adapter)
         settings = {
             **{name: value for part in parts for name, value in asdict(part).items()},
+            **{name: getattr(self.training, name) for name in CHOICE if hasattr(self.training, name)},
             **{name: getattr(self.training, name, None) for name in SETTINGS},
             "num_processes": PartialState().num_processes,
             "distributed_type": str(PartialState().distributed_type),
         }
-        if not self.training.load_best_model_at_end:
-            return {name: value for name, value in settings.items() if name not in OTHER}
-        # What chooses the best checkpoint affects the result.
-        settings |= {name: getattr(self.training, name, None) for name in CHOICE}
-        not_compared = {"token", "cache_dir", "log_experts_steps", "test_split_name", "test_rows"}
-        return {
-            name: str(value) if name in CHOICE else value
-            for name, value in settings.items()
-            if name not in not_compared
-        }
+        left_out = OTHER if self.training.load_best_model_at_end else (*OTHER, *CHOICE)
+        return {name: value for name, value in settings.items() if name not in left_out}
 
     def parts(self) -> dict[str, tuple[str, Optional[str]]]:
         """The split and the selection of rows, by the name of their use: training, evaluation and test."""

@@ -78,17 +78,22 @@ def check_header(rate: int, channels: int) -> None:
         raise DecodeError(f"unreadable ({channels} channels; from 1 to {MOST_CHANNELS} are allowed)")
 
 
+# How AMR, WavPack, WebM and WMA begin.
+NOT_OF_LIBSNDFILE = (b"#!AMR", b"wvpk", b"\x1aE\xdf\xa3", b"\x30\x26\xb2\x75")
+
+
 def needs_ffmpeg(source: Source) -> bool:
-    """Whether libsndfile opens an audio file, but reads it wrong or not at all.
+    """Whether libsndfile reads an audio file wrong or not at all, in which case it may search the whole file first.
 
     Args:
         source (Source): the file.
 
     Returns:
-        bool: True for FLAC, MP3, AAC, Ogg that is chained or neither Vorbis nor Opus, and WAV that was streamed.
+        bool: True for FLAC, MP3, AAC, Ogg that is chained or neither Vorbis nor Opus, WAV that was streamed, and the
+        files of phones, browsers and Windows: MP4 with M4A and 3GP, AMR, WavPack, WebM and WMA.
     """
     head = source.read_at(0, 40)
-    if head.startswith(b"fLaC"):  # of any depth, with any total
+    if head.startswith((b"fLaC", *NOT_OF_LIBSNDFILE)) or head[4:8] == b"ftyp":  # FLAC of any depth, with any total
         return True
     if head.startswith(b"OggS"):
         codec = head[28:36]

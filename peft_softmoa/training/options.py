@@ -57,8 +57,9 @@ class DataOptions:
     max_length_seconds: Optional[float] = field(
         default=None,
         metadata={
-            "help": "Longer clips are cut to this length: at a random place in training, otherwise at the start. "
-            "Default: clips are not cut."
+            "help": "Longer clips are cut to this length: at a random place in training, otherwise at the start. Where "
+            "the target is a text they are skipped. Training also cuts AST and Whisper themselves to it. Default: "
+            "clips are not cut."
         },
     )
     on_bad_audio: Literal["skip", "raise"] = field(

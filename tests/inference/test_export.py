@@ -205,7 +205,7 @@ def test_a_tokenizer_of_the_base_model_is_of_its_revision(tmp_path, monkeypatch,
         asked.append((str(name), revision))
         raise OSError("there is none")
 
-    monkeypatch.setattr("peft_softmoa.inference.export.AutoTokenizer.from_pretrained", from_pretrained)
+    monkeypatch.setattr("peft_softmoa.inference.loading.AutoTokenizer.from_pretrained", from_pretrained)
     base = {"base_model": str(tmp_path / "base")} if moved else {}
     export_adapter(tmp_path / "adapter", tmp_path / "onnx", show_progress=False, revision="other", **base)
     assert asked == [(str(tmp_path / "adapter"), "other"), (str(tmp_path / "base"), None if moved else "one")]

@@ -398,6 +398,15 @@ def test_a_frame_with_other_planes_than_channels_is_refused():
         mono(frame)
 
 
+@pytest.mark.parametrize("name", ["M4A", "ALAC", "MP4 in pieces", "WebM", "WMA", "WavPack"])
+def test_libsndfile_does_not_search_what_it_cannot_read(tmp_path, name, monkeypatch):
+    """It would read the whole file into memory, and then say that it does not know it."""
+    content = make(tmp_path, name)
+    expected = decode_audio(content, SAMPLING_RATE)
+    monkeypatch.setattr(soundfile, "SoundFile", lambda *args, **kwargs: pytest.fail("searched"))
+    assert np.array_equal(decode_audio(content, SAMPLING_RATE), expected)
+
+
 FORMATS = {
     "wav": ("wav", "pcm_s16le", {}),
     "flac": ("flac", "flac", {}),

@@ -7,6 +7,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from peft_softmoa.training import DataOptions, collect_options, flag_names, name_flags, option
+from peft_softmoa.training.arguments import make_run
 
 
 @dataclass
@@ -57,3 +58,16 @@ def test_errors_name_the_flags_of_a_script(message, wanted):
     with pytest.raises(ValueError) as caught, name_flags(flags):
         raise ValueError(message)
     assert str(caught.value) == wanted
+
+
+def test_what_chooses_the_best_checkpoint_stays_the_same(tmp_path):
+    """Where one is chosen: a stored best value would be compared with values of another kind."""
+
+    def settings(**options):
+        return make_run(dataset_name="sounds", output_dir=str(tmp_path), report_to="none", **options).settings()
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "wer"}
+    for name, value in {"normalize_text": True, "generation_max_length": 4, "eval_rows": "fold=1"}.items():
+        assert settings() == settings(**{name: value})
+        assert settings(**best)[name] != settings(**best, **{name: value})[name] == value
+    assert settings(token="hf_secret", test_rows="fold=2") == settings()
