@@ -1,6 +1,7 @@
 """Soft mixture of adapters for Hugging Face PEFT. Importing this package registers the tuner."""
 
 from .calls.router_losses import router_aux_loss
+from .calls.streaming import RoutingStream, stream_routing
 from .config import SoftMoAConfig
 from .layer import SoftMoALayer
 from .model import SoftMoAModel
@@ -15,6 +16,7 @@ from .targets.description import count_parameters, describe_targets
 
 __version__ = "0.2.0"
 __all__ = [
+    "RoutingStream",
     "SoftMoAConfig",
     "SoftMoALayer",
     "SoftMoAModel",
@@ -25,6 +27,7 @@ __all__ = [
     "fitting_length",
     "rescale_adapter_scale",
     "router_aux_loss",
+    "stream_routing",
 ]
 
 register(SoftMoAConfig, SoftMoAModel)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .calls.caches import CANNOT_CONTINUE
+from .calls.caches import find_past
 from .calls.forward_pass import CallKey, ForwardPass, ForwardPasses, in_backward
 from .calls.masks import (
     CUMULATIVE_LENGTHS,
@@ -24,6 +24,7 @@ from .calls.masks import (
     unpack,
 )
 from .method import Mixture
+from .method.past import Past
 from .targets.choice import Target
 
 # Why a mixture cannot be merged; PEFT asks on the model and on each layer.
@@ -162,28 +163,40 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         mask: Optional[Tensor]
         mixture: Mixture = self.softmoa_mixture[adapter_name]  # type: ignore[assignment]
         try:
-            if mixture.reads_in_time and self.forward_passes.continues(self._call_key(adapter_name)):
-                raise ValueError(CANNOT_CONTINUE)
+            cache = self.forward_passes.find_cache(self._call_key(adapter_name))
             given = self._find_mask(adapter_name, args, kwargs)
             is_packed = given is not None and given.name in CUMULATIVE_LENGTHS
             if given is not None and is_packed:
                 mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
-                mask = token_mask(given, *tokens.shape[:2])
+                cached = None if cache is None else cache.num_tokens
+                mask = token_mask(given, len(tokens), tokens.shape[1], cached)
+            past = None
+            if mixture.reads_in_time:
+                stream, key = self.forward_passes.stream, (self.name, adapter_name)
+                past = find_past(stream, cache, key, is_packed=is_packed, training=self.training)
             if current.mixed_batch is None:
-                output = self._mix(current, adapter_name, hidden, tokens, mask)
+                output = self._mix(current, adapter_name, hidden, tokens, mask, past)
             else:
                 rows = current.mixed_batch.rows_of(adapter_name, len(hidden), hidden.device)
-                own_mask = None if mask is None else mask[rows]
-                added = self._mix(current, adapter_name, hidden[rows], tokens[rows], own_mask)
-                output = hidden.index_copy(0, rows, added)
+                # What is kept is of all samples, whichever adapter they have.
+                own = rows if past is None else slice(None)
+                own_mask = None if mask is None else mask[own]
+                added = self._mix(current, adapter_name, hidden[own], tokens[own], own_mask, past)
+                output = hidden.index_copy(0, rows, added if past is None else added[rows])
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
         return (output[mask] if is_packed else output).reshape(shape)
 
     def _mix(
-        self, current: ForwardPass, adapter_name: str, hidden: Tensor, tokens: Tensor, mask: Optional[Tensor]
+        self,
+        current: ForwardPass,
+        adapter_name: str,
+        hidden: Tensor,
+        tokens: Tensor,
+        mask: Optional[Tensor],
+        past: Optional[Past] = None,
     ) -> Tensor:
         if self._is_recorded():
             for recorder in self.forward_passes.recorders:
@@ -191,7 +204,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         # The same mask when a checkpoint runs the block again, which is not recorded.
         mask = mask if self._reads_mask(adapter_name) else None
         mixture = self.softmoa_mixture[adapter_name]
-        output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name])
+        output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name], past=past)
         if loss is not None and current.router_losses is not None:
             current.router_losses.append(loss)
         return output

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from ..method.past import Past
+from .caches import BlockKey, LayerCache
 from .masks import Mask
 from .mixed_batch import MixedBatch
 
@@ -39,7 +41,7 @@ class LayerCall:
         self.mask: Optional[Mask] = None
         self.mask_sources: set[str] = set()  # the modules that have told the mask, also that there is none
         self.mask_readers: set[str] = set()  # the blocks that have read it
-        self.continues = False  # whether there are earlier tokens in a cache
+        self.cache: Optional[LayerCache] = None  # of earlier tokens
 
 
 class ForwardPass:
@@ -70,6 +72,7 @@ class ForwardPasses(threading.local):
         self.open: list[ForwardPass] = []
         self.recorders: tuple[Recorder, ...] = ()
         self.router_loss = RouterLoss()
+        self.stream: Optional[dict[BlockKey, Past]] = None  # what mixtures keep from one pass to the next
         # A mixed batch is for passes that are not within another one: how many were open when it began.
         self._mixed_batch: Optional[MixedBatch] = None
         self._depth = 0
@@ -145,27 +148,28 @@ class ForwardPasses(threading.local):
         call.mask = mask
         call.mask_sources.add(module)
 
-    def tell_continues(self, key: CallKey) -> None:
-        """Note that a layer goes on from a cache of earlier tokens.
+    def tell_cache(self, key: CallKey, cache: Optional[LayerCache]) -> None:
+        """Note with which cache a layer is called.
 
         Args:
             key (CallKey): the adapter, and the layer.
+            cache (LayerCache, optional): the cache.
         """
         call = self._find(key)
         if call is not None:
-            call.continues = True
+            call.cache = cache
 
-    def continues(self, key: CallKey) -> bool:
-        """Whether a layer goes on from a cache of earlier tokens.
+    def find_cache(self, key: CallKey) -> Optional[LayerCache]:
+        """The cache with which a layer is called.
 
         Args:
             key (CallKey): the adapter, and the layer.
 
         Returns:
-            bool: whether there are tokens before those of this call.
+            LayerCache, optional: None if there is none.
         """
         call = self._find(key)
-        return call is not None and call.continues
+        return None if call is None else call.cache
 
     def take_tokens(self, key: CallKey, module: str) -> Any:
         """The tokens of a block that begins in another module, once.
@@ -235,6 +239,20 @@ class ForwardPasses(threading.local):
             yield
         finally:
             self.recorders = before
+
+    @contextmanager
+    def streaming(self, stream: dict[BlockKey, Past]) -> Iterator[None]:
+        """A context in which the passes of this thread go on from one another.
+
+        Args:
+            stream (dict): what mixtures keep, by block and adapter.
+        """
+        before = self.stream
+        self.stream = stream
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def _new(self) -> ForwardPass:
         return ForwardPass(self._mixed_batch if len(self.open) == self._depth else None)

@@ -11,7 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .caches import cache_index, continues
+from .caches import cache_index, find_cache
 from .forward_pass import MODEL, CallKey, ForwardPasses
 from .masks import argument_names, find_mask, find_tokens, past_horizon
 from .mixed_batch import run_by_sample
@@ -114,11 +114,13 @@ def _tell_cache(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    if continues(index, arguments, args, kwargs):
-        passes.tell_continues(key)
+    passes.tell_cache(key, find_cache(index, arguments, args, kwargs))
 
 
 def _leave_layer(passes: ForwardPasses, key: CallKey, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    cache = passes.find_cache(key)
+    if cache is not None:
+        cache.keep()
     passes.leave(key)
 
 

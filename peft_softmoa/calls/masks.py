@@ -124,7 +124,7 @@ def unpack(cumulative_lengths: Tensor, *packed: Tensor) -> tuple[Tensor, ...]:
     return torch.arange(padded[0].shape[1], device=given.device) < lengths[:, None], *padded
 
 
-def token_mask(mask: Optional[Mask], batch: int, num_tokens: int) -> Optional[Tensor]:
+def token_mask(mask: Optional[Mask], batch: int, num_tokens: int, cached: Optional[int] = None) -> Optional[Tensor]:
     """Read which tokens are real from a mask in the form that an attention takes.
 
         2-D   (B, T)                      boolean or integer, nonzero for real tokens, as for flash attention
@@ -134,12 +134,13 @@ def token_mask(mask: Optional[Mask], batch: int, num_tokens: int) -> Optional[Te
         flex attention's block mask
 
     A mask of more than two dimensions says which tokens each token sees. A token is real if it sees itself: under
-    padding, windows, chunks and order in time alike.
+    padding, windows, chunks and order in time alike. With a cache, the last dimension has the tokens in it, too.
 
     Args:
         mask (Mask, optional): the mask; None if there is none.
         batch (int): B, number of samples or of windows.
         num_tokens (int): T.
+        cached (int, optional): number of tokens before these in a cache. Default: there is no cache.
 
     Returns:
         Tensor, optional: `(B, T)` boolean, true for real tokens; None if there is no mask.
@@ -150,13 +151,16 @@ def token_mask(mask: Optional[Mask], batch: int, num_tokens: int) -> Optional[Te
     if mask is None:
         return None
     value = mask.value
-    if hasattr(value, "mask_mod"):
+    if hasattr(value, "mask_mod") and not cached:
         return _read_block_mask(value, batch, num_tokens)
     if not isinstance(value, Tensor) or mask.name not in MASKS + PADDING_MASKS:
         raise ValueError(_not_understood(mask, batch, num_tokens))
     real = value > MASKED if value.is_floating_point() else value != 0
     if mask.name in PADDING_MASKS:
         real = ~real
+    if cached is not None and value.ndim in (2, 4) and real.shape[-1] > num_tokens:
+        # Of a window that slides, the last tokens are these; of a cache of fixed size, those after the ones in it.
+        real = real.narrow(-1, min(cached, real.shape[-1] - num_tokens), num_tokens)
     if value.ndim == 5:
         real = real[:, 0].diagonal(mask.past, dim1=-2, dim2=-1).flatten(1)[:, :num_tokens]
     if value.ndim == 4:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experts import BottleneckExperts, uniform_
+from .past import Past
 
 
 class PatchGrid(NamedTuple):
@@ -96,23 +97,33 @@ class ConvolutionExperts(BottleneckExperts):
         grid = self.patch_grid and f"{self.patch_grid.height}x{self.patch_grid.width}"
         return f"{super().extra_repr()}, kernel_size={self.conv_weight.shape[-1]}, patch_grid={grid}"
 
-    def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None, *, over_slots: bool = False) -> Tensor:
+    def _hidden(
+        self,
+        projected: Tensor,
+        mask: Optional[Tensor] = None,
+        past: Optional[Past] = None,
+        *,
+        over_slots: bool = False,
+    ) -> Tensor:
         hidden = self.activation(projected)
         if mask is not None:
             hidden = hidden.masked_fill(~mask[:, :, None, None], 0.0)
         num_experts, r = hidden.shape[2:]
-        channels = self._convolve(hidden.flatten(2).mT, self.causal and not over_slots).mT
-        return self.activation(channels.unflatten(-1, (num_experts, r)))
+        hidden, causal = hidden.flatten(2), self.causal and not over_slots
+        if causal and past is not None:
+            hidden = past.before(hidden, self.conv_weight.shape[-1] - 1, *past.ends(hidden, mask))
+        elif causal:
+            hidden = F.pad(hidden, (0, 0, self.conv_weight.shape[-1] - 1, 0))
+        return self.activation(self._convolve(hidden.mT, causal).mT.unflatten(-1, (num_experts, r)))
 
     def _convolve(self, channels: Tensor, causal: bool) -> Tensor:
-        """Convolve `(B, N·R, L)`, each channel with its own kernel."""
+        """Convolve `(B, N·R, L)`, each channel with its own kernel; if causal, with the K - 1 before the first."""
         weight = self.conv_weight.to(channels.dtype).flatten(0, 1).unsqueeze(1)
         bias = self.conv_bias.to(channels.dtype).flatten()
         options = {"padding": self.conv_weight.shape[-1] // 2, "groups": channels.shape[1]}
         grid = self.patch_grid
         if causal:
-            before = F.pad(channels, (self.conv_weight.shape[-1] - 1, 0))
-            return F.conv1d(before, weight, bias, groups=channels.shape[1])
+            return F.conv1d(channels, weight, bias, groups=channels.shape[1])
         if grid is None:
             return F.conv1d(channels, weight, bias, **options)
         length = grid.class_tokens + grid.height * grid.width

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .past import Past
+
 
 class BottleneckExperts(nn.Module):
     """N bottleneck adapters, without a residual of their own.
@@ -94,7 +96,14 @@ class BottleneckExperts(nn.Module):
         outputs = torch.baddbmm(self.up_bias.to(dtype).unsqueeze(1), hidden, self.up_weight.to(dtype))
         return outputs.unflatten(1, (batch, num_slots)).transpose(0, 1).flatten(1, 2)
 
-    def add_weighted(self, added_to: Tensor, tokens: Tensor, weights: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    def add_weighted(
+        self,
+        added_to: Tensor,
+        tokens: Tensor,
+        weights: Tensor,
+        mask: Optional[Tensor] = None,
+        past: Optional[Past] = None,
+    ) -> Tensor:
         """Apply every expert to every token, and add the weighted sum of the expert outputs to a block's output.
 
             output[t] = added_to[t] + Σ_n weights[t, n] · expert_n(tokens)[t]
@@ -105,11 +114,12 @@ class BottleneckExperts(nn.Module):
             weights (Tensor): `(B, T, N)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens; it matters to experts that read
                 neighbours. Default: all are real.
+            past (Past, optional): what came before these tokens; it goes on with them. Default: nothing.
 
         Returns:
             Tensor: `(B, T, D')`, in the dtype of `added_to`.
         """
-        hidden = self.dropout(self._hidden(self.project(tokens), mask)) * weights.unsqueeze(-1)
+        hidden = self.dropout(self._hidden(self.project(tokens), mask, past)) * weights.unsqueeze(-1)
         return self._add_up(added_to, hidden, weights)
 
     def add_read(self, added_to: Tensor, read: Tensor, combine: Tensor) -> Tensor:
@@ -216,7 +226,14 @@ class BottleneckExperts(nn.Module):
         projected, logits = both.split([num_experts * r, slots.shape[1]], dim=-1)
         return projected.unflatten(-1, (num_experts, r)), logits
 
-    def _hidden(self, projected: Tensor, mask: Optional[Tensor] = None, *, over_slots: bool = False) -> Tensor:
+    def _hidden(
+        self,
+        projected: Tensor,
+        mask: Optional[Tensor] = None,
+        past: Optional[Past] = None,
+        *,
+        over_slots: bool = False,
+    ) -> Tensor:
         """From the output of `down` to the input of dropout and `up`, both `(B, L, N, R)`; L are slots or tokens."""
         return self.activation(projected)
 

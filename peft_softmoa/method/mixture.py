@@ -12,10 +12,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from .causal import CausalSoftRouter
 from .convolution import ConvolutionExperts
 from .experts import BottleneckExperts
 from .kernels import add_slots, without_autocast
-from .routers import CausalSoftRouter, DenseRouter, ExpertChoiceRouter, SoftRouter, TopKRouter
+from .past import Past
+from .routers import DenseRouter, ExpertChoiceRouter, SoftRouter, TopKRouter
 from .routing import in_full_precision
 
 # Which class makes each choice.
@@ -91,7 +93,13 @@ class Mixture(nn.Module):
         return bool(getattr(self.router, "router_aux_loss_coef", 0))
 
     def forward(
-        self, tokens: Tensor, mask: Optional[Tensor] = None, *, added_to: Tensor, scaling: float = 1.0
+        self,
+        tokens: Tensor,
+        mask: Optional[Tensor] = None,
+        *,
+        added_to: Tensor,
+        scaling: float = 1.0,
+        past: Optional[Past] = None,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Add the mixture of the expert outputs to the output of F, which reads the same tokens.
 
@@ -112,26 +120,30 @@ class Mixture(nn.Module):
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
             added_to (Tensor): F(x), `(B, T, D')`.
             scaling (float): the factor on what is added. Default: 1.0.
+            past (Past, optional): what came before these tokens, where they are read in time; it goes on with them.
+                Default: nothing.
 
         Returns:
             tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, in the dtype of F(x), and the loss that balances the
             experts, a scalar, or None.
 
         Raises:
-            ValueError: if the mask or F(x) does not fit the tokens.
+            ValueError: if the mask, F(x) or what came before does not fit the tokens.
         """
         self._check(tokens, mask, added_to)
+        if past is not None:
+            past.check(tokens)
         tokens = _without_padding(tokens, mask)
         with without_autocast(tokens.device.type):
             if isinstance(self.router, CausalSoftRouter):
-                read, combine = self._read(tokens, mask)
+                read, combine = self._read(tokens, mask, past)
                 return self.experts.add_read(added_to, read, scaling * combine), None
             if isinstance(self.router, SoftRouter):
                 slots, combine = self.router(tokens, mask)
                 return add_slots(added_to, combine, scaling * self.experts(slots)), None
             weights, loss = self.router(tokens, mask)
             tokens = in_full_precision(tokens)
-            return self.experts.add_weighted(added_to, tokens, scaling * weights, mask), loss
+            return self.experts.add_weighted(added_to, tokens, scaling * weights, mask, past), loss
 
     def record(
         self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0
@@ -173,14 +185,14 @@ class Mixture(nn.Module):
             norms = self.experts.norms(tokens, scaling * weights, mask)
             return dispatch.unsqueeze(-1), weights.unsqueeze(-1), norms
 
-    def _read(self, tokens: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    def _read(self, tokens: Tensor, mask: Optional[Tensor], past: Optional[Past] = None) -> tuple[Tensor, Tensor]:
         tokens = in_full_precision(tokens)
         router: CausalSoftRouter = self.router  # type: ignore[assignment]
         if router.scale is None:
             projected, logits = self.experts.project_beside(tokens, router.slots)
         else:
             projected, logits = self.experts.project(tokens), router.logits(tokens)
-        return router.read(logits, projected, mask)
+        return router.read(logits, projected, mask, past)
 
     def _check(self, tokens: Tensor, mask: Optional[Tensor], added_to: Tensor) -> None:
         if added_to.shape != (*tokens.shape[:2], self.out_features):

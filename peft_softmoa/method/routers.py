@@ -14,20 +14,13 @@ from torch import Tensor, nn
 from .experts import uniform_
 from .kernels import read_slots
 from .routing import (
-    chunk_ends,
     dense_routing,
     expert_choice_routing,
     in_full_precision,
     load_balancing_loss,
-    soft_logits,
     soft_routing,
-    soft_weights,
     top_k_routing,
 )
-from .scan import running_average
-
-# λ of a fresh router: the weight of a token has halved after 69 tokens.
-RATE = 0.01
 
 
 class SoftRouter(nn.Module):
@@ -89,98 +82,6 @@ class SoftRouter(nn.Module):
             tuple[Tensor, Tensor]: both `(B, T, S)`, in float32 or float64.
         """
         return soft_routing(in_full_precision(tokens), self.slots, mask, self.scale)
-
-
-class CausalSoftRouter(SoftRouter):
-    """Soft routing in order of time: each token reads slots of the tokens so far, or up to the end of its chunk.
-
-    A slot's average is not made of tokens, but of what the experts' `down` makes of them: as `down` is linear and the
-    weights sum to one, that is the same, and R numbers are averaged instead of D.
-
-        L            = x Φ                                                                  (B, T, S)
-        read[t, s]   = Σ_{u ≤ end(t)} e^(L[u, s] - λ[s]·(t - u)) g[u, ⌊s/P⌋] / Σ_{u ≤ end(t)} e^(L[u, s] - λ[s]·(t - u))
-        combine      = softmax over S of L
-
-    The last token gets what `SoftRouter` gives it, and with chunks as long as the clip, all tokens do.
-
-    Args:
-        in_features (int): D.
-        num_experts (int): N.
-        num_slots (int): P, per expert. Default: 1.
-        normalize (bool): whether the logits are scaled cosines. Default: False.
-        chunk_size (int, optional): number of tokens that see up to the last one of them. Default: each only itself and
-            what was before.
-        forgetting (bool): whether the weights of tokens fall with their age, at a rate λ = e^ρ / 100 that each slot
-            learns. Default: False, λ = 0.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_experts: int,
-        *,
-        num_slots: int = 1,
-        normalize: bool = False,
-        chunk_size: Optional[int] = None,
-        forgetting: bool = False,
-    ) -> None:
-        super().__init__(in_features, num_experts, num_slots=num_slots, normalize=normalize)
-        self.chunk_size = chunk_size
-        self.forgetting = nn.Parameter(torch.zeros(num_experts * num_slots)) if forgetting else None
-
-    def reset_parameters(self) -> None:
-        """Draw Φ as `SoftRouter` does; ρ starts at zero."""
-        super().reset_parameters()
-        rates: Optional[nn.Parameter] = getattr(self, "forgetting", None)
-        if rates is not None:
-            nn.init.zeros_(rates)
-
-    def extra_repr(self) -> str:
-        """Sizes and choices, for `print`."""
-        return f"{super().extra_repr()}, chunk_size={self.chunk_size}, forgetting={self.forgetting is not None}"
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """L of tokens `(B, T, D)`, `(B, T, S)` in float32 or float64."""
-        return soft_logits(tokens, self.slots, self.scale)
-
-    def read(self, logits: Tensor, projected: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """Average, for each token and slot, what an expert's `down` makes of the tokens that it sees.
-
-        Args:
-            logits (Tensor): L, `(B, T, S)`.
-            projected (Tensor): g, what `down` makes of them, `(B, T, N, R)`.
-            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
-
-        Returns:
-            tuple[Tensor, Tensor]: the averages, `(B, T, S, R)`, zero where no real token is seen, and the combine
-            weights, `(B, T, S)`.
-        """
-        read = running_average(projected, logits, mask, self._rates(logits))
-        if self.chunk_size is not None and self.chunk_size > 1:
-            ends = chunk_ends(self.chunk_size, logits.shape[1], mask).to(read.device)
-            read = read.gather(1, ends[:, :, None, None].expand_as(read))
-        return read, logits.softmax(dim=-1)
-
-    def weights(self, tokens: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """Dispatch weights of what the last token reads, and combine weights.
-
-        Args:
-            tokens (Tensor): x, `(B, T, D)`.
-            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
-
-        Returns:
-            tuple[Tensor, Tensor]: both `(B, T, S)`, in float32 or float64.
-        """
-        logits = self.logits(tokens)
-        combine = logits.softmax(dim=-1)
-        rates = self._rates(logits)
-        if rates is not None:
-            ages = torch.arange(tokens.shape[1] - 1, -1, -1, device=logits.device, dtype=logits.dtype)
-            logits = logits - ages.unsqueeze(-1) * rates
-        return soft_weights(logits.mT, mask)[0].mT, combine
-
-    def _rates(self, logits: Tensor) -> Optional[Tensor]:
-        return None if self.forgetting is None else RATE * self.forgetting.to(logits.dtype).exp()
 
 
 class DenseRouter(nn.Module):

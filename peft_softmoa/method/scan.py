@@ -32,15 +32,27 @@ class Running(NamedTuple):
     sums: Tensor  # (B, S, T, R + 1): the weighted values and the weights, over exp(maximum)
 
 
+class Averages(NamedTuple):
+    """Running averages, and what makes sums of them again: the sums are average · e^log_total, over exp(maximum)."""
+
+    average: Tensor  # (B, T, S, R)
+    log_total: Tensor  # (B, S, T)
+    maximum: Tensor  # (B, S, T)
+
+
 def running_average(
-    values: Tensor, logits: Tensor, mask: Optional[Tensor] = None, forgetting: Optional[Tensor] = None
-) -> Tensor:
+    values: Tensor,
+    logits: Tensor,
+    mask: Optional[Tensor] = None,
+    forgetting: Optional[Tensor] = None,
+    before: Optional[Running] = None,
+) -> Averages:
     """Averages of values over the tokens so far, weighted by a softmax.
 
         w[t, u, s]   = e^(L[u, s] - λ[s]·(t - u)) / Σ_v e^(L[v, s] - λ[s]·(t - v))    over valid u, v ≤ t
-        output[t, s] = Σ_u w[t, u, s] · values[u, ⌊s/P⌋]                                    (B, T, S, R)
+        average[t, s] = Σ_u w[t, u, s] · values[u, ⌊s/P⌋]                                   (B, T, S, R)
 
-    Before the first valid token it is zero. What is kept for the backward pass is of the size of the output. Call
+    Before the first valid token it is zero. What is kept for the backward pass is of the size of the average. Call
     it without autocast.
 
     Args:
@@ -48,12 +60,14 @@ def running_average(
         logits (Tensor): L, `(B, T, S)`, in the same dtype.
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
         forgetting (Tensor, optional): λ, `(S,)`, from 0, in the same dtype. Default: 0.
+        before (Running, optional): the sums of tokens before these, as one token, `(B, S)` and `(B, S, R + 1)`; only
+            its maximum gets a gradient. Default: none.
 
     Returns:
-        Tensor: `(B, T, S, R)`.
+        Averages: the averages, and what a later call can go on from.
     """
     run = _RunningAverage.apply if torch.is_grad_enabled() else _RunningAverage.forward
-    return run(values, logits, mask, forgetting)[0]
+    return Averages(*run(values, logits, mask, forgetting, *(before or (None, None))))
 
 
 class _RunningAverage(torch.autograd.Function):
@@ -61,14 +75,24 @@ class _RunningAverage(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        values: Tensor, logits: Tensor, mask: Optional[Tensor], forgetting: Optional[Tensor]
+        values: Tensor,
+        logits: Tensor,
+        mask: Optional[Tensor],
+        forgetting: Optional[Tensor],
+        maximum_before: Optional[Tensor],
+        sums_before: Optional[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         by_slot = _by_slot(values, logits)
         weights = _weights(logits, mask)
         logits = _in_time(logits, mask)
         given = torch.cat([by_slot * weights.unsqueeze(-1), weights.expand(by_slot.shape[:3]).unsqueeze(-1)], dim=-1)
         rate = logits.new_zeros(logits.shape[1], 1) if forgetting is None else forgetting.unsqueeze(1)
-        maximum, sums = _scan(Running(logits, given), rate)
+        if maximum_before is None or sums_before is None:
+            maximum, sums = _scan(Running(logits, given), rate)
+        else:
+            logits = torch.cat([maximum_before.unsqueeze(2), logits], dim=2)
+            maximum, sums = _scan(Running(logits, torch.cat([sums_before.unsqueeze(2), given], dim=2)), rate)
+            maximum, sums = maximum[:, :, 1:], sums[:, :, 1:]
         # Where there is no valid token yet, the sums are zero; elsewhere the largest weight alone is one.
         total = sums[..., -1].clamp_min(1)
         output = (sums[..., :-1] / total.unsqueeze(-1)).transpose(1, 2).contiguous()
@@ -76,7 +100,7 @@ class _RunningAverage(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        values, logits, mask, forgetting = inputs
+        values, logits, mask, forgetting, *_ = inputs
         # A unit only: nothing depends on it. The total, in that unit, is returned for the gradients of gradients.
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
@@ -85,7 +109,7 @@ class _RunningAverage(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad: Optional[Tensor], total_grad: Optional[Tensor], _: None
-    ) -> tuple[Tensor, Tensor, None, Optional[Tensor]]:
+    ) -> tuple[Tensor, Tensor, None, Optional[Tensor], Optional[Tensor], None]:
         values, logits, mask, forgetting, output, log_total, maximum = ctx.saved_tensors
         with without_autocast(values.device.type):
             num_experts, output = values.shape[2], output.transpose(1, 2)
@@ -102,14 +126,16 @@ class _RunningAverage(torch.autograd.Function):
             values_grad, through_output = (later * own.unsqueeze(-1)).split([values.shape[3], 1], dim=-1)
             by_slot = _by_slot(values, logits)
             logits_grad = (values_grad * by_slot).sum(dim=-1) - through_output.squeeze(-1)
+            # All logits up by the same is no change of the average.
+            by_age = logits_grad if total_grad is None else logits_grad - total_grad
+            maximum_grad = -by_age.sum(dim=2) if ctx.needs_input_grad[4] else None
             forgetting_grad = None
             if forgetting is not None:
-                # All logits up by the same is no change: so λ·(t - u) is as good as -λ·u.
-                ages = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
-                by_age = logits_grad if total_grad is None else logits_grad - total_grad
+                # So λ·(t - u) is as good as -λ·(u + 1), where what was before these tokens is at u = -1.
+                ages = torch.arange(1, logits.shape[1] + 1, device=logits.device, dtype=logits.dtype)
                 forgetting_grad = (by_age * ages).sum(dim=(0, 2))
             values_grad = values_grad.unflatten(1, (num_experts, -1)).sum(dim=2).transpose(1, 2)
-        return values_grad, logits_grad.transpose(1, 2), None, forgetting_grad
+        return values_grad, logits_grad.transpose(1, 2), None, forgetting_grad, maximum_grad, None
 
 
 def _by_slot(values: Tensor, logits: Tensor) -> Tensor:

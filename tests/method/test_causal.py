@@ -125,7 +125,7 @@ def test_the_scan_agrees_with_all_pairs(num_tokens, num_slots, forgets, masked):
     rates = torch.rand(2 * num_slots, **draw).requires_grad_() if forgets else None
     inputs = [values, logits, *([rates] if forgets else [])]
     results = []
-    for run in (running_average, plainly):
+    for run in (lambda *given: running_average(*given).average, plainly):
         output = run(values, logits, mask, rates)
         upstream = torch.cos(torch.arange(output.numel(), dtype=torch.float64)).view_as(output)
         results.append([output, *torch.autograd.grad((output * upstream).sum(), inputs)])
@@ -141,7 +141,7 @@ def test_the_gradients_of_the_scan_have_gradients(masked):
     mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1]]).bool() if masked else None
 
     def run(values, logits, rates):
-        return running_average(values, logits, mask, rates)
+        return running_average(values, logits, mask, rates).average
 
     assert gradcheck(run, (values, logits, rates)) and gradgradcheck(run, (values, logits, rates))
 
@@ -259,7 +259,7 @@ def test_logits_of_any_size(magnitude, forgets):
     results = []
     for dtype in (torch.float32, torch.float64):
         inputs = [each.to(dtype).requires_grad_() for each in (values, logits)]
-        output = running_average(*inputs, None, None if rates is None else rates.to(dtype))
+        output = running_average(*inputs, None, None if rates is None else rates.to(dtype)).average
         results.append([output, *torch.autograd.grad((output * upstream.to(dtype)).sum(), inputs)])
     for given, expected in zip(*results, strict=True):
         assert given.isfinite().all()
@@ -272,7 +272,7 @@ def test_steps_between_extreme_logits():
     """Each token whose logit is far above all before it is all that is read from then on."""
     logits = torch.tensor([-1e4, -1e4, 1e4, -1e4, 1e4, 9.9e3]).view(1, 6, 1).repeat(1, 7, 1)
     values = torch.arange(42.0).view(1, 42, 1, 1)
-    read = running_average(values, logits).flatten().tolist()
+    read = running_average(values, logits).average.flatten().tolist()
     assert read[:5] == [0.0, 0.5, 2.0, 2.0, 3.0] and read[5] == 3.0
 
 
@@ -281,8 +281,8 @@ def test_a_long_clip_stays_exact():
     generator = torch.Generator().manual_seed(0)
     values, logits = torch.randn(1, 100_000, 1, 2, generator=generator), torch.randn(1, 100_000, 2, generator=generator)
     rates = torch.tensor([0.0, 1e-3])
-    given = running_average(values, logits, None, rates)
-    expected = running_average(values.double(), logits.double(), None, rates.double())
+    given = running_average(values, logits, None, rates).average
+    expected = running_average(values.double(), logits.double(), None, rates.double()).average
     assert relative_error(given.double(), expected) < 1e-5
 
 

@@ -1,0 +1,108 @@
+"""Streams: models that are fed by piece, in which routing goes on from one piece to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..method.past import Past
+from .caches import BlockKey
+from .forward_pass import find_passes
+
+Rows = Union[Tensor, Iterable[int]]
+
+
+class RoutingStream:
+    """What the mixtures of a model keep of a stream, or of a batch of streams, from one piece to the next.
+
+    It begins empty, and is of the model with which it is used first. Nothing in it has a gradient.
+    """
+
+    def __init__(self) -> None:
+        self._pasts: list[dict[BlockKey, Past]] = []
+
+    def reset(self, rows: Optional[Rows] = None) -> None:
+        """Begin anew.
+
+        Args:
+            rows (Tensor or iterable of int, optional): indices of the streams of the batch that do. Default: all, and
+                the next piece may have another number of them.
+        """
+        for past in self._all():
+            past.reset(None if rows is None else _indices(rows))
+
+    def select(self, rows: Rows) -> None:
+        """Go on with some streams of the batch, in another order, also several times.
+
+        Args:
+            rows (Tensor or iterable of int): their indices.
+        """
+        for past in self._all():
+            past.select(_indices(rows))
+
+    def to(self, device: Any) -> RoutingStream:
+        """Move it to a device."""
+        for past in self._all():
+            past.to(device)
+        return self
+
+    def copy(self) -> RoutingStream:
+        """Another stream in the same state; each then goes on alone."""
+        other = RoutingStream()
+        other._pasts = [{key: past.copy() for key, past in pasts.items()} for pasts in self._pasts]
+        return other
+
+    def _all(self) -> Iterator[Past]:
+        return (past for pasts in self._pasts for past in pasts.values())
+
+
+@contextmanager
+def stream_routing(model: nn.Module, stream: Optional[RoutingStream] = None) -> Iterator[RoutingStream]:
+    """A context in which each call of a model goes on from the one before: its inputs are pieces of streams.
+
+        with stream_routing(model) as stream, torch.no_grad():
+            for piece in pieces:
+                logits = model(piece).logits
+
+    Slots go on with their averages, and convolutions with the tokens before. So the mixtures give for the pieces what
+    they give for the whole, as long as the base model does. Padding before or after the tokens of a piece is no part of
+    its stream: streams of one batch may begin and end apart. In a layer that is called with a cache, as in
+    `generate()`, the cache holds what belongs to its tokens, and no context is needed.
+
+    Args:
+        model (nn.Module): a model with adapters, in evaluation mode.
+        stream (RoutingStream, optional): a stream to go on with. Default: a new one.
+
+    Yields:
+        RoutingStream: the stream, which can be reset, and gone on with later.
+
+    Raises:
+        ValueError: if the model has no adapter, or one whose routing needs whole clips.
+    """
+    found = find_passes(model)
+    if not found:
+        raise ValueError(
+            f"`stream_routing` is for models with a Soft-MoA adapter, but {type(model).__name__} has none."
+        )
+    for name, module in model.named_modules():
+        for adapter in getattr(module, "softmoa_mixture", {}):
+            mixture = module.softmoa_mixture[adapter]
+            if adapter in module.active_adapters and mixture.mixes_tokens and not mixture.causal:
+                raise ValueError(
+                    f"The mixture of adapter '{adapter}' in '{name}' reads whole clips, so that each piece would be a "
+                    "clip of its own. Train an adapter with `causal=True` for streams."
+                )
+    stream = RoutingStream() if stream is None else stream
+    stream._pasts += [{} for _ in found[len(stream._pasts) :]]
+    with ExitStack() as stack:
+        for passes, pasts in zip(found, stream._pasts):
+            stack.enter_context(passes.streaming(pasts))
+        yield stream
+
+
+def _indices(rows: Rows) -> Tensor:
+    return torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.long)
