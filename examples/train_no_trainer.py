@@ -43,9 +43,12 @@ from peft_softmoa.training import (
     option,
     spec_augment,
     start_or_resume,
+    swap_channels,
     write_run_state,
 )
 from peft_softmoa.training.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments
+from peft_softmoa.training.augment import parse_mirror
+from peft_softmoa.training.channels import check_mirror
 from peft_softmoa.training.run import add_adapter, fingerprints, load_base, load_feature_extractor, load_streams
 
 
@@ -121,6 +124,8 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     check_classes(streams, model)
     for stream in streams.values():
         stream.prepare(model)
+    mirror = parse_mirror(run.data.mirror_labels)
+    check_mirror(mirror, streams["training"].extract.channels)
     settings = run.settings() | fingerprints(model, extractor, streams, False)
     settings["mixed_precision"] = accelerator.mixed_precision
     [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them
@@ -154,6 +159,8 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
         for batch in accelerator.skip_first_batches(loader, done) if done else loader:
             batch = cast_inputs(model, batch)
             with accelerator.accumulate(model):
+                if mirror:
+                    batch = swap_channels(batch, task.mirrored(batch["labels"], mirror))
                 if run.task.mixup_alpha:
                     batch = mixup(batch, task.mixable(batch["labels"]), run.task.mixup_alpha)
                 if run.data.mask_frequencies or run.data.mask_frames:
