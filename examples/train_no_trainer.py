@@ -48,7 +48,6 @@ from peft_softmoa.training import (
 )
 from peft_softmoa.training.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments
 from peft_softmoa.training.augment import parse_mirror
-from peft_softmoa.training.channels import check_mirror
 from peft_softmoa.training.run import add_adapter, fingerprints, load_base, load_feature_extractor, load_streams
 
 
@@ -125,7 +124,6 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     for stream in streams.values():
         stream.prepare(model)
     mirror = parse_mirror(run.data.mirror_labels)
-    check_mirror(mirror, streams["training"].extract.channels)
     settings = run.settings() | fingerprints(model, extractor, streams, False)
     settings["mixed_precision"] = accelerator.mixed_precision
     [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them

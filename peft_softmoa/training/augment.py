@@ -127,29 +127,29 @@ def swap_channels(
     Clips that lack a channel stay as they are: which side of them is missing is not known.
 
     Args:
-        inputs (mapping): the model's inputs by name, `(B, C, ...)`, with `labels` and perhaps a `channel_mask`
-            `(B, C)`. Inputs without channels stay.
+        inputs (mapping): the model's inputs by name, `(B, C, ...)`, with `labels` and `channel_mask` `(B, C)`. Inputs
+            without channels stay.
         mirrored (Tensor): the labels that clips have when they are mirrored, from `Task.mirrored`.
         generator (torch.Generator, optional): draws the clips, on the CPU. Default: torch's.
 
     Returns:
         dict[str, Any]: the inputs.
+
+    Raises:
+        ValueError: if there is no `channel_mask`, as with clips that are read as mono.
     """
-    labels = inputs["labels"]
-    swapped = (torch.rand(len(labels), generator=generator) < 0.5).to(labels.device)
-    mask = inputs.get("channel_mask")
-    if mask is not None:
-        swapped = swapped & mask.all(1)
+    labels, mask = inputs["labels"], inputs.get("channel_mask")
+    if mask is None:
+        raise ValueError("`mirror_labels` reverses the order of channels, but clips are read as mono: leave it out.")
+    swapped = (torch.rand(len(labels), generator=generator) < 0.5).to(labels.device) & mask.all(1)
+    if mask.shape[1] == 1:
+        return dict(inputs)  # a single channel has no sides
 
     def chosen(reversed: Tensor, value: Tensor) -> Tensor:
         return torch.where(swapped.view(-1, *[1] * (value.ndim - 1)), reversed, value)
 
-    channels = {
-        name: value
-        for name, value in inputs.items()
-        if name != "labels" and isinstance(value, Tensor) and value.ndim > 2
-    }
-    if all(value.shape[1] == 1 for value in channels.values()):
-        return dict(inputs)  # a single channel has no sides
-    reversed_channels = {name: chosen(value.flip(1), value) for name, value in channels.items()}
-    return {**inputs, **reversed_channels, "labels": chosen(mirrored, labels)}
+    result = {**inputs, "labels": chosen(mirrored, labels)}
+    for name, value in inputs.items():
+        if name != "labels" and isinstance(value, Tensor) and value.ndim > 2:
+            result[name] = chosen(value.flip(1), value)
+    return result

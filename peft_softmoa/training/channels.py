@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -98,20 +98,6 @@ def resolve_channels(given: Optional[Channels], model: Any) -> Channels:
             "this one has none: set it, or leave `channels` out."
         )
     return given or ("mono" if number is None else "all")
-
-
-def check_mirror(mirror: Mapping[str, str], channels: Channels) -> None:
-    """Check that there are channels whose order can be reversed.
-
-    Args:
-        mirror (mapping): the classes that mirror each other, from `parse_mirror`.
-        channels (Channels): the channels that are read.
-
-    Raises:
-        ValueError: if classes mirror each other, but clips are mono.
-    """
-    if mirror and channels == "mono":
-        raise ValueError("`mirror_labels` reverses the order of channels, but clips are read as mono: leave it out.")
 
 
 def extract_jointly(feature_extractor: Any, waveforms: Samples) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from .tasks import Task
 class Collate:
     """Make a batch of samples: pad their features as the feature extractor does, and their labels as the task does.
 
-    Samples of several channels have a `channel_mask`. Where some have fewer than others, the missing channels are zero,
-    and the batch has a `channel_mask`; their attention mask is that of the clip's last channel, as attention to nothing
-    is no number.
+    Samples of several channels have a `channel_mask`, and so has the batch. Where some have fewer than others, the
+    missing channels are zero, and their attention mask is that of the clip's last channel, as attention to nothing is
+    no number.
 
     Args:
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
@@ -61,8 +61,6 @@ class Collate:
         # The row of each channel; of a missing one, that of the last.
         index = counts.cumsum(0)[:, None] - counts[:, None] + channels.minimum(counts[:, None] - 1)
         batch = {name: value[index] for name, value in rows.items()}
-        if mask.all():
-            return batch
         for name, value in batch.items():
             if value.is_floating_point():
                 batch[name] = value.masked_fill(~mask.view(*mask.shape, *[1] * (value.ndim - 2)), 0.0)

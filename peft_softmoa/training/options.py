@@ -67,7 +67,7 @@ class DataOptions:
     channels: Optional[Channels] = field(
         default=None,
         metadata={
-            "help": "What is read of recordings with several channels: mono, their mean, all, each of them, or the "
+            "help": "What is read of recordings with several channels: mono (their mean), all (each of them), or the "
             "numbers of some from 0 on. Features of channels are normalized together, so that they keep their "
             "differences in level. Default: all for an adapter with num_channels, otherwise mono."
         },

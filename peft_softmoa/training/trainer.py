@@ -13,7 +13,6 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .augment import mixup, parse_mirror, spec_augment, swap_channels
-from .channels import check_mirror
 from .classes import check_classes
 from .inputs import Collate, cast_inputs
 from .loaders import make_eval_loader, make_loader
@@ -114,7 +113,6 @@ class AudioTrainer(ResumableTrainer):
             options["persistent_workers"] = self.args.dataloader_persistent_workers
             options["prefetch_factor"] = self.args.dataloader_prefetch_factor
         self._prepare_stream(self.train_dataset)
-        check_mirror(self.mirror_labels, self.train_dataset.extract.channels)
         return make_loader(self.train_dataset, self._train_batch_size, self.accelerator, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

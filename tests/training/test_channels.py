@@ -252,7 +252,7 @@ def test_batches_pad_missing_channels(name):
         # Attention to nothing would be no number.
         assert batch["attention_mask"].shape == batch[main].shape[:3] and batch["attention_mask"].any(-1).all()
     alike = Collate(extractor)([samples[0], samples[0]])
-    assert "channel_mask" not in alike and alike[main].shape[:2] == (2, 2)
+    assert alike["channel_mask"].tolist() == [[True] * 2] * 2 and alike[main].shape[:2] == (2, 2)
 
 
 def test_collating_mono_is_as_before():
