@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Optional
@@ -16,7 +16,9 @@ from ..inference.classify import WindowScores, classify_windows, load_classifier
 from ..inference.segments import Segments
 from ..inference.windows import Meter, Window, cut_windows, find_clips, pcm_blocks
 from ..training.audio import AudioError, audio_blocks, resample_blocks
+from ..training.audio_file import Samples
 from ..training.channels import parse_channels
+from ..training.features import check_channels
 from ..training.options import flag_names, name_flags, option
 from .parser import CommandParser
 
@@ -170,6 +172,11 @@ def main(arguments: list[str]) -> None:
             failed.append(error.name)
             print(f"peft-softmoa classify: {' '.join(str(error).split())}", file=sys.stderr)
 
+        def checked(clip: str, blocks: Iterable[Samples]) -> Iterator[Samples]:
+            for block in blocks:
+                check_channels(clip, 1 if block.ndim == 1 else len(block), classifier.max_channels)
+                yield block
+
         def windows() -> Iterator[Window]:
             for clip in clips:
                 try:
@@ -179,7 +186,8 @@ def main(arguments: list[str]) -> None:
                         blocks = resample_blocks(clip, meter.wait(pcm), pipe.sampling_rate or rate, rate)
                     else:
                         blocks = audio_blocks(clip, rate, classifier.channels)
-                    yield from cut_windows(clip, meter.count(blocks), rate, length, step, classifier.min_samples)
+                    blocks = checked(clip, meter.count(blocks))
+                    yield from cut_windows(clip, blocks, rate, length, step, classifier.min_samples)
                 except AudioError as error:
                     complain(error)
                 except OSError as error:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..training.audio import AudioError
-from ..training.channels import Channels, check_levels, parse_channels, resolve_channels
+from ..training.channels import Channels, check_levels, most_channels, parse_channels, resolve_channels
 from ..training.features import extract_features
 from ..training.frames import shortest_clip
 from ..training.inputs import cast_inputs
@@ -62,6 +62,7 @@ class Classifier:
             None: it takes any.
         min_samples (int): the smallest number.
         channels (Channels): the channels that it reads, as for `decode_audio`. Default: `"mono"`.
+        max_channels (int, optional): the greatest number of channels that it takes. Default: any.
     """
 
     model: nn.Module
@@ -72,6 +73,7 @@ class Classifier:
     max_samples: Optional[int]
     min_samples: int
     channels: Channels = "mono"
+    max_channels: Optional[int] = None
 
     @property
     def sampling_rate(self) -> int:
@@ -171,6 +173,7 @@ def load_classifier(
         _max_samples(feature_extractor, getattr(model.active_peft_config, "max_length_seconds", None)),
         shortest_clip(model, feature_extractor),
         channels,
+        most_channels(model),
     )
 
 

@@ -97,7 +97,25 @@ def resolve_channels(given: Optional[Channels], model: Any) -> Channels:
             f"`channels={given if isinstance(given, str) else list(given)}` is for an adapter with `num_channels`, and "
             "this one has none: set it, or leave `channels` out."
         )
+    most = most_channels(model)
+    if most is not None and isinstance(given, tuple) and len(given) > most:
+        raise ValueError(
+            f"`channels={list(given)}` are more than the adapter reads (num_channels={most}): leave some out."
+        )
     return given or ("mono" if number is None else "all")
+
+
+def most_channels(model: Any) -> Optional[int]:
+    """The greatest number of channels that a model reads: an adapter without `channel_embedding` reads any number.
+
+    Args:
+        model (nn.Module): the model, with or without an adapter.
+
+    Returns:
+        int, optional: the number; None if there is no limit.
+    """
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "num_channels", None) if getattr(config, "channel_embedding", True) else None
 
 
 def extract_jointly(feature_extractor: Any, waveforms: Samples) -> dict[str, Any]:

@@ -65,6 +65,25 @@ def extract_features(
     return features
 
 
+def check_channels(name: str, count: int, most: Optional[int]) -> None:
+    """Check that a clip does not have more channels than the model reads.
+
+    Args:
+        name (str): the clip, for the error.
+        count (int): its number of channels, as far as they are read.
+        most (int, optional): the greatest number, from `most_channels`.
+
+    Raises:
+        AudioError: if it has more.
+    """
+    if most is not None and count > most:
+        raise AudioError(
+            name,
+            f"it has {count} channels, more than the adapter reads (num_channels={most}): choose them with `channels`, "
+            f"such as {list(range(most))}",
+        )
+
+
 class ExtractFeatures:
     """From a batch of undecoded rows to a batch of model inputs, without the rows whose audio cannot be used.
 
@@ -92,8 +111,9 @@ class ExtractFeatures:
         self.options = options or DataOptions()
         self.random_crop = random_crop
         self.min_samples = min_samples
-        # `AudioStream.prepare` sets it for its model.
+        # `AudioStream.prepare` sets them for its model.
         self.channels: Channels = self.options.channels or "mono"
+        self.most_channels: Optional[int] = None
         self.skipped: list[Skipped] = []
         self._warned: set[Skipped] = set()
 
@@ -135,6 +155,7 @@ class ExtractFeatures:
                 found = cache.get(audio, extract) if cache else extract()
                 # What lies in the cache may have been made for a model that takes shorter clips.
                 check_length(name, found.num_samples, self.min_samples, rate)
+                check_channels(name, len(found.inputs.get("channel_mask", ())), self.most_channels)
                 clip = Clip(found.start, found.num_samples, rate)
                 labels = None if task is None else task.encode(target, name, clip)
             except AudioError as error:

@@ -15,7 +15,7 @@ from datasets import IterableDataset
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from .channels import check_levels, resolve_channels
+from .channels import check_levels, most_channels, resolve_channels
 from .features import ExtractFeatures
 from .frames import shortest_clip
 from .rows import DatasetSummary, check_columns, column_names, name_some
@@ -110,6 +110,7 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             ValueError: if the channels that are chosen do not go with the adapter or the feature extractor.
         """
         self.extract.channels = resolve_channels(self.extract.options.channels, model)
+        self.extract.most_channels = most_channels(model)
         if self.extract.channels != "mono":
             check_levels(self.extract.feature_extractor)
 

@@ -129,6 +129,12 @@ def test_a_stream_learns_the_channels_of_its_model(folder):
     assert next(iter(stream))["input_values"].shape == (FRAMES, MEL_BINS)
     with pytest.raises(ValueError, match="`channels=mono` mixes all channels, but the adapter reads them one by one"):
         load(folder, channels="mono").prepare(several)
+    several.active_peft_config.num_channels = 1
+    stream.prepare(several)
+    [alone] = stream
+    assert alone["channel_mask"].tolist() == [True] and len(stream.extract.skipped) == 11
+    reason = "it has 2 channels, more than the adapter reads (num_channels=1): choose them with `channels`, such as [0]"
+    assert {skipped.reason for skipped in stream.extract.skipped} == {reason}
 
 
 def test_random_crops_are_the_same_in_all_channels(tmp_path):
@@ -305,12 +311,12 @@ def test_windows_are_classified_with_all_channels(folder):
         assert np.allclose(result.scores, expected, atol=1e-5)
 
 
-def test_the_command_classifies_all_channels(folder, monkeypatch, capsys):
+def test_the_command_classifies_all_channels(folder, tmp_path, monkeypatch, capsys):
     chosen = []
 
     def load_classifier(adapter, revision, *, channels, **options):
         chosen.append(channels)
-        return Classifier(model, extractor(), tuple(NAMES), "softmax", False, 10_240, 400, channels or "all")
+        return Classifier(model, extractor(), tuple(NAMES), "softmax", False, 10_240, 400, channels or "all", 2)
 
     model = Apart().eval()
     monkeypatch.setattr(classify_command, "load_classifier", load_classifier)
@@ -326,3 +332,7 @@ def test_the_command_classifies_all_channels(folder, monkeypatch, capsys):
     assert "1.wav: it has 2 channels, counted from 0, and no channel 2 of" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="--channels must be 'mono', 'all'"):
         main([*words, "--channels", "left"])
+    soundfile.write(tmp_path / "three.wav", np.zeros((20_000, 3)), SAMPLING_RATE)
+    with pytest.raises(SystemExit):
+        main(["classify", "adapter", str(tmp_path / "three.wav")])
+    assert capsys.readouterr().err.count("three.wav: it has 3 channels, more than the adapter reads") == 1

@@ -20,7 +20,13 @@ from transformers import (
 from peft_softmoa.inference import cut_windows, pcm_blocks
 from peft_softmoa.training import AudioError, Collate, DataOptions, ExtractFeatures, SingleLabel, decode_audio
 from peft_softmoa.training.audio import audio_blocks, decode_crop
-from peft_softmoa.training.channels import check_levels, extract_jointly, parse_channels, resolve_channels
+from peft_softmoa.training.channels import (
+    check_levels,
+    extract_jointly,
+    most_channels,
+    parse_channels,
+    resolve_channels,
+)
 
 RATE = 44_100
 # The largest error of a lossy codec at these levels.
@@ -219,6 +225,11 @@ def test_what_a_model_reads():
     for given, named in [("all", "all"), ((0, 2), r"\[0, 2\]")]:
         with pytest.raises(ValueError, match=f"`channels={named}` is for an adapter with `num_channels`"):
             resolve_channels(given, mono)
+    with pytest.raises(ValueError, match=r"`channels=\[0, 2, 1\]` are more than the adapter reads \(num_channels=2\)"):
+        resolve_channels((0, 2, 1), several)
+    any_number = Adapted(num_channels=2, channel_embedding=False)
+    assert resolve_channels((0, 2, 1), any_number) == (0, 2, 1)
+    assert [most_channels(each) for each in (several, any_number, mono, lora)] == [2, None, None, None]
 
 
 def extract_all(extractor, *clips, **options):
