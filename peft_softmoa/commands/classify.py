@@ -18,7 +18,7 @@ from ..inference.windows import Meter, Window, cut_windows, find_clips, pcm_bloc
 from ..training.audio import AudioError, audio_blocks, resample_blocks
 from ..training.audio_file import Samples
 from ..training.channels import parse_channels
-from ..training.features import check_channels
+from ..training.features import mask_channels
 from ..training.options import flag_names, name_flags, option
 from .parser import CommandParser
 
@@ -174,7 +174,8 @@ def main(arguments: list[str]) -> None:
 
         def checked(clip: str, blocks: Iterable[Samples]) -> Iterator[Samples]:
             for block in blocks:
-                check_channels(clip, 1 if block.ndim == 1 else len(block), classifier.max_channels)
+                if block.ndim > 1:
+                    mask_channels(clip, len(block), classifier.num_channels)
                 yield block
 
         def windows() -> Iterator[Window]:

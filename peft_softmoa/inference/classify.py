@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import (
 
 from ..training.audio import AudioError
 from ..training.channels import Channels, check_levels, most_channels, parse_channels, resolve_channels
-from ..training.features import extract_features
+from ..training.features import extract_features, mask_channels
 from ..training.frames import shortest_clip
-from ..training.inputs import cast_inputs
+from ..training.inputs import Collate, cast_inputs
 from .loading import load_adapter
 from .scores import Scores, scores_of
 from .windows import Window
@@ -62,7 +62,7 @@ class Classifier:
             None: it takes any.
         min_samples (int): the smallest number.
         channels (Channels): the channels that it reads, as for `decode_audio`. Default: `"mono"`.
-        max_channels (int, optional): the greatest number of channels that it takes. Default: any.
+        num_channels (int, optional): the number of channels that it takes, of which some may be missing. Default: any.
     """
 
     model: nn.Module
@@ -73,7 +73,7 @@ class Classifier:
     max_samples: Optional[int]
     min_samples: int
     channels: Channels = "mono"
-    max_channels: Optional[int] = None
+    num_channels: Optional[int] = None
 
     @property
     def sampling_rate(self) -> int:
@@ -262,10 +262,19 @@ def _shapes(features: dict[str, np.ndarray]) -> list[tuple[str, tuple[int, ...]]
 
 def _classify(classifier: Classifier, batch: list[tuple[Window, dict[str, np.ndarray]]]) -> Iterator[WindowScores]:
     device = next(classifier.model.parameters()).device
-    inputs = {
-        name: torch.from_numpy(np.concatenate([features[name] for _, features in batch])).to(device)
-        for name in batch[0][1]
-    }
+    if classifier.channels == "mono":
+        inputs = {
+            name: torch.from_numpy(np.concatenate([features[name] for _, features in batch])) for name in batch[0][1]
+        }
+    else:
+        masks = [mask_channels(window.name, len(window.samples), classifier.num_channels) for window, _ in batch]
+        inputs = Collate(classifier.feature_extractor)(
+            [
+                {**{name: values[0] for name, values in features.items()}, "channel_mask": mask}
+                for (_, features), mask in zip(batch, masks)
+            ]
+        )
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     with torch.no_grad():
         logits: Tensor = classifier.model(**cast_inputs(classifier.model, inputs)).logits.float()
     if not logits.isfinite().all():

@@ -106,7 +106,7 @@ def resolve_channels(given: Optional[Channels], model: Any) -> Channels:
 
 
 def most_channels(model: Any) -> Optional[int]:
-    """The greatest number of channels that a model reads: an adapter without `channel_embedding` reads any number.
+    """The number of channels that a model reads: an adapter without `channel_embedding` reads any number.
 
     Args:
         model (nn.Module): the model, with or without an adapter.

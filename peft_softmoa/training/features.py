@@ -65,13 +65,16 @@ def extract_features(
     return features
 
 
-def check_channels(name: str, count: int, most: Optional[int]) -> None:
-    """Check that a clip does not have more channels than the model reads.
+def mask_channels(name: str, count: int, most: Optional[int]) -> npt.NDArray[np.bool_]:
+    """Say which of the channels that a model reads a clip has: the first ones.
 
     Args:
         name (str): the clip, for the error.
         count (int): its number of channels, as far as they are read.
-        most (int, optional): the greatest number, from `most_channels`.
+        most (int, optional): the number that the model reads, from `most_channels`. None: any number.
+
+    Returns:
+        np.ndarray: `(C,)` bool.
 
     Raises:
         AudioError: if it has more.
@@ -82,6 +85,7 @@ def check_channels(name: str, count: int, most: Optional[int]) -> None:
             f"it has {count} channels, more than the adapter reads (num_channels={most}): choose them with `channels`, "
             f"such as {list(range(most))}",
         )
+    return np.arange(most or count) < count
 
 
 class ExtractFeatures:
@@ -126,7 +130,7 @@ class ExtractFeatures:
 
         Returns:
             dict[str, list]: the model's inputs and, with a task, `labels`; unless mono, the inputs are `(C, ...)`, and
-            `channel_mask` `(C,)` says how many channels there are.
+            `channel_mask` says which of the channels that the model reads are there.
 
         Raises:
             AudioError: for audio that cannot be used, if `on_bad_audio="raise"`.
@@ -155,7 +159,9 @@ class ExtractFeatures:
                 found = cache.get(audio, extract) if cache else extract()
                 # What lies in the cache may have been made for a model that takes shorter clips.
                 check_length(name, found.num_samples, self.min_samples, rate)
-                check_channels(name, len(found.inputs.get("channel_mask", ())), self.most_channels)
+                inputs = dict(found.inputs)
+                if self.channels != "mono":
+                    inputs["channel_mask"] = mask_channels(name, len(next(iter(inputs.values()))), self.most_channels)
                 clip = Clip(found.start, found.num_samples, rate)
                 labels = None if task is None else task.encode(target, name, clip)
             except AudioError as error:
@@ -163,7 +169,7 @@ class ExtractFeatures:
                     raise
                 self.skipped.append(Skipped(error.name, error.reason))
                 continue
-            for key, features in found.inputs.items():
+            for key, features in inputs.items():
                 batch.setdefault(key, []).append(features)
             if task is not None:
                 batch["labels"].append(labels)
@@ -184,10 +190,7 @@ class ExtractFeatures:
         else:
             waveform = decode_audio(audio, rate, seconds, self.channels)[..., :length]
         features = extract_features(self.feature_extractor, waveform, name, self.min_samples)
-        inputs = {key: values[0] for key, values in features.items()}
-        if waveform.ndim > 1:
-            inputs["channel_mask"] = np.ones(len(waveform), bool)
-        return Features(waveform.shape[-1], inputs, start / rate)
+        return Features(waveform.shape[-1], {key: values[0] for key, values in features.items()}, start / rate)
 
     def _most_samples(self) -> Optional[int]:
         """What an extractor with inputs of one length, such as Whisper's, cuts away in silence."""

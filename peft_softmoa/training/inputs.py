@@ -14,9 +14,8 @@ from .tasks import Task
 class Collate:
     """Make a batch of samples: pad their features as the feature extractor does, and their labels as the task does.
 
-    Samples of several channels have a `channel_mask`, and so has the batch. Where some have fewer than others, the
-    missing channels are zero, and their attention mask is that of the clip's last channel, as attention to nothing is
-    no number.
+    Samples of several channels have a `channel_mask`, and so has the batch. Missing channels are zero, and their
+    attention mask is that of the clip's last channel, as attention to nothing is no number.
 
     Args:
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
@@ -47,7 +46,7 @@ class Collate:
         return dict(self.feature_extractor.pad(inputs, padding=True, return_tensors="pt"))
 
     def _pad_channels(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        counts = torch.tensor([len(sample["channel_mask"]) for sample in inputs])
+        counts = torch.tensor([int(sample["channel_mask"].sum()) for sample in inputs])
         names = [name for name in inputs[0] if name != "channel_mask"]
         rows = self._pad(
             [
@@ -56,7 +55,7 @@ class Collate:
                 for channel in range(count)
             ]
         )
-        channels = torch.arange(int(counts.max()))
+        channels = torch.arange(max(len(sample["channel_mask"]) for sample in inputs))
         mask = channels < counts[:, None]
         # The row of each channel; of a missing one, that of the last.
         index = counts.cumsum(0)[:, None] - counts[:, None] + channels.minimum(counts[:, None] - 1)

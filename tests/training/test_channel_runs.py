@@ -1,6 +1,7 @@
 """Streams, training and inference with several channels, on a model that has the interface of one."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_a_stream_learns_the_channels_of_its_model(folder):
     mono, several = nn.Identity(), Apart()
     stream = load(folder)
     stream.prepare(several)
-    assert next(iter(stream))["channel_mask"].tolist() == [True]
+    assert next(iter(stream))["channel_mask"].tolist() == [True, False]
     stream.prepare(mono)
     assert next(iter(stream))["input_values"].shape == (FRAMES, MEL_BINS)
     with pytest.raises(ValueError, match="`channels=mono` mixes all channels, but the adapter reads them one by one"):
@@ -309,6 +310,13 @@ def test_windows_are_classified_with_all_channels(folder):
         with torch.no_grad():
             expected = model.base(rows).logits.mean(0).softmax(-1)
         assert np.allclose(result.scores, expected, atol=1e-5)
+    # A model with two channels gets two, one of them masked.
+    model.seen.clear()
+    padded = list(classify_windows(replace(classifier, num_channels=2), windows, batch_size=8))
+    assert [values.shape[1] for values, *_ in model.seen] == [2, 2, 2]
+    assert [mask.tolist()[0] for _, mask, _ in model.seen] == [[True, True], [True, False], [True, True]]
+    for result, other in zip(results, padded, strict=True):
+        assert np.allclose(result.scores, other.scores, atol=1e-5)
 
 
 def test_the_command_classifies_all_channels(folder, tmp_path, monkeypatch, capsys):

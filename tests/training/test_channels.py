@@ -266,6 +266,19 @@ def test_batches_pad_missing_channels(name):
     assert alike["channel_mask"].tolist() == [[True] * 2] * 2 and alike[main].shape[:2] == (2, 2)
 
 
+def test_batches_have_the_channels_that_the_model_reads():
+    extractor = EXTRACTORS["wav2vec2"]
+    options = DataOptions(label_column=None, channels=[0])
+    extract = ExtractFeatures(extractor, options=options)
+    extract.most_channels = 3
+    batch = extract({"audio": [{"path": None, "bytes": content(noise([1, 0.5], 900))}]})
+    [mask] = batch["channel_mask"]
+    assert mask.tolist() == [True, False, False] and batch["input_values"][0].shape == (1, 900)
+    found = Collate(extractor)([{name: column[0] for name, column in batch.items()}])
+    assert found["input_values"].shape == (1, 3, 900) and found["channel_mask"].tolist() == [mask.tolist()]
+    assert not found["input_values"][0, 1:].any() and found["attention_mask"].all()
+
+
 def test_collating_mono_is_as_before():
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     samples = [{"input_values": each} for each in (np.ones(5, "f4"), np.ones(3, "f4"))]
