@@ -47,7 +47,6 @@ from peft_softmoa.training import (
     write_run_state,
 )
 from peft_softmoa.training.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments
-from peft_softmoa.training.augment import parse_mirror
 from peft_softmoa.training.run import add_adapter, fingerprints, load_base, load_feature_extractor, load_streams
 
 
@@ -123,12 +122,10 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     check_classes(streams, model)
     for stream in streams.values():
         stream.prepare(model)
-    mirror = parse_mirror(run.data.mirror_labels)
     settings = run.settings() | fingerprints(model, extractor, streams, False)
     settings["mixed_precision"] = accelerator.mixed_precision
     [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them
     checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
-
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
     groups: list[Any] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
     for name, parameter in model.named_parameters():
@@ -145,7 +142,6 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     checkpoint_only_adapters(accelerator)
     if args.report_to:
         accelerator.init_trackers("softmoa", {name: str(value) for name, value in settings.items()})
-
     step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     if checkpoint:
         accelerator.load_state(checkpoint)
@@ -157,12 +153,11 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
         for batch in accelerator.skip_first_batches(loader, done) if done else loader:
             batch = cast_inputs(model, batch)
             with accelerator.accumulate(model):
-                if mirror:
-                    batch = swap_channels(batch, task.mirrored(batch["labels"], mirror))
+                if run.data.mirror_labels:
+                    batch = swap_channels(batch, task.mirrored(batch["labels"], run.data.mirror_labels))
                 if run.task.mixup_alpha:
                     batch = mixup(batch, task.mixable(batch["labels"]), run.task.mixup_alpha)
-                if run.data.mask_frequencies or run.data.mask_frames:
-                    masks = run.data.mask_frequencies, run.data.mask_frames
+                if any(masks := (run.data.mask_frequencies, run.data.mask_frames)):
                     batch["input_values"] = spec_augment(batch["input_values"], *masks)
                 loss = compute_loss(model, batch, task)
                 accelerator.backward(loss)
