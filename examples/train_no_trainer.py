@@ -43,6 +43,7 @@ from peft_softmoa.training import (
     option,
     spec_augment,
     start_or_resume,
+    swap_channels,
     write_run_state,
 )
 from peft_softmoa.training.arguments import DataArguments, ModelArguments, RunArguments, TaskArguments
@@ -125,7 +126,6 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     settings["mixed_precision"] = accelerator.mixed_precision
     [settings] = broadcast_object_list([settings])  # files may have other times where other processes read them
     checkpoint = start_or_resume(args.output_dir, settings, is_main=accelerator.is_main_process)
-
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], ["bias"]))
     groups: list[Any] = [{"params": [], "weight_decay": decay} for decay in (0.0, 0.1)]
     for name, parameter in model.named_parameters():
@@ -142,7 +142,6 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
     checkpoint_only_adapters(accelerator)
     if args.report_to:
         accelerator.init_trackers("softmoa", {name: str(value) for name, value in settings.items()})
-
     step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     if checkpoint:
         accelerator.load_state(checkpoint)
@@ -154,10 +153,11 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
         for batch in accelerator.skip_first_batches(loader, done) if done else loader:
             batch = cast_inputs(model, batch)
             with accelerator.accumulate(model):
+                if run.data.mirror_labels:
+                    batch = swap_channels(batch, task.mirrored(batch["labels"], run.data.mirror_labels))
                 if run.task.mixup_alpha:
                     batch = mixup(batch, task.mixable(batch["labels"]), run.task.mixup_alpha)
-                if run.data.mask_frequencies or run.data.mask_frames:
-                    masks = run.data.mask_frequencies, run.data.mask_frames
+                if any(masks := (run.data.mask_frequencies, run.data.mask_frames)):
                     batch["input_values"] = spec_augment(batch["input_values"], *masks)
                 loss = compute_loss(model, batch, task)
                 accelerator.backward(loss)

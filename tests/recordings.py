@@ -17,7 +17,10 @@ def signal(seconds=2.0, rate=RATE):
 
 
 def encode(container, codec, samples, rate=RATE, channels=1, options=(), pipe=False, quality=None, path=None):
-    """The content of a file with `samples` in all channels; through a pipe, its header is not completed."""
+    """The content of a file with `samples` in all channels, or `(channels, samples)` in each its own.
+
+    Through a pipe, its header is not completed.
+    """
     content = io.BytesIO()
     content.seekable = lambda: not pipe
     with av.open(str(path) if path else content, "w", format=container, options=dict(options)) as file:
@@ -27,7 +30,8 @@ def encode(container, codec, samples, rate=RATE, channels=1, options=(), pipe=Fa
             stream.bit_rate = 12_200 if codec == "libopencore_amrnb" else 192_000
         else:
             stream.codec_context.options = {"global_quality": str(118 * quality), "flags": "+qscale"}
-        frame = av.AudioFrame.from_ndarray(np.stack([samples] * channels), format="fltp", layout=stream.layout.name)
+        planes = np.ascontiguousarray(np.broadcast_to(samples, (channels, samples.shape[-1])))
+        frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=stream.layout.name)
         frame.rate, frame.pts = rate, 0
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             file.mux(packet)

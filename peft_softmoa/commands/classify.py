@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Optional
@@ -16,7 +16,10 @@ from ..inference.classify import WindowScores, classify_windows, load_classifier
 from ..inference.segments import Segments
 from ..inference.windows import Meter, Window, cut_windows, find_clips, pcm_blocks
 from ..training.audio import AudioError, audio_blocks, resample_blocks
-from ..training.options import flag_names, name_flags
+from ..training.audio_file import Samples
+from ..training.channels import parse_channels
+from ..training.features import mask_channels
+from ..training.options import flag_names, name_flags, option
 from .parser import CommandParser
 
 PIPE_NAME = "stdin"
@@ -40,6 +43,13 @@ class WindowArguments:
     overlap: str = field(
         default="0", metadata={"help": "How much of a window is in the next one too: seconds, or a share such as 50%%."}
     )
+
+
+@dataclass
+class ChannelArguments:
+    """What is read of clips with several channels."""
+
+    channels: Optional[list[str]] = option("channels")
 
 
 @dataclass
@@ -78,7 +88,7 @@ class PipeArguments:
     sample_format: Optional[Literal["s16le", "f32le"]] = field(
         default=None, metadata={"help": "16-bit integers or 32-bit floats. Default: s16le."}
     )
-    channels: Optional[int] = field(default=None, metadata={"help": "Number of channels, which are mixed. Default: 1."})
+    num_channels: Optional[int] = field(default=None, metadata={"help": "Its number of channels. Default: 1."})
 
 
 @dataclass
@@ -104,6 +114,7 @@ class ModelArguments:
 
 GROUPS = {
     "Windows": WindowArguments,
+    "Channels": ChannelArguments,
     "Output": OutputArguments,
     "Raw PCM from a pipe": PipeArguments,
     "Model": ModelArguments,
@@ -138,13 +149,18 @@ def main(arguments: list[str]) -> None:
         ValueError: for options that are not allowed.
         SystemExit: with status 1 if a clip cannot be used, with 130 after Ctrl-C.
     """
-    cutting, output, pipe, running, rest = make_parser().parse(arguments)
+    cutting, reading, output, pipe, running, rest = make_parser().parse(arguments)
     with name_flags(flag_names(*GROUPS.values())):
         is_pipe = rest.clips == ["-"]
         clips = [PIPE_NAME] if is_pipe else list(find_clips(rest.clips))
         _check(rest.clips, clips, output, pipe, running.batch_size)
         classifier = load_classifier(
-            rest.adapter, running.revision, scores=output.scores, device=running.device, dtype=running.dtype
+            rest.adapter,
+            running.revision,
+            scores=output.scores,
+            channels=parse_channels(reading.channels),
+            device=running.device,
+            dtype=running.dtype,
         )
         rate = classifier.sampling_rate
         length, _ = classifier.window(cutting.window_seconds)
@@ -156,15 +172,23 @@ def main(arguments: list[str]) -> None:
             failed.append(error.name)
             print(f"peft-softmoa classify: {' '.join(str(error).split())}", file=sys.stderr)
 
+        def checked(clip: str, blocks: Iterable[Samples]) -> Iterator[Samples]:
+            for block in blocks:
+                if block.ndim > 1:
+                    mask_channels(clip, len(block), classifier.num_channels)
+                yield block
+
         def windows() -> Iterator[Window]:
             for clip in clips:
                 try:
                     if is_pipe:
-                        pcm = pcm_blocks(sys.stdin.buffer, clip, pipe.sample_format or "s16le", pipe.channels or 1)
+                        form = pipe.sample_format or "s16le", pipe.num_channels or 1
+                        pcm = pcm_blocks(sys.stdin.buffer, clip, *form, classifier.channels)
                         blocks = resample_blocks(clip, meter.wait(pcm), pipe.sampling_rate or rate, rate)
                     else:
-                        blocks = audio_blocks(clip, rate)
-                    yield from cut_windows(clip, meter.count(blocks), rate, length, step, classifier.min_samples)
+                        blocks = audio_blocks(clip, rate, classifier.channels)
+                    blocks = checked(clip, meter.count(blocks))
+                    yield from cut_windows(clip, blocks, rate, length, step, classifier.min_samples)
                 except AudioError as error:
                     complain(error)
                 except OSError as error:
@@ -231,7 +255,7 @@ def _check(
         given = [f"`{name}`" for name, value in asdict(pipe).items() if value is not None]
         if given:
             raise ValueError(f"{', '.join(given)} are for raw PCM from a pipe: a file says it itself.")
-    numbers = {"top_k": output.top_k, "sampling_rate": pipe.sampling_rate, "channels": pipe.channels}
+    numbers = {"top_k": output.top_k, "sampling_rate": pipe.sampling_rate, "num_channels": pipe.num_channels}
     for name, value in {**numbers, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be positive, got {value}.")

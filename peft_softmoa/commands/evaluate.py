@@ -28,6 +28,7 @@ class EvaluateArguments:
         "label_column", default=None, more="Default: label, text for recognition, events for events in time."
     )
     max_length_seconds: Optional[float] = option("max_length_seconds")
+    channels: Optional[list[str]] = option("channels")
     on_bad_audio: Literal["skip", "raise"] = option("on_bad_audio")
     metrics: Optional[list[str]] = field(
         default=None, metadata={"help": "Metrics, as for train. Default: two that go with the task."}

@@ -18,9 +18,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..training.audio import AudioError
-from ..training.features import extract_features
+from ..training.channels import Channels, check_levels, most_channels, parse_channels, resolve_channels
+from ..training.features import extract_features, mask_channels
 from ..training.frames import shortest_clip
-from ..training.inputs import cast_inputs
+from ..training.inputs import Collate, cast_inputs
 from .loading import load_adapter
 from .scores import Scores, scores_of
 from .windows import Window
@@ -60,6 +61,8 @@ class Classifier:
         max_samples (int, optional): the greatest number of samples that it takes, to which shorter clips are padded.
             None: it takes any.
         min_samples (int): the smallest number.
+        channels (Channels): the channels that it reads, as for `decode_audio`. Default: `"mono"`.
+        num_channels (int, optional): the number of channels that it takes, of which some may be missing. Default: any.
     """
 
     model: nn.Module
@@ -69,6 +72,8 @@ class Classifier:
     per_frame: bool
     max_samples: Optional[int]
     min_samples: int
+    channels: Channels = "mono"
+    num_channels: Optional[int] = None
 
     @property
     def sampling_rate(self) -> int:
@@ -113,6 +118,7 @@ def load_classifier(
     revision: Optional[str] = None,
     *,
     scores: Optional[Scores] = None,
+    channels: Optional[Channels] = None,
     device: Union[str, torch.device, None] = None,
     dtype: Union[str, torch.dtype, None] = None,
 ) -> Classifier:
@@ -121,7 +127,8 @@ def load_classifier(
         classifier = load_classifier("your-name/esc50-softmoa")
         length, step = classifier.window(overlap_seconds=1.0)
         rate = classifier.sampling_rate
-        windows = cut_windows("concert", audio_blocks("concert.flac", rate), rate, length, step)
+        blocks = audio_blocks("concert.flac", rate, classifier.channels)
+        windows = cut_windows("concert", blocks, rate, length, step)
         for result in classify_windows(classifier, windows):
             ...
 
@@ -130,6 +137,8 @@ def load_classifier(
         revision (str, optional): branch, tag or commit of the adapter.
         scores (str, optional): how scores are made of logits, one of `"softmax"`, `"sigmoid"` and `"none"`. Default:
             what the model's `problem_type` says; without one, `"none"` for one output, and `"softmax"` for several.
+        channels (Channels, optional): the channels that are read of a clip, as for `decode_audio`. Default: all for an
+            adapter with `num_channels`, otherwise mono.
         device (str or torch.device, optional): where the model runs. Default: the device that Accelerate chooses.
         dtype (str or torch.dtype, optional): dtype of the base model. Default: float32 on a CPU, which is slow with
             others; elsewhere as it is stored.
@@ -138,7 +147,8 @@ def load_classifier(
         Classifier: the classifier.
 
     Raises:
-        ValueError: if the model does not classify, or the adapter does not say what its base model is.
+        ValueError: if the model does not classify, the adapter does not say what its base model is, or the channels
+            do not go with the adapter.
         OSError: if the adapter or its base model cannot be read.
     """
     try:
@@ -150,6 +160,9 @@ def load_classifier(
     )
     config: Any = model.config
     _check_task(adapter, type(model.get_base_model()).__name__)
+    channels = resolve_channels(parse_channels(channels), model)
+    if channels != "mono":
+        check_levels(feature_extractor)
     names = tuple(config.id2label[index] for index in range(config.num_labels))
     return Classifier(
         model,
@@ -159,6 +172,8 @@ def load_classifier(
         type(model.get_base_model()).__name__ in MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES.values(),
         _max_samples(feature_extractor, getattr(model.active_peft_config, "max_length_seconds", None)),
         shortest_clip(model, feature_extractor),
+        channels,
+        most_channels(model),
     )
 
 
@@ -247,10 +262,19 @@ def _shapes(features: dict[str, np.ndarray]) -> list[tuple[str, tuple[int, ...]]
 
 def _classify(classifier: Classifier, batch: list[tuple[Window, dict[str, np.ndarray]]]) -> Iterator[WindowScores]:
     device = next(classifier.model.parameters()).device
-    inputs = {
-        name: torch.from_numpy(np.concatenate([features[name] for _, features in batch])).to(device)
-        for name in batch[0][1]
-    }
+    if classifier.channels == "mono":
+        inputs = {
+            name: torch.from_numpy(np.concatenate([features[name] for _, features in batch])) for name in batch[0][1]
+        }
+    else:
+        masks = [mask_channels(window.name, len(window.samples), classifier.num_channels) for window, _ in batch]
+        inputs = Collate(classifier.feature_extractor)(
+            [
+                {**{name: values[0] for name, values in features.items()}, "channel_mask": mask}
+                for (_, features), mask in zip(batch, masks)
+            ]
+        )
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     with torch.no_grad():
         logits: Tensor = classifier.model(**cast_inputs(classifier.model, inputs)).logits.float()
     if not logits.isfinite().all():

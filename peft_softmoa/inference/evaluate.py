@@ -87,6 +87,8 @@ def evaluate_adapter(
     )
     if long_form:
         stream.prepare(model)
+        if stream.extract.channels != "mono":
+            raise ValueError("`long_form` is for mono adapters, as transformers' pipeline is mono: leave it out.")
         return _evaluate_long_form(model, feature_extractor, stream)
     counted = []
 

@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Optional
 
 import numpy as np
 
 from ..training.audio import AudioError
-from ..training.audio_file import Samples
+from ..training.audio_file import DecodeError, Samples
+from ..training.channels import Channels, select_channels
 from ..training.folders import AUDIO
 
 SAMPLE_FORMATS: dict[str, np.dtype[Any]] = {"s16le": np.dtype("<i2"), "f32le": np.dtype("<f4")}
@@ -30,7 +31,7 @@ class Window(NamedTuple):
 
     Args:
         name (str): the clip.
-        samples (np.ndarray): `(samples,)` float32.
+        samples (np.ndarray): `(samples,)` float32 or, unless mono, `(C, samples)`.
         start (float): where the part begins in the clip, in seconds.
         end (float): where it ends.
     """
@@ -51,7 +52,7 @@ def cut_windows(
 
     Args:
         name (str): the clip.
-        blocks (iterable of np.ndarray): its samples, `(samples,)` float32 each, of any lengths.
+        blocks (iterable of np.ndarray): its samples, `(samples,)` or `(C, samples)` float32 each, of any lengths.
         sampling_rate (int): in Hz.
         length (int): number of samples of a window.
         step (int): number of samples from the start of a window to that of the next.
@@ -65,20 +66,24 @@ def cut_windows(
     """
     if not 1 <= step <= length:
         raise ValueError(f"`step` must be from 1 to the {length} samples of a window, got {step}.")
-    held = np.zeros(0, np.float32)
+    held: Optional[Samples] = None
     start = covered = 0
     for block in blocks:
-        held = np.concatenate([held, block])
-        while len(held) >= length:
+        held = block if held is None else np.concatenate([held, block], axis=-1)
+        while held.shape[-1] >= length:
             covered = start + length
-            yield Window(name, held[:length], start / sampling_rate, covered / sampling_rate)
-            held, start = held[step:], start + step
-    end = start + len(held)
-    if end > covered and (len(held) >= min_samples or not covered):
+            yield Window(name, held[..., :length], start / sampling_rate, covered / sampling_rate)
+            held, start = held[..., step:], start + step
+    if held is None:
+        return
+    end = start + held.shape[-1]
+    if end > covered and (held.shape[-1] >= min_samples or not covered):
         yield Window(name, held, start / sampling_rate, end / sampling_rate)
 
 
-def pcm_blocks(pipe: BinaryIO, name: str, sample_format: str = "s16le", channels: int = 1) -> Iterator[Samples]:
+def pcm_blocks(
+    pipe: BinaryIO, name: str, sample_format: str = "s16le", num_channels: int = 1, channels: Channels = "mono"
+) -> Iterator[Samples]:
     """Read raw PCM from a pipe as it comes in.
 
         ffmpeg -i concert.mkv -f s16le -ar 16000 -ac 1 - | …
@@ -89,13 +94,14 @@ def pcm_blocks(pipe: BinaryIO, name: str, sample_format: str = "s16le", channels
         pipe (BinaryIO): where it comes from, such as `sys.stdin.buffer`.
         name (str): the clip, for errors.
         sample_format (str): `"s16le"`, 16-bit integers, or `"f32le"`, floats with full scale at 1. Default: `"s16le"`.
-        channels (int): number of channels, whose samples take turns. Default: 1.
+        num_channels (int): number of channels, whose samples take turns. Default: 1.
+        channels (Channels): which of them are read, as for `decode_audio`. Default: `"mono"`.
 
     Yields:
-        np.ndarray: `(samples,)` float32, the mean of all channels.
+        np.ndarray: `(samples,)` float32 or, unless mono, `(C, samples)`.
 
     Raises:
-        AudioError: if it begins like an audio file, which is not raw PCM.
+        AudioError: if it begins like an audio file, which is not raw PCM, or lacks a channel.
     """
     dtype = SAMPLE_FORMATS[sample_format]
     read: Any = getattr(pipe, "read1", pipe.read)
@@ -106,14 +112,17 @@ def pcm_blocks(pipe: BinaryIO, name: str, sample_format: str = "s16le", channels
         raise AudioError(
             name,
             "it begins like an audio file, but raw PCM is read from a pipe: let FFmpeg write it "
-            f"(`-f {sample_format} -ar RATE -ac {channels} -`), or give the file itself",
+            f"(`-f {sample_format} -ar RATE -ac {num_channels} -`), or give the file itself",
         )
     while content:
-        end = len(content) - len(content) % (dtype.itemsize * channels)
+        end = len(content) - len(content) % (dtype.itemsize * num_channels)
         rest = content[end:]
         if end:
-            values = np.frombuffer(content[:end], dtype).reshape(-1, channels).astype(np.float32)
-            yield (values / np.float32(2**15) if dtype.kind == "i" else values).mean(axis=1)
+            values = np.frombuffer(content[:end], dtype).reshape(-1, num_channels).astype(np.float32)
+            try:
+                yield select_channels(values / np.float32(2**15) if dtype.kind == "i" else values, channels)
+            except DecodeError as error:
+                raise AudioError(name, str(error)) from error
         more = read(READ_BYTES)
         content = rest + more if more else b""
 
@@ -167,7 +176,7 @@ class Meter:
             np.ndarray: the same blocks.
         """
         for block in blocks:
-            self.num_samples += len(block)
+            self.num_samples += block.shape[-1]
             yield block
 
     def wait(self, blocks: Iterable[Samples]) -> Iterator[Samples]:

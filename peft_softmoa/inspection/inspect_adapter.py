@@ -15,11 +15,10 @@ import numpy as np
 from peft import PeftConfig
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding
 
 from ..inference.loading import load_adapter
 from ..registration import SOFTMOA
-from ..training.frames import shortest_clip
+from ..training.inputs import Collate
 from ..training.load import load_stream
 from ..training.options import DataOptions
 from ..training.rows import name_some
@@ -102,10 +101,10 @@ def inspect_adapter(
         stream = load_stream(
             source, source.split, feature_extractor, options, rows=rows, training=False, needs_length=False
         )
-        stream.extract.min_samples = shortest_clip(model, feature_extractor)
+        stream.prepare(model)
         total = max_clips or (len(stream) if stream.summary else None)
         clips = tqdm(islice(stream, max_clips), desc="Recording experts", unit=" clips", total=total, disable=None)
-        batches = _batches(clips, batch_size, DataCollatorWithPadding(feature_extractor))
+        batches = _batches(clips, batch_size, Collate(feature_extractor, stream.task))
         report = expert_report(
             model, prepare_batches(model, batches), label_names=stream.label_names, show_progress=False
         )
@@ -167,7 +166,8 @@ def _batches(clips: Iterator[dict[str, Any]], size: int, collate: Any) -> Iterat
     """Batches of clips. Without a mask, clips of unequal length go one by one: the model would read the padding."""
     while chunk := list(islice(clips, size)):
         lengths = {np.shape(next(iter(clip.values()))) for clip in chunk}
-        if len(lengths) > 1 and not any("mask" in name for name in chunk[0]):
+        has_mask = any("mask" in name for name in chunk[0] if name != "channel_mask")
+        if len(lengths) > 1 and not has_mask:
             yield from (collate([clip]) for clip in chunk)
         else:
             yield collate(chunk)

@@ -1,7 +1,7 @@
 """Audio streams, tasks, metrics, checkpoints and callbacks, for the Hugging Face Trainer and for loops of one's own."""
 
 from .audio import AudioError, decode_audio
-from .augment import mixup, spec_augment
+from .augment import mixup, spec_augment, swap_channels
 from .callbacks import LogRouterLoss
 from .checkpoints import (
     atomic_checkpoint,
@@ -110,5 +110,6 @@ __all__ = [
     "spec_augment",
     "start_or_resume",
     "summarize_rows",
+    "swap_channels",
     "write_run_state",
 ]

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Seq2SeqTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..arguments import AdapterArguments
+from .augment import parse_mirror
+from .channels import parse_channels
 from .metrics import LOWER_IS_BETTER
 from .network import retry
 from .options import collect_options, option
@@ -174,9 +176,23 @@ class DataArguments:
     mask_frames: int = field(
         default=0, metadata={"help": "SpecAugment: a span of up to so many frames is set to zero in training."}
     )
+    channels: Optional[list[str]] = option("channels")
+    mirror_labels: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "In training, the channels of every second clip, drawn at random, come in reverse order, and these "
+            "classes change places, such as left=right. Default: channels keep their order."
+        },
+    )
     streaming: bool = option("streaming")
     shuffle_buffer_size: int = option("shuffle_buffer")
     on_bad_audio: Literal["skip", "raise"] = option("on_bad_audio")
+
+    def __post_init__(self) -> None:
+        # The same setting for a command and for Python.
+        vars(self).update(
+            channels=parse_channels(self.channels), mirror_labels=parse_mirror(self.mirror_labels) or None
+        )
 
 
 @dataclass

@@ -47,7 +47,8 @@ class Features(NamedTuple):
 
 
 class FeatureCache:
-    """The features of clips, one file for each, for one feature extractor and one greatest length.
+    """The features of clips, one file for each, for one feature extractor, one greatest length and one choice of
+    channels.
 
     A file is named by what its features depend on, so it is never out of date. It appears whole or not at all, so
     several processes may write and read at once. Nothing is written by a feature extractor that draws random numbers.
@@ -61,7 +62,8 @@ class FeatureCache:
     def __init__(self, feature_extractor: Any, options: DataOptions, whole: bool = False) -> None:
         self._extractor = feature_extractor
         self._before = _state(feature_extractor)
-        made_by = [self._before[0], _sources(feature_extractor), options.max_length_seconds, whole, _versions()]
+        read = (options.max_length_seconds, options.channels or "mono", whole)
+        made_by = [self._before[0], _sources(feature_extractor), *read, _versions()]
         self._folder = cache_folder(options) / Hasher.hash(made_by)
         self._new: dict[Path, Features] = {}
 

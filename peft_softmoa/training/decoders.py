@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from .audio_file import BLOCK_FRAMES, DecodeError, Reader, Samples, Source, UnreadableError
+from .channels import Channels, select_channels
 from .containers import check_header, is_truncated, needs_ffmpeg
 from .ffmpeg import FfmpegDecoder
 
@@ -29,10 +30,10 @@ class Decoder(Protocol):
             start (int): the first frame. Default: 0.
 
         Yields:
-            np.ndarray: `(frames,)` float32, the mean of all channels.
+            np.ndarray: `(frames,)` or `(C, frames)` float32, as `select_channels` gives them.
 
         Raises:
-            DecodeError: if the file is damaged or, where it ends, truncated.
+            DecodeError: if the file is damaged or, where it ends, truncated, or lacks a channel.
         """
 
     def count_frames(self) -> int:
@@ -46,11 +47,12 @@ class Decoder(Protocol):
         """
 
 
-def open_decoder(source: Source) -> Decoder:
+def open_decoder(source: Source, channels: Channels) -> Decoder:
     """Open an audio file with the decoder that reads it best.
 
     Args:
         source (Source): the file.
+        channels (Channels): which of its channels are read.
 
     Returns:
         Decoder: its decoder.
@@ -61,12 +63,12 @@ def open_decoder(source: Source) -> Decoder:
     if source.size == 0:
         raise DecodeError("unreadable (the file is empty)")
     if needs_ffmpeg(source):
-        return FfmpegDecoder(source)
+        return FfmpegDecoder(source, channels)
     try:
-        return SoundfileDecoder(source)
+        return SoundfileDecoder(source, channels)
     except UnreadableError as error:
         try:
-            return FfmpegDecoder(source)
+            return FfmpegDecoder(source, channels)
         except UnreadableError:
             raise error from None
 
@@ -76,13 +78,15 @@ class SoundfileDecoder:
 
     Args:
         source (Source): the file.
+        channels (Channels): which of its channels are read.
 
     Raises:
         DecodeError: if it is no file that libsndfile reads.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, channels: Channels) -> None:
         self._source = source
+        self._channels = channels
         # For who reads first: opening Ogg and MP3 takes as long as decoding a second.
         self._opened: Any = self._open_file()
         self.sampling_rate: int = self._opened.samplerate
@@ -97,7 +101,7 @@ class SoundfileDecoder:
             try:
                 place = file.seek(start) if start else 0
                 while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
-                    yield block.mean(axis=1)
+                    yield select_channels(block, self._channels)
                     place += len(block)
             except (ValueError, soundfile.LibsndfileError) as error:
                 raise DecodeError(f"damaged ({getattr(error, 'error_string', error)})") from error
@@ -107,10 +111,13 @@ class SoundfileDecoder:
 
     def count_frames(self) -> int:
         if not self.can_seek:
-            return sum(map(len, self.blocks()))
+            return self._count(0)
         with self._open() as file:
             known = max(file.frames - 1, 0)
-        return known + sum(map(len, self.blocks(known)))
+        return known + self._count(known)
+
+    def _count(self, start: int) -> int:
+        return sum(block.shape[-1] for block in self.blocks(start))
 
     @contextmanager
     def _open(self) -> Iterator[Any]:

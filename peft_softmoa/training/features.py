@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -12,6 +13,7 @@ from transformers import SequenceFeatureExtractor
 
 from .audio import AudioError, decode_audio, decode_crop, name_and_content
 from .cached_features import Features, open_cache
+from .channels import Channels, extract_jointly
 from .frames import check_length
 from .options import DataOptions
 from .rows import name_some
@@ -37,26 +39,53 @@ def extract_features(
 
     Args:
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
-        waveform (np.ndarray): `(samples,)` float32, at the extractor's sampling rate.
+        waveform (np.ndarray): `(samples,)` float32, at the extractor's sampling rate, or `(C, samples)`, whose channels
+            are normalized together.
         name (str): the clip, for errors.
         min_samples (int): the smallest number of samples that the model takes, from `shortest_clip`. Default: 1.
 
     Returns:
-        dict[str, np.ndarray]: inputs of the model, in a batch of one.
+        dict[str, np.ndarray]: inputs of the model, in a batch of one, `(1, ...)` or `(1, C, ...)`.
 
     Raises:
         AudioError: if the clip is too short, or its features are not finite.
     """
     extract: Any = feature_extractor
-    rate = extract.sampling_rate
-    check_length(name, len(waveform), min_samples, rate)
+    rate, length = extract.sampling_rate, waveform.shape[-1]
+    check_length(name, length, min_samples, rate)
     try:
-        features = extract(waveform, sampling_rate=rate, return_tensors="np")
+        if waveform.ndim == 1:
+            features = dict(extract(waveform, sampling_rate=rate, return_tensors="np"))
+        else:
+            features = {key: values[None] for key, values in extract_jointly(extract, waveform).items()}
     except (ValueError, AssertionError) as error:  # torchaudio asserts a minimum length
-        raise AudioError(name, f"no features from {len(waveform)} samples ({error})") from error
+        raise AudioError(name, f"no features from {length} samples ({error})") from error
     if not np.isfinite(features[extract.model_input_names[0]]).all():
-        raise AudioError(name, f"features of {len(waveform)} samples are not finite")
-    return dict(features)
+        raise AudioError(name, f"features of {length} samples are not finite")
+    return features
+
+
+def mask_channels(name: str, count: int, most: Optional[int]) -> npt.NDArray[np.bool_]:
+    """Say which of the channels that a model reads a clip has: the first ones.
+
+    Args:
+        name (str): the clip, for the error.
+        count (int): its number of channels, as far as they are read.
+        most (int, optional): the number that the model reads, from `most_channels`. None: any number.
+
+    Returns:
+        np.ndarray: `(C,)` bool.
+
+    Raises:
+        AudioError: if it has more.
+    """
+    if most is not None and count > most:
+        raise AudioError(
+            name,
+            f"it has {count} channels, more than the adapter reads (num_channels={most}): choose them with `channels`, "
+            f"such as {list(range(most))}",
+        )
+    return np.arange(most or count) < count
 
 
 class ExtractFeatures:
@@ -86,6 +115,9 @@ class ExtractFeatures:
         self.options = options or DataOptions()
         self.random_crop = random_crop
         self.min_samples = min_samples
+        # `AudioStream.prepare` sets them for its model.
+        self.channels: Channels = self.options.channels or "mono"
+        self.most_channels: Optional[int] = None
         self.skipped: list[Skipped] = []
         self._warned: set[Skipped] = set()
 
@@ -97,7 +129,8 @@ class ExtractFeatures:
             generator (np.random.Generator, optional): draws the places of random cuts. Default: a new one.
 
         Returns:
-            dict[str, list]: the model's inputs and, with a task, `labels`.
+            dict[str, list]: the model's inputs and, with a task, `labels`; unless mono, the inputs are `(C, ...)`, and
+            `channel_mask` says which of the channels that the model reads are there.
 
         Raises:
             AudioError: for audio that cannot be used, if `on_bad_audio="raise"`.
@@ -109,7 +142,8 @@ class ExtractFeatures:
         if task is not None:
             batch["labels"] = []
         rate, can_crop = self.feature_extractor.sampling_rate, task is None or task.can_crop
-        cache = open_cache(self.feature_extractor, self.options, self.random_crop and can_crop, whole=not can_crop)
+        options = replace(self.options, channels=self.channels)
+        cache = open_cache(self.feature_extractor, options, self.random_crop and can_crop, whole=not can_crop)
         for index, audio in enumerate(rows[audio_column]):
             if audio is not None and not isinstance(audio, (str, bytes, dict)):
                 raise ValueError(
@@ -125,6 +159,9 @@ class ExtractFeatures:
                 found = cache.get(audio, extract) if cache else extract()
                 # What lies in the cache may have been made for a model that takes shorter clips.
                 check_length(name, found.num_samples, self.min_samples, rate)
+                inputs = dict(found.inputs)
+                if self.channels != "mono":
+                    inputs["channel_mask"] = mask_channels(name, len(next(iter(inputs.values()))), self.most_channels)
                 clip = Clip(found.start, found.num_samples, rate)
                 labels = None if task is None else task.encode(target, name, clip)
             except AudioError as error:
@@ -132,7 +169,7 @@ class ExtractFeatures:
                     raise
                 self.skipped.append(Skipped(error.name, error.reason))
                 continue
-            for key, features in found.inputs.items():
+            for key, features in inputs.items():
                 batch.setdefault(key, []).append(features)
             if task is not None:
                 batch["labels"].append(labels)
@@ -145,15 +182,15 @@ class ExtractFeatures:
         length = None if seconds is None else round(seconds * rate)
         if self.task is not None and not self.task.can_crop:
             longest = min((each for each in (length, self._most_samples()) if each is not None), default=None)
-            waveform = decode_audio(audio, rate, None if longest is None else (longest + 1) / rate)
-            if longest is not None and len(waveform) > longest:
+            waveform = decode_audio(audio, rate, None if longest is None else (longest + 1) / rate, self.channels)
+            if longest is not None and waveform.shape[-1] > longest:
                 raise AudioError(name, f"longer than the {longest / rate:g} s that are read, and its target is of all")
         elif self.random_crop and length is not None:
-            waveform, start = decode_crop(audio, rate, length, generator)
+            waveform, start = decode_crop(audio, rate, length, generator, self.channels)
         else:
-            waveform = decode_audio(audio, rate, seconds)[:length]
+            waveform = decode_audio(audio, rate, seconds, self.channels)[..., :length]
         features = extract_features(self.feature_extractor, waveform, name, self.min_samples)
-        return Features(len(waveform), {key: values[0] for key, values in features.items()}, start / rate)
+        return Features(waveform.shape[-1], {key: values[0] for key, values in features.items()}, start / rate)
 
     def _most_samples(self) -> Optional[int]:
         """What an extractor with inputs of one length, such as Whisper's, cuts away in silence."""

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import numpy as np
 
 from .audio_file import BLOCK_FRAMES, DecodeError, Reader, Samples, Source, UnreadableError
+from .channels import Channels, select_channels
 from .containers import check_header, hide_constant_rate, is_chained, is_truncated
 
 # Without those that read other files, such as playlists.
@@ -27,13 +28,15 @@ class FfmpegDecoder:
 
     Args:
         source (Source): the file.
+        channels (Channels): which of its channels are read.
 
     Raises:
         DecodeError: if it is no file that FFmpeg reads, or has no sound.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, channels: Channels) -> None:
         self._source = source
+        self._channels = channels
         # For who reads from the start: opening some formats takes as long as decoding a second.
         self._opened: Any = self._open()
         stream = self._opened.streams.audio[0]
@@ -52,19 +55,26 @@ class FfmpegDecoder:
 
     def blocks(self, start: int = 0) -> Iterator[Samples]:
         waiting: list[Samples] = []
+        shape: Optional[tuple[int, ...]] = None
         try:
             for place, frame in self._frames(start):
                 if place + frame.samples > start:
-                    waiting.append(mono(frame)[max(start - place, 0) :])
-                if sum(map(len, waiting)) >= BLOCK_FRAMES:
-                    yield np.concatenate(waiting)
+                    block = select_channels(frame_samples(frame), self._channels)[..., max(start - place, 0) :]
+                    shape = block.shape[:-1] if shape is None else shape
+                    if block.shape[:-1] != shape:
+                        raise DecodeError(
+                            f"its number of channels changes from {shape[0]} to {len(block)}: convert it to one number"
+                        )
+                    waiting.append(block)
+                if sum(block.shape[-1] for block in waiting) >= BLOCK_FRAMES:
+                    yield np.concatenate(waiting, axis=-1)
                     waiting = []
         except DecodeError:
             if waiting:
-                yield np.concatenate(waiting)
+                yield np.concatenate(waiting, axis=-1)
             raise
         if waiting:
-            yield np.concatenate(waiting)
+            yield np.concatenate(waiting, axis=-1)
 
     def count_frames(self) -> int:
         if self._count is None:
@@ -192,14 +202,14 @@ def _damaged(error: Exception) -> DecodeError:
     return damaged
 
 
-def mono(frame: Any) -> Samples:
-    """The mean of all channels of a frame.
+def frame_samples(frame: Any) -> Samples:
+    """The samples of a frame.
 
     Args:
         frame (av.AudioFrame): the frame.
 
     Returns:
-        np.ndarray: `(frames,)` float32, with full scale at 1.
+        np.ndarray: `(frames, channels)` float32, with full scale at 1.
 
     Raises:
         DecodeError: if the frame does not hold as many channels as it says.
@@ -214,5 +224,4 @@ def mono(frame: Any) -> Samples:
         values = values.astype(np.float32) / 128 - 1
     elif values.dtype.kind == "i":
         values = values.astype(np.float32) / np.float32(2 ** (8 * values.dtype.itemsize - 1))
-    mean: Samples = np.ascontiguousarray(values, dtype=np.float32).mean(axis=1)
-    return mean
+    return np.ascontiguousarray(values, dtype=np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 
 from .tasks import Task
@@ -12,6 +13,9 @@ from .tasks import Task
 
 class Collate:
     """Make a batch of samples: pad their features as the feature extractor does, and their labels as the task does.
+
+    Samples of several channels have a `channel_mask`, and so has the batch. Missing channels are zero, and their
+    attention mask is that of the clip's last channel, as attention to nothing is no number.
 
     Args:
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
@@ -29,13 +33,37 @@ class Collate:
             samples (sequence of mapping): the inputs of each sample by name, with `labels`.
 
         Returns:
-            dict[str, Tensor]: `(B, ...)` each.
+            dict[str, Tensor]: `(B, ...)` or `(B, C, ...)` each.
         """
         inputs = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
-        batch: dict[str, Tensor] = dict(self.feature_extractor.pad(inputs, padding=True, return_tensors="pt"))
+        has_channels = "channel_mask" in inputs[0]
+        batch = self._pad_channels(inputs) if has_channels else self._pad(inputs)
         if self.task is not None:
             batch["labels"] = self.task.batch_labels([sample["labels"] for sample in samples])
         return batch
+
+    def _pad(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return dict(self.feature_extractor.pad(inputs, padding=True, return_tensors="pt"))
+
+    def _pad_channels(self, inputs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        counts = torch.tensor([int(sample["channel_mask"].sum()) for sample in inputs])
+        names = [name for name in inputs[0] if name != "channel_mask"]
+        rows = self._pad(
+            [
+                {name: sample[name][channel] for name in names}
+                for sample, count in zip(inputs, counts)
+                for channel in range(count)
+            ]
+        )
+        channels = torch.arange(max(len(sample["channel_mask"]) for sample in inputs))
+        mask = channels < counts[:, None]
+        # The row of each channel; of a missing one, that of the last.
+        index = counts.cumsum(0)[:, None] - counts[:, None] + channels.minimum(counts[:, None] - 1)
+        batch = {name: value[index] for name, value in rows.items()}
+        for name, value in batch.items():
+            if value.is_floating_point():
+                batch[name] = value.masked_fill(~mask.view(*mask.shape, *[1] * (value.ndim - 2)), 0.0)
+        return {**batch, "channel_mask": mask}
 
 
 def cast_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Optional, Union
 
+from .channels import Channels, parse_channels
+
 # An argument in an error of the library, such as `rows` or `streaming=False`.
 ARGUMENT = re.compile(r"`(\w+)(?:=([^`]+))?`")
 
@@ -62,6 +64,14 @@ class DataOptions:
             "clips are not cut."
         },
     )
+    channels: Optional[Channels] = field(
+        default=None,
+        metadata={
+            "help": "What is read of recordings with several channels: mono (their mean), all (each of them), or the "
+            "numbers of some from 0 on. Features of channels are normalized together, so that they keep their "
+            "differences in level. Default: all for an adapter with num_channels, otherwise mono."
+        },
+    )
     on_bad_audio: Literal["skip", "raise"] = field(
         default="skip",
         metadata={"help": "Audio that cannot be used is skipped, counted and named in one warning, or is an error."},
@@ -87,6 +97,7 @@ class DataOptions:
             raise ValueError(f"`on_bad_audio` must be 'skip' or 'raise', got '{self.on_bad_audio}'.")
         if self.shuffle_buffer < 0:
             raise ValueError(f"`shuffle_buffer` must not be negative, got {self.shuffle_buffer}.")
+        object.__setattr__(self, "channels", parse_channels(self.channels))
 
 
 OPTIONS = {entry.name: entry for entry in fields(DataOptions)}

@@ -73,6 +73,8 @@ def _train(run: RunArguments, config: SoftMoAConfig) -> AudioTrainer:
     feature_extractor = load_feature_extractor(run, base)
     streams = load_streams(run, task, feature_extractor)
     model = add_adapter(run, base, streams["training"].task or task, config)
+    for stream in streams.values():
+        stream.choose_channels(model)
     if training.should_log:
         model.print_trainable_parameters()
     settings = run.settings() | fingerprints(model, feature_extractor, streams, training.load_best_model_at_end)
@@ -96,6 +98,7 @@ def _train(run: RunArguments, config: SoftMoAConfig) -> AudioTrainer:
         mask_frequencies=run.data.mask_frequencies,
         mask_frames=run.data.mask_frames,
         mixup_alpha=run.task.mixup_alpha,
+        mirror_labels=run.data.mirror_labels,
     )
     if config.choices()["router_aux_loss_coef"]:
         trainer.add_callback(LogRouterLoss(trainer))

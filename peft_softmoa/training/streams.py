@@ -15,6 +15,7 @@ from datasets import IterableDataset
 from torch import nn
 from torch.utils.data import get_worker_info
 
+from .channels import check_levels, most_channels, resolve_channels
 from .features import ExtractFeatures
 from .frames import shortest_clip
 from .rows import DatasetSummary, check_columns, column_names, name_some
@@ -83,17 +84,35 @@ class AudioStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         return list(self.task.label_names) if self.task else []
 
     def prepare(self, model: nn.Module) -> None:
-        """Learn what a model takes: clips that are too short for it are audio that cannot be used.
+        """Learn what a model takes: its channels, and that clips that are too short for it cannot be used.
 
         `AudioTrainer` does it. In a loop of one's own, call it before the stream is read.
 
         Args:
             model (nn.Module): the model, with or without an adapter.
+
+        Raises:
+            ValueError: if the channels that are chosen do not go with the adapter or the feature extractor.
         """
         extract = self.extract
+        self.choose_channels(model)
         extract.min_samples = shortest_clip(model, extract.feature_extractor)
         if extract.task is not None:
             extract.task.prepare(model, extract.feature_extractor)
+
+    def choose_channels(self, model: nn.Module) -> None:
+        """Learn which channels a model reads, as a part of `prepare`.
+
+        Args:
+            model (nn.Module): the model, with or without an adapter.
+
+        Raises:
+            ValueError: if the channels that are chosen do not go with the adapter or the feature extractor.
+        """
+        self.extract.channels = resolve_channels(self.extract.options.channels, model)
+        self.extract.most_channels = most_channels(model)
+        if self.extract.channels != "mono":
+            check_levels(self.extract.feature_extractor)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which determines the order.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from .augment import mixup, spec_augment
+from .augment import mixup, parse_mirror, spec_augment, swap_channels
 from .classes import check_classes
 from .inputs import Collate, cast_inputs
 from .loaders import make_eval_loader, make_loader
@@ -28,8 +29,9 @@ class AudioTrainer(ResumableTrainer):
     The task of the streams says how batches are made, and what the metrics are; with `Seq2SeqTrainingArguments` and
     `predict_with_generate` they are of what the model generates. Each process reads its own part of a training set that
     is an `AudioStream`. In a stream, clips that are too short to give the model a token are audio that cannot be used.
-    SpecAugment and mixup run on the batch, on its device, in training. Inputs get the dtype in which the model reads
-    them. All streams and the model must have the same classes. Checkpoints and pushes are those of `ResumableTrainer`.
+    SpecAugment, mixup and the swapping of channels run on the batch, on its device, in training. Inputs get the dtype
+    in which the model reads them. All streams and the model must have the same classes. Checkpoints and pushes are
+    those of `ResumableTrainer`.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, kwargs: as for `transformers.Seq2SeqTrainer`; what is
@@ -37,6 +39,8 @@ class AudioTrainer(ResumableTrainer):
         mask_frequencies (int): for `spec_augment`. Default: 0.
         mask_frames (int): for `spec_augment`. Default: 0.
         mixup_alpha (float): for `mixup`. Default: 0, no mixup.
+        mirror_labels (mapping or sequence of str, optional): for `swap_channels`, the classes that mirror each other,
+            such as `{"left": "right"}`. Default: channels keep their order.
 
     Raises:
         ValueError: if the classes differ, or an argument does not go with the task.
@@ -53,11 +57,13 @@ class AudioTrainer(ResumableTrainer):
         mask_frequencies: int = 0,
         mask_frames: int = 0,
         mixup_alpha: float = 0.0,
+        mirror_labels: Union[Mapping[str, str], Sequence[str], None] = None,
         **kwargs: Any,
     ) -> None:
         self.mask_frequencies = mask_frequencies
         self.mask_frames = mask_frames
         self.mixup_alpha = mixup_alpha
+        self.mirror_labels = parse_mirror(mirror_labels)
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         streams = [each for each in (train_dataset, *evaluated) if isinstance(each, AudioStream) and each.task]
         self.task: Optional[Task] = streams[0].task if streams else None
@@ -145,11 +151,12 @@ class AudioTrainer(ResumableTrainer):
             stream.extract.task = self.task
         extractor = stream.extract.feature_extractor
         # FSDP leaves no model to ask after the training has begun.
+        model: Any = self.model
         if extractor not in self._min_samples:
-            model: Any = self.model
             stream.prepare(model)
             self._min_samples[extractor] = stream.extract.min_samples
         stream.extract.min_samples = self._min_samples[extractor]
+        stream.choose_channels(model)
 
     def _loader_options(self) -> dict[str, Any]:
         return {
@@ -198,7 +205,12 @@ class AudioTrainer(ResumableTrainer):
         return cast_inputs(model, super()._prepare_inputs(inputs))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Take a step on a batch, with SpecAugment and mixup if they are set."""
+        """Take a step on a batch, with mirrored channels, mixup and SpecAugment if they are set."""
+        if self.mirror_labels:
+            if self.task is None:
+                raise ValueError("`mirror_labels` needs an AudioStream with labels, which says what they are.")
+            inputs = self._prepare_inputs(inputs)
+            inputs = swap_channels(inputs, self.task.mirrored(inputs["labels"], self.mirror_labels))
         if self.mixup_alpha:
             if self.task is None:
                 raise ValueError("`mixup_alpha` needs an AudioStream with labels, which says what they are.")

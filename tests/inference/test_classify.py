@@ -297,7 +297,7 @@ def test_files_that_cannot_be_used(adapter, tmp_path, capsys):
     ("words", "message"),
     [
         (["a.wav", "-"], "'-' reads a pipe, and no files can be beside it"),
-        (["a.wav", "--channels", "2"], "--channels are for raw PCM from a pipe"),
+        (["a.wav", "--num_channels", "2"], "--num_channels are for raw PCM from a pipe"),
         (["a.wav", "--batch_size", "0"], "--batch_size must be positive, got 0"),
         (["a.wav", "--threshold", "0.3"], "--threshold is for the segments of --labels, which is not given"),
         (["a.wav", "b.wav", "--labels", "x"], "--labels is a label track of one clip, got 2 clips"),
@@ -347,7 +347,7 @@ def test_a_pipe_gives_each_window_before_it_ends(adapter, tmp_path):
 @pytest.mark.timeout(900)  # starts a process
 def test_ctrl_c_ends_with_the_summary(adapter, tmp_path):
     track = tmp_path / "labels.txt"
-    with start(adapter, "-", "--labels", str(track), "--threshold", "0", "--channels", "2") as process:
+    with start(adapter, "-", "--labels", str(track), "--threshold", "0", "--num_channels", "2") as process:
         process.stdin.write(bytes(AST_SAMPLES * 4))
         process.stdin.flush()
         assert process.stdout.readline().split()[:3] == [b"stdin", b"0.000", b"0.640"]

@@ -38,7 +38,7 @@ def test_a_generator_repeats_the_masks():
     assert torch.equal(first, second) and not torch.equal(first, third)
 
 
-@pytest.mark.parametrize("shape, mask", [((5, 4), 1), ((1, 2, 5, 4), 1), ((3, 5, 4), -1)])
+@pytest.mark.parametrize("shape, mask", [((5, 4), 1), ((1, 1, 2, 5, 4), 1), ((3, 5, 4), -1)])
 def test_what_is_refused(shape, mask):
     with pytest.raises(ValueError, match="SpecAugment takes spectrograms"):
         spec_augment(torch.ones(shape), mask, 0)

@@ -19,7 +19,7 @@ from recordings import RATE, encode, id3, riff, signal
 from peft_softmoa.training import AudioError, decode_audio
 from peft_softmoa.training.audio import audio_seconds, decode_crop
 from peft_softmoa.training.audio_file import READABLE, DecodeError, Source
-from peft_softmoa.training.ffmpeg import mono
+from peft_softmoa.training.ffmpeg import frame_samples
 from peft_softmoa.training.folders import AUDIO
 
 SECONDS = 2.0
@@ -395,7 +395,7 @@ def test_a_frame_with_other_planes_than_channels_is_refused():
         to_ndarray=lambda: pytest.fail("read"),
     )
     with pytest.raises(DecodeError, match="damaged: a part of it has 37 channels"):
-        mono(frame)
+        frame_samples(frame)
 
 
 @pytest.mark.parametrize("name", ["M4A", "ALAC", "MP4 in pieces", "WebM", "WMA", "WavPack"])

@@ -61,6 +61,8 @@ class Task(ABC):
     can_crop: ClassVar[bool] = True
     # Whether the classes that a dataset declares are the model's classes.
     takes_declared: ClassVar[bool] = True
+    # Whether labels are numbers of classes, or have a column for each class.
+    has_classes: ClassVar[bool] = False
     # Whether the Trainer generates for the metrics.
     generates: ClassVar[bool] = False
 
@@ -202,6 +204,33 @@ class Task(ABC):
         raise ValueError(
             f"`mixup_alpha` mixes classes and numbers, which the labels of `task={self.name}` are not: leave it out."
         )
+
+    def mirrored(self, labels: Tensor, mirror: Mapping[str, str]) -> Tensor:
+        """The labels of clips whose channels come in reverse order.
+
+        Args:
+            labels (Tensor): of a batch.
+            mirror (mapping): the class that takes the place of a class, in both directions; others stay.
+
+        Returns:
+            Tensor: of the same shape.
+
+        Raises:
+            ValueError: if a class is unknown, or this task has no classes.
+        """
+        if not self.has_classes:
+            raise ValueError(
+                f"`mirror_labels` are classes, which the labels of {type(self).__name__} are not: leave it out."
+            )
+        unknown = sorted(set(mirror) - set(self.label_names))
+        if unknown:
+            raise ValueError(
+                f"`mirror_labels` has {name_some(unknown)}, none of the classes {name_some(self.label_names)}."
+            )
+        order = [self._indices[mirror.get(name, name)] for name in self.label_names]
+        others = torch.tensor(order, device=labels.device)
+        # A number for each clip, or a column for each class.
+        return labels[..., others] if labels.is_floating_point() else others[labels]
 
     def reduce_outputs(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """What of a batch's outputs the metrics need, which the Trainer keeps of the whole evaluation.

@@ -39,6 +39,7 @@ class _Classification(Task):
     name: ClassVar[str] = "audio-classification"
     model_class: ClassVar[Any] = AutoModelForAudioClassification
     problem_type: ClassVar[str]
+    has_classes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
