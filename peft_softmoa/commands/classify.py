@@ -13,10 +13,13 @@ from typing import Literal, Optional
 from tqdm.auto import tqdm
 
 from ..inference.classify import WindowScores, classify_windows, load_classifier
+from ..inference.follow import classify_following, following_window
+from ..inference.incoming import PCM, incoming_blocks
 from ..inference.segments import Segments
 from ..inference.windows import Meter, Window, cut_windows, find_clips, pcm_blocks
 from ..training.audio import AudioError, audio_blocks, resample_blocks
 from ..training.options import flag_names, name_flags
+from .following import FollowArguments, check_following
 from .parser import CommandParser
 
 PIPE_NAME = "stdin"
@@ -73,7 +76,11 @@ class PipeArguments:
     """What comes through a pipe."""
 
     sampling_rate: Optional[int] = field(
-        default=None, metadata={"help": "Its sampling rate in Hz. Default: the one of the model, such as 16000."}
+        default=None,
+        metadata={
+            "help": "Its sampling rate in Hz. Default: the one of the model, such as 16000; with --follow, WAV is read "
+            "unless it is given."
+        },
     )
     sample_format: Optional[Literal["s16le", "f32le"]] = field(
         default=None, metadata={"help": "16-bit integers or 32-bit floats. Default: s16le."}
@@ -104,6 +111,7 @@ class ModelArguments:
 
 GROUPS = {
     "Windows": WindowArguments,
+    "Audio that comes in": FollowArguments,
     "Output": OutputArguments,
     "Raw PCM from a pipe": PipeArguments,
     "Model": ModelArguments,
@@ -138,17 +146,22 @@ def main(arguments: list[str]) -> None:
         ValueError: for options that are not allowed.
         SystemExit: with status 1 if a clip cannot be used, with 130 after Ctrl-C.
     """
-    cutting, output, pipe, running, rest = make_parser().parse(arguments)
+    cutting, following, output, pipe, running, rest = make_parser().parse(arguments)
     with name_flags(flag_names(*GROUPS.values())):
         is_pipe = rest.clips == ["-"]
-        clips = [PIPE_NAME] if is_pipe else list(find_clips(rest.clips))
-        _check(rest.clips, clips, output, pipe, running.batch_size)
+        check_following(following, rest.clips, asdict(pipe), running.batch_size)
+        clips = [PIPE_NAME] if is_pipe else rest.clips if following.follow else list(find_clips(rest.clips))
+        _check(rest.clips, clips, output, pipe, running.batch_size, following.follow)
         classifier = load_classifier(
             rest.adapter, running.revision, scores=output.scores, device=running.device, dtype=running.dtype
         )
         rate = classifier.sampling_rate
         length, _ = classifier.window(cutting.window_seconds)
-        length, step = classifier.window(cutting.window_seconds, parse_overlap(cutting.overlap, length / rate))
+        overlap = parse_overlap(cutting.overlap, length / rate)
+        if following.follow:
+            length, step = following_window(classifier, cutting.window_seconds, overlap)
+        else:
+            length, step = classifier.window(cutting.window_seconds, overlap)
         meter = Meter(rate)
         failed: list[str] = []
 
@@ -159,7 +172,11 @@ def main(arguments: list[str]) -> None:
         def windows() -> Iterator[Window]:
             for clip in clips:
                 try:
-                    if is_pipe:
+                    if following.follow:
+                        form = pipe.sample_format or "s16le", pipe.channels or 1
+                        raw = PCM(pipe.sampling_rate, *form) if pipe.sampling_rate else None
+                        blocks = incoming_blocks(rest.clips[0], clip, rate, raw, following.idle, meter)
+                    elif is_pipe:
                         pcm = pcm_blocks(sys.stdin.buffer, clip, pipe.sample_format or "s16le", pipe.channels or 1)
                         blocks = resample_blocks(clip, meter.wait(pcm), pipe.sampling_rate or rate, rate)
                     else:
@@ -176,9 +193,11 @@ def main(arguments: list[str]) -> None:
         status = 0
         with open(output.labels, "w", encoding="utf-8") if output.labels else nullcontext() as track:
             try:
-                for result in classify_windows(
-                    classifier, shown, running.batch_size or (1 if is_pipe else 8), on_bad_audio=complain
-                ):
+                if following.follow:
+                    results = classify_following(classifier, shown, complain)
+                else:
+                    results = classify_windows(classifier, shown, running.batch_size or (1 if is_pipe else 8), complain)
+                for result in results:
                     if track:
                         track.writelines(segment.audacity() for segment in segments.add(result))
                     best = [(classifier.label_names[i], float(result.scores[i])) for i in (-result.scores).argsort()]
@@ -219,7 +238,12 @@ def parse_overlap(text: str, window_seconds: float) -> float:
 
 
 def _check(
-    words: list[str], clips: list[str], output: OutputArguments, pipe: PipeArguments, batch_size: Optional[int]
+    words: list[str],
+    clips: list[str],
+    output: OutputArguments,
+    pipe: PipeArguments,
+    batch_size: Optional[int],
+    is_followed: bool,
 ) -> None:
     """Refuse options that do not fit together, before a model is loaded."""
     if words == ["-"]:
@@ -227,7 +251,7 @@ def _check(
             raise ValueError("'-' reads raw PCM from a pipe, and there is none: see the example of --help.")
     elif "-" in words:
         raise ValueError("'-' reads a pipe, and no files can be beside it.")
-    else:
+    elif not is_followed:
         given = [f"`{name}`" for name, value in asdict(pipe).items() if value is not None]
         if given:
             raise ValueError(f"{', '.join(given)} are for raw PCM from a pipe: a file says it itself.")
