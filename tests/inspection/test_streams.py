@@ -31,7 +31,7 @@ def test_pieces_are_read_as_the_whole(options):
         torch.testing.assert_close(one.effective_tokens, other.effective_tokens, rtol=1e-5, atol=1e-5)
         # The first token reads itself, and later ones more.
         assert one.age[:, 0].abs().max() < 1e-6 and (one.effective_tokens[:, 0] - 1).abs().max() < 1e-6
-        assert one.age[:, -1].min() > 0.1 and one.effective_tokens[:, -1].min() > 2
+        assert one.age[:, -1].mean() > 1 and one.effective_tokens[:, -1].mean() > 2
 
 
 @torch.no_grad()
