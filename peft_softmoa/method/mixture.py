@@ -12,6 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from .channels import STANDARD_DEVIATION, apart, embed_channels, read_in_time, together
 from .convolution import ConvolutionExperts
 from .experts import BottleneckExperts
 from .kernels import add_slots, without_autocast
@@ -49,6 +50,10 @@ class Mixture(nn.Module):
         identity (bool): whether the fresh mixture adds exactly zero. Default: True.
         causal (bool): whether no token sees those after it, but for those of its chunk. Not with expert choice.
             Default: False.
+        num_channels (int, optional): C, how many channels a clip has whose tokens meet in the mixture. Default: clips
+            have one.
+        channel_embedding (bool): whether an embedding of its channel is added to each token that the mixture reads.
+            Without it the mixture takes any number of channels, in any order. Default: True.
     """
 
     def __init__(
@@ -64,9 +69,12 @@ class Mixture(nn.Module):
         expert_options: Optional[Mapping[str, Any]] = None,
         identity: bool = True,
         causal: bool = False,
+        num_channels: Optional[int] = None,
+        channel_embedding: bool = True,
     ) -> None:
         super().__init__()
         self.out_features = out_features
+        self.num_channels = num_channels
         self.causal = causal
         routers, experts = CAUSAL_ROUTERS if causal else ROUTERS, EXPERTS[expert_type]
         self.router = routers[routing](in_features, num_experts, **router_options or {})
@@ -74,6 +82,11 @@ class Mixture(nn.Module):
         self.experts = experts(num_experts, in_features, r, out_features, **options)
         if not identity:
             self.experts.reset_parameters(identity=False)
+        self.channel_embedding: Optional[nn.Parameter] = None
+        if num_channels is not None and channel_embedding:
+            # At zero, as `up` is, it would learn too slowly.
+            self.channel_embedding = nn.Parameter(torch.empty(num_channels, in_features))
+            nn.init.normal_(self.channel_embedding, std=STANDARD_DEVIATION)
 
     @property
     def mixes_tokens(self) -> bool:
@@ -91,7 +104,13 @@ class Mixture(nn.Module):
         return bool(getattr(self.router, "router_aux_loss_coef", 0))
 
     def forward(
-        self, tokens: Tensor, mask: Optional[Tensor] = None, *, added_to: Tensor, scaling: float = 1.0
+        self,
+        tokens: Tensor,
+        mask: Optional[Tensor] = None,
+        *,
+        added_to: Tensor,
+        scaling: float = 1.0,
+        channels: int = 1,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Add the mixture of the expert outputs to the output of F, which reads the same tokens.
 
@@ -107,34 +126,41 @@ class Mixture(nn.Module):
         and that product's gradients are in the dtype of F(x), as those of the block's own layers are. Whatever padding
         holds counts as zero.
 
+        The T tokens may be those of C channels, one channel after the other. Slots read all of them, in order of time
+        all channels up to a time; x[t] is then what the block reads, with the embedding of the token's channel.
+        Convolutions over tokens run within a channel.
+
         Args:
             tokens (Tensor): x, `(B, T, D)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
             added_to (Tensor): F(x), `(B, T, D')`.
             scaling (float): the factor on what is added. Default: 1.0.
+            channels (int): C. Default: 1.
 
         Returns:
             tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, in the dtype of F(x), and the loss that balances the
             experts, a scalar, or None.
 
         Raises:
-            ValueError: if the mask or F(x) does not fit the tokens.
+            ValueError: if the mask, F(x) or the number of channels does not fit.
         """
         self._check(tokens, mask, added_to)
-        tokens = _without_padding(tokens, mask)
+        tokens = _without_padding(embed_channels(tokens, self.channel_embedding, channels), mask)
         with without_autocast(tokens.device.type):
             if isinstance(self.router, CausalSoftRouter):
-                read, combine = self._read(tokens, mask)
+                read, combine = self._read(tokens, mask, channels)
                 return self.experts.add_read(added_to, read, scaling * combine), None
             if isinstance(self.router, SoftRouter):
                 slots, combine = self.router(tokens, mask)
                 return add_slots(added_to, combine, scaling * self.experts(slots)), None
             weights, loss = self.router(tokens, mask)
-            tokens = in_full_precision(tokens)
-            return self.experts.add_weighted(added_to, tokens, scaling * weights, mask), loss
+            own_mask = None if mask is None else apart(mask, channels)
+            given = [apart(each, channels) for each in (added_to, in_full_precision(tokens), scaling * weights)]
+            output = self.experts.add_weighted(given[0], given[1], given[2], own_mask)
+            return together(output, channels), loss
 
     def record(
-        self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0
+        self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0, channels: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weights of `forward`, and how much each expert adds without dropout.
 
@@ -147,20 +173,23 @@ class Mixture(nn.Module):
             tokens (Tensor): x, `(B, T, D)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
             scaling (float): the factor on what is added. Default: 1.0.
+            channels (int): C. Default: 1.
 
         Returns:
             tuple[Tensor, Tensor, Tensor]: dispatch and combine weights, `(B, T, N, P)` each, with P = 1 if token-wise,
             and the norms over D' of what each expert adds to each token, `(B, T, N)`.
         """
         with without_autocast(tokens.device.type):
+            tokens = embed_channels(tokens, self.channel_embedding, channels)
             tokens = in_full_precision(_without_padding(tokens, mask))
             if isinstance(self.router, SoftRouter):
-                dispatch, combine = self.router.weights(tokens, mask)
                 if isinstance(self.router, CausalSoftRouter):
-                    read, _ = self._read(tokens, mask)
+                    dispatch, combine = self.router.weights(tokens, mask, channels)
+                    read, _ = self._read(tokens, mask, channels)
                     norms = self.experts.read_norms(read, scaling * combine)
                     by_expert = (norms.shape[-1], -1)
                     return dispatch.unflatten(-1, by_expert), combine.unflatten(-1, by_expert), norms
+                dispatch, combine = self.router.weights(tokens, mask)
                 outputs = scaling * self.experts(dispatch.mT @ tokens, dropout=False)
                 by_expert = (len(self.experts.up_weight), -1)
                 outputs, combine = outputs.unflatten(1, by_expert), combine.unflatten(-1, by_expert)
@@ -170,17 +199,19 @@ class Mixture(nn.Module):
             weights, _ = self.router(tokens, mask)
             real = weights if mask is None else weights.masked_fill(~mask.unsqueeze(-1), 0.0)
             dispatch = real / real.sum(dim=1, keepdim=True).clamp_min(torch.finfo(real.dtype).tiny)
-            norms = self.experts.norms(tokens, scaling * weights, mask)
+            own_mask = None if mask is None else apart(mask, channels)
+            norms = self.experts.norms(apart(tokens, channels), apart(scaling * weights, channels), own_mask)
+            norms = together(norms, channels)
             return dispatch.unsqueeze(-1), weights.unsqueeze(-1), norms
 
-    def _read(self, tokens: Tensor, mask: Optional[Tensor]) -> tuple[Tensor, Tensor]:
+    def _read(self, tokens: Tensor, mask: Optional[Tensor], channels: int) -> tuple[Tensor, Tensor]:
         tokens = in_full_precision(tokens)
         router: CausalSoftRouter = self.router  # type: ignore[assignment]
         if router.scale is None:
             projected, logits = self.experts.project_beside(tokens, router.slots)
         else:
             projected, logits = self.experts.project(tokens), router.logits(tokens)
-        return router.read(logits, projected, mask)
+        return read_in_time(router, logits, projected, mask, channels)
 
     def _check(self, tokens: Tensor, mask: Optional[Tensor], added_to: Tensor) -> None:
         if added_to.shape != (*tokens.shape[:2], self.out_features):
