@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls.caches import CANNOT_CONTINUE
+from .calls.channels import Channels, check_channels
 from .calls.forward_pass import CallKey, ForwardPass, ForwardPasses, in_backward
 from .calls.masks import (
     CUMULATIVE_LENGTHS,
@@ -166,35 +167,48 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 raise ValueError(CANNOT_CONTINUE)
             given = self._find_mask(adapter_name, args, kwargs)
             is_packed = given is not None and given.name in CUMULATIVE_LENGTHS
+            found = self.forward_passes.find_channels()
+            channels = check_channels(found, mixture.num_channels, is_packed, in_backward())
             if given is not None and is_packed:
                 mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
                 mask = token_mask(given, *tokens.shape[:2])
             if current.mixed_batch is None:
-                output = self._mix(current, adapter_name, hidden, tokens, mask)
+                output = self._mix(current, adapter_name, hidden, tokens, mask, channels)
             else:
                 rows = current.mixed_batch.rows_of(adapter_name, len(hidden), hidden.device)
                 own_mask = None if mask is None else mask[rows]
-                added = self._mix(current, adapter_name, hidden[rows], tokens[rows], own_mask)
+                if channels is not None:
+                    channels = channels.select(current.mixed_batch.samples_of(adapter_name))
+                added = self._mix(current, adapter_name, hidden[rows], tokens[rows], own_mask, channels)
                 output = hidden.index_copy(0, rows, added)
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
         return (output[mask] if is_packed else output).reshape(shape)
 
     def _mix(
-        self, current: ForwardPass, adapter_name: str, hidden: Tensor, tokens: Tensor, mask: Optional[Tensor]
+        self,
+        current: ForwardPass,
+        adapter_name: str,
+        hidden: Tensor,
+        tokens: Tensor,
+        mask: Optional[Tensor],
+        channels: Optional[Channels],
     ) -> Tensor:
+        if channels is not None:
+            hidden, tokens, mask = channels.join_all(hidden, tokens, mask)
         if self._is_recorded():
             for recorder in self.forward_passes.recorders:
                 recorder(self, adapter_name, tokens, mask)
         # The same mask when a checkpoint runs the block again, which is not recorded.
         mask = mask if self._reads_mask(adapter_name) else None
         mixture = self.softmoa_mixture[adapter_name]
-        output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name])
+        count = 1 if channels is None else channels.count
+        output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name], channels=count)
         if loss is not None and current.router_losses is not None:
             current.router_losses.append(loss)
-        return output
+        return output if channels is None else channels.split(output)
 
     def _reads_mask(self, adapter_name: str) -> bool:
         mixture: Mixture = self.softmoa_mixture[adapter_name]  # type: ignore[assignment]

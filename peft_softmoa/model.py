@@ -23,6 +23,7 @@ from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_in_model, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes, text_embeddings
 from .saving.pickles import begin_saving
+from .targets.architectures import channel_reader
 from .targets.choice import find_targets, is_matched_by_peft, is_target, name_targets, unmatched_target
 from .targets.clip_length import fit_length
 from .targets.description import mixture_options, mixture_shapes
@@ -79,6 +80,8 @@ class SoftMoAModel(BaseTuner):
                 f"`task_type='{peft_config.task_type}'` is for models that generate text, which {type(model).__name__} "
                 "does not. Leave it out."
             )
+        if peft_config.num_channels is not None:
+            channel_reader(model, "")  # that it can be read
         source = peft_config.loaded_from
         loaded = None if source is None else read_shapes(source.model_id, source.subfolder, **source.hub)
         fit_length(model, peft_config.max_length_seconds)

@@ -10,10 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from .channels import Channels, Folded, only_channels
 from .masks import Mask
 from .mixed_batch import MixedBatch
 
@@ -53,6 +55,7 @@ class ForwardPass:
         self.mixed_batch = mixed_batch
         self.router_losses: Optional[list[Tensor]] = None  # None: they are not collected
         self.calls: dict[CallKey, LayerCall] = {}  # those that have begun and not ended
+        self.folded: Optional[Folded] = None  # None: the clips have no channels
 
 
 class RouterLoss:
@@ -66,7 +69,13 @@ class RouterLoss:
 class ForwardPasses(threading.local):
     """The forward passes of one model, each thread's own; copies of the model begin without any."""
 
+    # All threads share what is in slots: a backward pass runs in threads of its own.
+    __slots__ = ("kept_channels",)
+    kept_channels: WeakSet[Channels]
+
     def __init__(self) -> None:
+        if not hasattr(self, "kept_channels"):
+            self.kept_channels = WeakSet()  # of passes whose graphs are still there
         self.open: list[ForwardPass] = []
         self.recorders: tuple[Recorder, ...] = ()
         self.router_loss = RouterLoss()
@@ -205,6 +214,20 @@ class ForwardPasses(threading.local):
             return None
         call.mask_readers.add(block)
         return call.mask
+
+    def find_channels(self) -> Optional[Channels]:
+        """The channels of the clips of the current pass, also if gradient checkpointing runs it again.
+
+        Returns:
+            Channels, optional: None if the clips have none, or nothing is known of them.
+
+        Raises:
+            ValueError: if it is not known which pass is run again.
+        """
+        if in_backward():
+            return only_channels(self.kept_channels)
+        folded = self.current.folded
+        return None if folded is None else folded.channels
 
     @contextmanager
     def mixing(self, batch: MixedBatch) -> Iterator[None]:

@@ -33,6 +33,7 @@ class Record(NamedTuple):
     norms: Tensor  # (B, T, N): the norm of what each expert adds to each token
     mask: Tensor  # (B, T) boolean, true for real tokens; of the others nothing in here has a meaning
     has_slots: bool = True  # whether experts read averages of tokens, as in soft routing, or tokens themselves
+    channels: int = 1  # C; if the clips have several, the T tokens of a sample are those of one after the other
 
 
 @contextlib.contextmanager
@@ -99,7 +100,10 @@ def find_layers(model: nn.Module) -> dict[SoftMoALayer, nn.Module]:
 def _record(records: list[Record], layer: SoftMoALayer, adapter: str, tokens: Tensor, mask: Optional[Tensor]) -> None:
     mixture: Any = layer.softmoa_mixture[adapter]
     # Without dropout, which would draw random numbers that the model's own pass then misses.
-    dispatch, combine, norms = mixture.record(tokens.detach(), mask, layer.scaling[adapter])
+    found = layer.forward_passes.find_channels()
+    channels = 1 if found is None else found.count
+    dispatch, combine, norms = mixture.record(tokens.detach(), mask, layer.scaling[adapter], channels)
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    records.append(Record(layer.name, adapter, dispatch, combine, norms, mask, isinstance(mixture.router, SoftRouter)))
+    has_slots = isinstance(mixture.router, SoftRouter)
+    records.append(Record(layer.name, adapter, dispatch, combine, norms, mask, has_slots, channels))
