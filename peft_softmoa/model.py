@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapter_hooks import add_hooks
 from .averaging import average_into, check_average
-from .calls.forward_pass import ForwardPasses, find_passes
+from .calls.forward_pass import find_passes, make_passes
 from .calls.masks import argument_names
 from .calls.mixed_batch import make_mixed_batch
 from .config import SoftMoAConfig
@@ -94,7 +94,7 @@ class SoftMoAModel(BaseTuner):
             peft_config.problem_type = base_classes(model).problem_type
         self._argument_names = argument_names(model)
         self._options = mixture_options(model, peft_config)
-        self._forward_passes = next(iter(find_passes(model)), None) or ForwardPasses()
+        self._forward_passes = next(iter(find_passes(model)), None) or make_passes()
         blocks = mixture_shapes(model, peft_config, targets.values())
         parameters = sum(prod(shape) for shapes in blocks for shape in shapes.values())
         check_size(peft_config, parameters + count_saved(saved, self._head), model)

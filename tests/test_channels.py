@@ -1,15 +1,12 @@
 """Clips of several channels in mono models: every family, every head, and what belongs to a call."""
 
-import copy
-
 import pytest
 import torch
 import transformers as tf
 from families import CONFORMER, FAMILIES, MASKED_WAVE, WHISPER, build
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 
-from peft_softmoa import SoftMoAConfig, count_parameters
-from peft_softmoa.inspection import record_routing
+from peft_softmoa import SoftMoAConfig
 
 # Models that take audio alone. Of CLAP it is the part that does.
 AUDIO_ALONE = [

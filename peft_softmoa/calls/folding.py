@@ -96,14 +96,27 @@ def follow_channels(
     Returns:
         list[RemovableHandle]: they remove the hooks. Those that close a pass have to be added after them.
     """
-    handles = [
+    return [
         model.register_forward_pre_hook(partial(_fold, passes, block, reader), with_kwargs=True),
         model.register_forward_hook(partial(_unfold, passes, reader)),
     ]
-    if reader.head is not None:
-        # Without the model, of which a copy of the head would make a copy.
-        handles.append(getattr(model, reader.head).register_forward_hook(partial(_average, passes)))
-    return handles
+
+
+def average_logits(model: nn.Module, passes: ForwardPasses, reader: Reader) -> list[RemovableHandle]:
+    """Let the head of a model make the mean over the channels of a clip, the same for all of them.
+
+    Args:
+        model (nn.Module): the base model, with the adapter.
+        passes (ForwardPasses): its passes.
+        reader (Reader): as from `make_reader`.
+
+    Returns:
+        list[RemovableHandle]: they remove the hooks. Those that mix heads have to be added before them.
+    """
+    if reader.head is None:
+        return []
+    # Without the model, of which a copy of the head would make a copy.
+    return [getattr(model, reader.head).register_forward_hook(partial(_average, passes))]
 
 
 def _fold(

@@ -67,15 +67,15 @@ class RouterLoss:
 
 
 class ForwardPasses(threading.local):
-    """The forward passes of one model, each thread's own; copies of the model begin without any."""
+    """The forward passes of one model, each thread's own; copies of the model begin without any.
 
-    # All threads share what is in slots: a backward pass runs in threads of its own.
-    __slots__ = ("kept_channels",)
-    kept_channels: WeakSet[Channels]
+    Args:
+        kept_channels (WeakSet): the channels of passes whose graphs are still there, the same for all threads: a
+            backward pass has threads of its own.
+    """
 
-    def __init__(self) -> None:
-        if not hasattr(self, "kept_channels"):
-            self.kept_channels = WeakSet()  # of passes whose graphs are still there
+    def __init__(self, kept_channels: WeakSet[Channels]) -> None:
+        self.kept_channels = kept_channels
         self.open: list[ForwardPass] = []
         self.recorders: tuple[Recorder, ...] = ()
         self.router_loss = RouterLoss()
@@ -86,7 +86,7 @@ class ForwardPasses(threading.local):
         self._recomputed: dict[CallKey, LayerCall] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardPasses, ()
+        return make_passes, ()
 
     @property
     def current(self) -> ForwardPass:
@@ -270,6 +270,11 @@ class ForwardPasses(threading.local):
 
     def _is_recomputed(self, key: CallKey, call: LayerCall) -> bool:
         return call is self._recomputed.get(key)
+
+
+def make_passes() -> ForwardPasses:
+    """The forward passes of a model that has not been called."""
+    return ForwardPasses(WeakSet())
 
 
 def find_passes(model: nn.Module) -> list[ForwardPasses]:
