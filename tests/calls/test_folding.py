@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_channels import HEADS, adapt, assert_same, gradients, inputs_of, outputs, with_head
+from torch.utils.flop_counter import FlopCounterMode
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer, count_parameters, describe_targets
 from peft_softmoa.inspection import record_routing
@@ -301,3 +302,43 @@ def test_the_trainer_finds_the_adapter_in_peft_models():
     model = get_peft_model(with_head("AST"), config).eval()
     batch = inputs_of("AST")
     assert outputs(model.base_model, batch).logits.shape == (2, 5)
+
+
+class Saved:
+    """How many bytes a forward pass keeps for the backward pass; each piece of memory counts once."""
+
+    def __init__(self):
+        self.storages = {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    def measure(self, run):
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
+            output = run()
+        own = sum(size for tensor, size in self.storages.values() if not isinstance(tensor, torch.nn.Parameter))
+        return own, output
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"routing": "dense"}, {"causal": True}, {"num_slots": 2, "normalize": True}], ids=str
+)
+def test_channels_cost_as_much_as_samples(options):
+    """In products and in what is kept for the backward pass, a step of B clips of C channels is one of B·C clips."""
+    name = "AST" if "causal" not in options else "wav2vec 2.0"
+    batch, found = inputs_of(HEADS[name][2], batch=4, channels=2), {}
+    batch.pop("attention_mask", None)
+    for channels in (None, 2):
+        model = adapt(with_head(name, **STILL), channels, **options).train()
+        flat = {key: value if channels else value.flatten(0, 1) for key, value in batch.items()}
+        labels = LABELS.repeat(2 if channels else 4)
+        saved, output = Saved().measure(lambda run=model, given=flat, labels=labels: run(**given, labels=labels))
+        with FlopCounterMode(display=False) as counter:
+            model(**flat, labels=labels).loss.backward()
+        found[channels] = saved, counter.get_total_flops()
+        del output
+    assert found[2][0] <= 1.03 * found[None][0]
+    # The first block has a gradient for its embedding, too.
+    assert found[2][1] <= 1.03 * found[None][1]
