@@ -81,12 +81,11 @@ class Past:
         """Go on with the running averages of a call.
 
         Args:
-            averages (Averages): `(B, S, T)` and `(B, T, S, R)`.
+            averages (Averages): `(B, T, S, R)` and `(B, T, S)`.
             last (Tensor): the last real token, `(B,)`.
         """
-        maximum = averages.maximum.mT
-        given = {"maximum": maximum, "total": averages.log_total.mT.exp(), "average": averages.average}
-        empty = {"maximum": torch.finfo(maximum.dtype).min, "total": 0.0, "average": 0.0}
+        given = averages._asdict()
+        empty = {"maximum": torch.finfo(averages.maximum.dtype).min, "total": 0.0, "average": 0.0}
         for name, tensor in given.items():
             before = self.tensors.get(name)
             if before is None and self.history:
