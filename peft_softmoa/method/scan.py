@@ -24,21 +24,16 @@ from .kernels import without_autocast
 PIECE = 8
 # The logarithm of a weight that counts as none: processors take a hundred times as long for what underflows.
 FAINT = -80.0
-
-
-class Running(NamedTuple):
-    """Sums of weighted values up to a token, and in which unit the weights are."""
-
-    maximum: Tensor  # (B, S): the largest logarithm of a weight so far, as old as it is
-    sums: Tensor  # (B, S, R + 1): the weighted values and the weights, over exp(maximum)
+# What a sum of weights is divided by where there is none yet.
+NOTHING = 1e-20
 
 
 class Averages(NamedTuple):
-    """Running averages, and what makes sums of them again: the sums are average · total, over exp(maximum)."""
+    """Running averages, and the weight that each has: total · e^maximum."""
 
     average: Tensor  # (B, T, S, R)
-    total: Tensor  # (B, T, S), without a gradient
-    maximum: Tensor  # (B, T, S), without a gradient
+    total: Tensor  # (B, T, S): sums of the weights, over e^maximum
+    maximum: Tensor  # (B, T, S): the largest logarithm of a weight so far, as old as it is
 
 
 def running_average(
@@ -46,7 +41,7 @@ def running_average(
     logits: Tensor,
     mask: Optional[Tensor] = None,
     forgetting: Optional[Tensor] = None,
-    before: Optional[Running] = None,
+    before: Optional[Averages] = None,
 ) -> Averages:
     """Averages of values over the tokens so far, weighted by a softmax.
 
@@ -61,14 +56,14 @@ def running_average(
         logits (Tensor): L, `(B, T, S)`, in the same dtype.
         mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
         forgetting (Tensor, optional): λ, `(S,)`, from 0, in the same dtype. Default: 0.
-        before (Running, optional): the sums of tokens before these, as one token; only its maximum gets a gradient.
-            Default: none.
+        before (Averages, optional): the averages of tokens before these, as one token, T = 1; only its maximum gets a
+            gradient. Default: none.
 
     Returns:
-        Averages: the averages, and what a later call can go on from.
+        Averages: the averages, and what a later call can go on from, which has no gradient.
     """
     run = _RunningAverage.apply if torch.is_grad_enabled() else _RunningAverage.forward
-    return Averages(*run(values, logits, mask, forgetting, *(before or (None, None))))
+    return Averages(*run(values, logits, mask, forgetting, *(before or (None, None, None))))
 
 
 class _RunningAverage(torch.autograd.Function):
@@ -80,17 +75,15 @@ class _RunningAverage(torch.autograd.Function):
         logits: Tensor,
         mask: Optional[Tensor],
         forgetting: Optional[Tensor],
+        average_before: Optional[Tensor],
+        total_before: Optional[Tensor],
         maximum_before: Optional[Tensor],
-        sums_before: Optional[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.cat([_by_slot(values, logits), torch.ones_like(logits).unsqueeze(0)])
-        first = 0
-        if maximum_before is not None and sums_before is not None:
-            rows = torch.cat([sums_before.permute(2, 0, 1).unsqueeze(2), rows], dim=2)
-            first = 1
-        maximum, sums = _sums(rows, logits, mask, forgetting, maximum_before)
-        maximum, sums = maximum[:, first:], sums[:, :, first:]
-        average = sums[:-1] / _or_one(sums[-1])
+        rows = _by_slot(values, logits)
+        if average_before is not None:
+            rows = torch.cat([average_before.permute(3, 0, 1, 2), rows], dim=2)
+        maximum, sums = _sums(rows, logits, mask, forgetting, total_before, maximum_before)
+        average = sums[:-1] / sums[-1].clamp_min(NOTHING)
         return average.permute(1, 2, 3, 0).contiguous(), sums[-1].contiguous(), maximum.contiguous()
 
     @staticmethod
@@ -102,35 +95,31 @@ class _RunningAverage(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad: Optional[Tensor], *_: None
-    ) -> tuple[Optional[Tensor], Optional[Tensor], None, Optional[Tensor], Optional[Tensor], None]:
-        values, logits, mask, forgetting, maximum_before, sums_before, output = ctx.saved_tensors
+    ) -> tuple[Optional[Tensor], Optional[Tensor], None, Optional[Tensor], None, None, Optional[Tensor]]:
+        values, logits, mask, forgetting, _, total_before, maximum_before, output = ctx.saved_tensors
         if grad is None:
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         with without_autocast(values.device.type):
             # The logits get Σ_t w[t, u] · <grad[t], values[u] - output[t]>, and
             # w[t, u] = own[u] · e^(maximum[u] - λ·(t - u) - maximum[t]) / total[t]
             # Maximum and total are cheaper to make again than to keep.
-            rows, first = torch.ones_like(logits).unsqueeze(0), 0
-            if sums_before is not None:
-                rows, first = torch.cat([sums_before[None, :, None, :, -1], rows], dim=2), 1
-            maximum, [total] = _sums(rows, logits, mask, forgetting, maximum_before)
-            maximum, total = maximum[:, first:], total[:, first:]
+            maximum, [total] = _sums(None, logits, mask, forgetting, total_before, maximum_before)
             through_output = (grad * output).sum(dim=-1)
-            given = torch.cat([grad.permute(3, 0, 1, 2), through_output.unsqueeze(0)]) / _or_one(total)
+            given = torch.cat([grad.permute(3, 0, 1, 2), through_output.unsqueeze(0)]) / total.clamp_min(NOTHING)
             own = _exp(_real(logits, mask) - maximum)
             own = own if mask is None else own.masked_fill(~mask.unsqueeze(-1), 0.0)
             later = _sums_back(maximum, given, forgetting) * own
             values_grad = later[:-1]
             logits_grad = (values_grad * _by_slot(values, logits)).sum(dim=0) - later[-1]
             # All logits up by the same is no change of the average.
-            maximum_grad = -logits_grad.sum(dim=1) if ctx.needs_input_grad[4] else None
+            maximum_grad = -logits_grad.sum(dim=1, keepdim=True) if ctx.needs_input_grad[6] else None
             forgetting_grad = None
             if forgetting is not None:
                 # So λ·(t - u) is as good as -λ·(u + 1), where what was before these tokens is at u = -1.
                 ages = torch.arange(1, logits.shape[1] + 1, device=logits.device, dtype=logits.dtype)
                 forgetting_grad = (logits_grad * ages.unsqueeze(-1)).sum(dim=(0, 1))
             values_grad = values_grad.unflatten(3, (values.shape[2], -1)).sum(dim=4).permute(1, 2, 3, 0)
-        return values_grad, logits_grad, None, forgetting_grad, maximum_grad, None
+        return values_grad, logits_grad, None, forgetting_grad, None, None, maximum_grad
 
 
 def _by_slot(values: Tensor, logits: Tensor) -> Tensor:
@@ -145,43 +134,49 @@ def _real(logits: Tensor, mask: Optional[Tensor]) -> Tensor:
     return logits if mask is None else logits.masked_fill(~mask.unsqueeze(-1), torch.finfo(logits.dtype).min)
 
 
-def _or_one(total: Tensor) -> Tensor:
-    """One where there is no valid token yet, and the sums are zero."""
-    return total.masked_fill(total == 0, 1.0)
-
-
 def _sums(
-    rows: Tensor, logits: Tensor, mask: Optional[Tensor], rate: Optional[Tensor], maximum_before: Optional[Tensor]
+    rows: Optional[Tensor],
+    logits: Tensor,
+    mask: Optional[Tensor],
+    rate: Optional[Tensor],
+    total_before: Optional[Tensor],
+    maximum_before: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums up to each token.
 
     Args:
-        rows (Tensor): what is summed up, `(F, B, T, S)`; what came before these tokens is one more token.
+        rows (Tensor, optional): what is summed up, `(R, B, T, S)`; with what came before these tokens, as one more.
+            Default: nothing but the weights.
         logits (Tensor): `(B, T, S)`.
         mask (Tensor, optional): `(B, T)`.
-        rate (Tensor, optional): `(S,)`.
-        maximum_before (Tensor, optional): the logits of what came before, `(B, S)`.
+        rate (Tensor, optional): by how much the logarithm of a weight falls from one token to the next, `(S,)`.
+        total_before (Tensor, optional): the weight of what came before, `(B, 1, S)`.
+        maximum_before (Tensor, optional): its unit.
 
     Returns:
-        tuple[Tensor, Tensor]: the running maximum, `(B, T, S)`, and the sums, `(F, B, T, S)`.
+        tuple[Tensor, Tensor]: the running maximum, `(B, T, S)`, and the sums, the last of which is that of the weights,
+        `(R + 1, B, T, S)`.
     """
-    lowest = torch.finfo(logits.dtype).min
+    lowest, num_tokens = torch.finfo(logits.dtype).min, logits.shape[1]
+    weights = None
+    if mask is not None or total_before is not None:
+        weights = logits.new_ones(()) if mask is None else mask.unsqueeze(-1).to(logits.dtype)
+        weights = weights.expand_as(logits)
     logits = _real(logits, mask)
-    if maximum_before is not None:
-        logits = torch.cat([maximum_before.unsqueeze(1), logits], dim=1)
-    if mask is not None:
-        padding = F.pad(~mask, (logits.shape[1] - mask.shape[1], 0))
-        rows = rows.masked_fill(padding.unsqueeze(-1), 0.0)
+    if weights is not None and total_before is not None and maximum_before is not None:
+        weights = torch.cat([total_before, weights], dim=1)
+        logits = torch.cat([maximum_before, logits], dim=1)
     if torch.compiler.is_exporting():
-        return _all_pairs(rows, logits, rate)
-    num_tokens = logits.shape[1]
-    rate = logits.new_zeros(logits.shape[2]) if rate is None else rate
-    pieces = _in_pieces(logits.unsqueeze(0), lowest)
-    maximum = _running_maximum(pieces.detach(), rate)
-    # In this order: neighbours differ by little, which is exact, where maximum - rate would be rounded.
-    decays = _exp(_previous(maximum, lowest) - maximum - rate)
-    sums = _recur(decays, _in_pieces(rows) * _exp(pieces - maximum))
-    return _joined(maximum, num_tokens)[0], _joined(sums, num_tokens)
+        maximum, sums = _all_pairs(rows, logits, weights, rate)
+    else:
+        pieces = _in_pieces(logits.unsqueeze(0), lowest)
+        maximum = _running_maximum(pieces.detach(), rate)
+        decays = _exp(_fallen(_previous(maximum, lowest) - maximum, rate))
+        given = _exp(pieces - maximum)
+        given = given if weights is None else given * _in_pieces(weights.unsqueeze(0))
+        given = given if rows is None else torch.cat([given * _in_pieces(rows), given], dim=1)
+        maximum, sums = _joined(maximum, logits.shape[1])[0], _joined(_recur(decays, given), logits.shape[1])
+    return maximum[:, -num_tokens:], sums[:, :, -num_tokens:]
 
 
 def _sums_back(maximum: Tensor, given: Tensor, rate: Optional[Tensor]) -> Tensor:
@@ -200,22 +195,24 @@ def _sums_back(maximum: Tensor, given: Tensor, rate: Optional[Tensor]) -> Tensor
     highest = torch.finfo(maximum.dtype).max
     pieces = _in_pieces(maximum.unsqueeze(0), highest)
     following = _previous(pieces, highest, back=True)
-    decays = _exp(pieces - following if rate is None else pieces - following - rate)
+    decays = _exp(_fallen(pieces - following, rate))
     return _joined(_recur(decays, _in_pieces(given), back=True), given.shape[2])
 
 
-def _running_maximum(logits: Tensor, rate: Tensor) -> Tensor:
+def _running_maximum(logits: Tensor, rate: Optional[Tensor]) -> Tensor:
     """The largest logit up to each token, which falls from one token to the next, `(C, 1, B, K, S)`."""
     maximum = [logits[0]]
     for each in logits[1:].unbind():
-        maximum.append(torch.maximum(each, maximum[-1] - rate))
+        maximum.append(torch.maximum(each, _fallen(maximum[-1], rate)))
     inside = torch.stack(maximum)
     if inside.shape[3] == 1:
         return inside
-    lowest = torch.finfo(logits.dtype).min
-    ends = _joined(_running_maximum(_in_pieces(maximum[-1], lowest), rate * PIECE), inside.shape[3])
-    falls = torch.arange(1, len(inside) + 1, device=rate.device, dtype=rate.dtype).view(-1, 1, 1, 1, 1) * rate
-    return torch.maximum(inside, F.pad(ends[:, :, :-1], (0, 0, 1, 0), value=lowest) - falls)
+    lowest, size = torch.finfo(logits.dtype).min, len(inside)
+    ends = _running_maximum(_in_pieces(maximum[-1], lowest), None if rate is None else rate * size)
+    carried = F.pad(_joined(ends, inside.shape[3])[:, :, :-1], (0, 0, 1, 0), value=lowest)
+    if rate is not None:
+        carried = carried - rate * torch.arange(1, size + 1, device=rate.device, dtype=rate.dtype).view(-1, 1, 1, 1, 1)
+    return torch.maximum(inside, carried)
 
 
 def _recur(decays: Tensor, given: Tensor, back: bool = False) -> Tensor:
@@ -245,17 +242,25 @@ def _recur(decays: Tensor, given: Tensor, back: bool = False) -> Tensor:
     return torch.addcmul(inside, torch.stack(factors[::step]), carried)
 
 
-def _all_pairs(rows: Tensor, logits: Tensor, rate: Optional[Tensor]) -> tuple[Tensor, Tensor]:
-    """What `_sums` returns, of all pairs of tokens: one graph for any number of them, as that of attention is."""
+def _all_pairs(
+    rows: Optional[Tensor], logits: Tensor, weights: Optional[Tensor], rate: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Maximum and sums of all pairs of tokens: one graph for any number of them, as that of attention is."""
     places = torch.arange(logits.shape[1], device=logits.device, dtype=logits.dtype)
     ages = places.unsqueeze(1) - places
     pairs = logits.mT.unsqueeze(2)  # (B, S, 1, T)
-    if rate is not None:
-        pairs = pairs - rate.view(-1, 1, 1) * ages
+    pairs = pairs if rate is None else pairs - rate.view(-1, 1, 1) * ages
     pairs = pairs.masked_fill(ages < 0, torch.finfo(logits.dtype).min)
     maximum = pairs.amax(dim=-1)
-    weights = _exp(pairs - maximum.unsqueeze(-1)).masked_fill(ages < 0, 0.0)
-    return maximum.mT, (weights @ rows.permute(1, 3, 2, 0)).permute(3, 0, 2, 1)
+    pairs = _exp(pairs - maximum.unsqueeze(-1)).masked_fill(ages < 0, 0.0)
+    given = (torch.ones_like(logits) if weights is None else weights).unsqueeze(0)
+    given = given if rows is None else torch.cat([given * rows, given])
+    return maximum.mT, (pairs @ given.permute(1, 3, 2, 0)).permute(3, 0, 2, 1)
+
+
+def _fallen(logarithms: Tensor, rate: Optional[Tensor]) -> Tensor:
+    """Logarithms one token later. It is best told the difference of two, which are so near that it is exact."""
+    return logarithms if rate is None else logarithms - rate
 
 
 def _exp(logarithms: Tensor) -> Tensor:
@@ -272,9 +277,11 @@ def _previous(pieces: Tensor, value: float, back: bool = False) -> Tensor:
 
 def _in_pieces(tensor: Tensor, padding: float = 0.0) -> Tensor:
     """Cut `(F, B, T, S)` into `(C, F, B, K, S)`, padded at the end."""
-    missing = -tensor.shape[2] % PIECE
+    num_tokens = tensor.shape[2]
+    size = num_tokens if num_tokens <= 2 * PIECE else PIECE  # a few tokens more are less than one level more
+    missing = -num_tokens % size
     padded = F.pad(tensor, (0, 0, 0, missing), value=padding) if missing else tensor
-    return padded.unflatten(2, (-1, PIECE)).permute(3, 0, 1, 2, 4).contiguous()
+    return padded.unflatten(2, (-1, size)).permute(3, 0, 1, 2, 4).contiguous()
 
 
 def _joined(pieces: Tensor, num_tokens: int) -> Tensor:
