@@ -72,7 +72,7 @@ class Past:
         """
         if "maximum" not in self.tensors:
             return None
-        average, total, maximum = (self.tensors[name][:, -1:] for name in Averages._fields)
+        average, total, maximum = (self.tensors[name][:, -1:] for name in ("average", "total", "maximum"))
         if rates is not None:  # padding does not make it older
             maximum = maximum + first.view(-1, 1, 1) * rates
         return Averages(average, total, maximum)
@@ -84,7 +84,7 @@ class Past:
             averages (Averages): `(B, T, S, R)` and `(B, T, S)`.
             last (Tensor): the last real token, `(B,)`.
         """
-        given = averages._asdict()
+        given = {"average": averages.average, "total": averages.total, "maximum": averages.maximum}
         empty = {"maximum": torch.finfo(averages.maximum.dtype).min, "total": 0.0, "average": 0.0}
         for name, tensor in given.items():
             before = self.tensors.get(name)
