@@ -29,7 +29,8 @@ assert not new & {"av", "datasets", "evaluate", "matplotlib", "soundfile", "soxr
 
 # What is in one row does not import what is in the same row, apart from within a folder.
 RANKS = [
-    {"registration", "fields", "method", "calls", "recipes", "quiet"},
+    {"registration", "expressions", "method", "calls", "recipes", "quiet"},
+    {"fields"},
     {"config_file"},
     {"config"},
     {"targets"},

@@ -12,6 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from .conformer import ConformerExperts
 from .convolution import ConvolutionExperts
 from .experts import BottleneckExperts
 from .kernels import add_slots, without_autocast
@@ -31,7 +32,11 @@ CAUSAL_ROUTERS: dict[str, type[SoftRouter] | type[DenseRouter]] = {
     "dense": DenseRouter,
     "top_k": TopKRouter,
 }
-EXPERTS: dict[str, type[BottleneckExperts]] = {"bottleneck": BottleneckExperts, "convolution": ConvolutionExperts}
+EXPERTS: dict[str, type[BottleneckExperts]] = {
+    "bottleneck": BottleneckExperts,
+    "convolution": ConvolutionExperts,
+    "conformer": ConformerExperts,
+}
 
 
 class Mixture(nn.Module):
@@ -49,6 +54,9 @@ class Mixture(nn.Module):
         identity (bool): whether the fresh mixture adds exactly zero. Default: True.
         causal (bool): whether no token sees those after it, but for those of its chunk. Not with expert choice.
             Default: False.
+
+    Raises:
+        ValueError: if the experts do not begin with `down`, as causal soft routing needs.
     """
 
     def __init__(
@@ -70,6 +78,11 @@ class Mixture(nn.Module):
         self.causal = causal
         routers, experts = CAUSAL_ROUTERS if causal else ROUTERS, EXPERTS[expert_type]
         self.router = routers[routing](in_features, num_experts, **router_options or {})
+        if isinstance(self.router, CausalSoftRouter) and not experts.begins_linearly:
+            raise ValueError(
+                "Causal soft routing averages what `down` makes of tokens, so that nothing but `down` may come before "
+                f"the average, and expert_type='{expert_type}' normalises there. Take another one, or another routing."
+            )
         options = {**(expert_options or {}), **({"causal": causal} if experts.mixes_tokens else {})}
         self.experts = experts(num_experts, in_features, r, out_features, **options)
         if not identity:
