@@ -19,6 +19,7 @@ from peft_softmoa.layer import is_adapted
 
 SPEECH = "Whisper, speech to text"
 DECODER = r".*decoder.*self_attn"
+OF_NEIGHBOURS = [{"routing": "dense", "expert_type": "convolution"}, {"routing": "dense", "expert_type": "conformer"}]
 
 
 def nemotron():
@@ -106,9 +107,7 @@ def reach(run, audio, step):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "options", [{}, {"forgetting": True, "num_slots": 2}, {"routing": "dense", "expert_type": "convolution"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"forgetting": True, "num_slots": 2}, *OF_NEIGHBOURS], ids=str)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_streaming_encoders_see_no_further_ahead(name, options):
     audio = draw(name)
@@ -197,7 +196,7 @@ def whisper(**options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"forgetting": True}, {"routing": "dense", "expert_type": "convolution"}])
+@pytest.mark.parametrize("options", [{}, {"forgetting": True}, *OF_NEIGHBOURS])
 def test_generation_without_a_cache_gives_what_the_whole_text_gives(options):
     model = whisper(**options)
     features = FAMILIES[SPEECH].inputs([40])["input_features"]
@@ -214,7 +213,7 @@ def test_generation_without_a_cache_gives_what_the_whole_text_gives(options):
 @torch.no_grad()
 @pytest.mark.parametrize("target", [DECODER, "fc1->decoder.layers.1.fc2"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("options", [{}, {"routing": "dense", "expert_type": "convolution"}])
+@pytest.mark.parametrize("options", [{}, *OF_NEIGHBOURS])
 def test_going_on_from_a_cache_is_an_error(options, attention, target):
     targets = target if target == DECODER else [f"decoder.layers.1.{target}"]
     model = adapt(build(SPEECH, attention), target_modules=targets, **options)

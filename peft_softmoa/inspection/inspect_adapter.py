@@ -19,6 +19,7 @@ from transformers import DataCollatorWithPadding
 
 from ..inference.loading import load_adapter
 from ..registration import SOFTMOA
+from ..targets.patterns import name_patterns
 from ..training.frames import shortest_clip
 from ..training.load import load_stream
 from ..training.options import DataOptions
@@ -88,10 +89,12 @@ def inspect_adapter(
         Path(name).resolve().name if name and os.path.isdir(name) else name
         for name in (adapter, config.base_model_name_or_path, dataset)
     )
+    patterns = name_patterns(vars(config))
     facts = {
         "Adapter": str(adapter_name),
         "Base model": str(base_name),
-        "Mixture": f"{config.num_experts} experts of r={config.r}, {config.routing} routing, type {config.expert_type}",
+        "Mixture": f"{config.num_experts} experts of r={config.r}, {config.routing} routing, type {config.expert_type}"
+        f"{'; ' if patterns else ''}{patterns}",
     }
     notes = []
     if dataset is not None:

@@ -21,6 +21,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
+from ..targets.patterns import name_patterns
+
 TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
 HEADING = "## Mixture of adapters"
 RESULTS = "## Results of training"
@@ -50,7 +52,7 @@ SECTION = """{heading}
 
 This is an adapter for `{base_model}`, made with [PEFT](https://github.com/huggingface/peft) and its plugin
 `peft-softmoa`. Each adapted block ({targets}) has {num_experts} small expert(s) in parallel to it (type {expert_type},
-r {r}, activation {activation}), with {routing_name} routing:
+r {r}, activation {activation}){blocks}, with {routing_name} routing:
 {routing_text} The base model is unchanged{length}.
 
 ```python
@@ -274,7 +276,8 @@ def _section(config: dict[str, Any]) -> str:
         targets = ", ".join(f"`{_shown(target)}`" for target in sorted(targets))
     routing = SINGLE if config["num_experts"] == 1 and config["routing"] == "dense" else ROUTINGS[config["routing"]]
     seconds = config["max_length_seconds"]
-    names = ("num_experts", "expert_type", "r", "activation")
+    names = ("num_experts", "expert_type", "r")
+    patterns = name_patterns(config)
     return SECTION.format(
         heading=HEADING,
         base_model=_shown(base_model),
@@ -285,5 +288,7 @@ def _section(config: dict[str, Any]) -> str:
         routing_name=config["routing"],
         routing_text=routing.format_map(config),
         length="" if seconds is None else f", but reads clips of {seconds:g} s, and cuts longer ones",
+        activation="SiLU after a gate" if config["expert_type"] == "conformer" else config["activation"],
+        blocks=f", some blocks otherwise ({_shown(patterns)})" if patterns else "",
         **{name: config[name] for name in names},
     )

@@ -77,7 +77,8 @@ def allocate_r(model: nn.Module, config: SoftMoAConfig, parameters: int, allocat
     names = [target.name for target in one.targets]
     places = [target.layer or target.name for target in one.targets]
     order = list(dict.fromkeys(places))
-    shares = [ALLOCATIONS[allocate]((order.index(place) + 0.5) / len(order)) for place in places]
+    # Rounded, so that what should be alike is.
+    shares = [round(ALLOCATIONS[allocate]((order.index(place) + 0.5) / len(order)), 9) for place in places]
 
     def sizes(scale: float) -> list[int]:
         return [min(LARGEST_SIZE, max(1, round(scale * share))) for share in shares]

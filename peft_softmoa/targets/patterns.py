@@ -85,6 +85,24 @@ def block_configs(config: SoftMoAConfig, names: Iterable[str], must_match: bool 
     return own
 
 
+def name_patterns(values: Mapping[str, Any], most: int = 4) -> str:
+    """What a config says of single blocks, for a sentence.
+
+    Args:
+        values (mapping): the fields of the config, by name.
+        most (int): how many patterns of a field are named. Default: 4.
+
+    Returns:
+        str: such as "r 2 for 'layers.0.attention'"; empty if all blocks are alike.
+    """
+    named = []
+    for field, choice in PATTERN_FIELDS.items():
+        patterns = list((values.get(field) or {}).items())
+        named += [f"{choice} {value} for {shorten(pattern)}" for pattern, value in patterns[:most]]
+        named += [f"{choice} for {len(patterns) - most} more"] if len(patterns) > most else []
+    return ", ".join(named)
+
+
 def _find(field: str, patterns: Mapping[str, Any], names: list[str]) -> Iterator[tuple[str, str]]:
     """Each pattern with each name that it matches."""
     expressions = [pattern for pattern in patterns if not is_path(pattern)]
