@@ -53,7 +53,7 @@ def make_clips(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
         generator (Generator): what draws bands, lengths, places and noise.
 
     Returns:
-        tuple[Tensor, Tensor]: the spectrograms, `(number, BANDS, FRAMES)`, and their classes, 1 if the low one is first.
+        tuple[Tensor, Tensor]: the spectrograms, `(number, BANDS, FRAMES)`, and the classes, 1 if the low one is first.
     """
 
     def draw(low: int, high: int) -> Tensor:
