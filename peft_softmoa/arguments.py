@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import field, fields, make_dataclass
 from typing import Any, Optional, get_type_hints
@@ -9,12 +10,14 @@ from typing import Any, Optional, get_type_hints
 from peft import PeftConfig
 
 from .config import SoftMoAConfig
+from .fields import PATTERN_FIELDS, shorten
 
 # What is written out on a command line.
 LISTS: dict[str, Any] = {
     "target_modules": Optional[list[str]],
     "exclude_modules": Optional[list[str]],
     "layers_to_transform": Optional[list[int]],
+    **dict.fromkeys(PATTERN_FIELDS, Optional[str]),  # as JSON
 }
 # Those that every PEFT config has, and those that a command sets itself.
 NOT_ARGUMENTS = {entry.name for entry in fields(PeftConfig)} | {
@@ -45,7 +48,7 @@ def make_config(arguments: Any, **options: Any) -> SoftMoAConfig:
     """Make the config from parsed arguments.
 
     One word for `target_modules` or `exclude_modules` is a name, `all-linear` or, with any of `\\*+?^$()[]{}|`, a
-    regular expression; several words are names.
+    regular expression; several words are names. Patterns of blocks are JSON.
 
     Args:
         arguments (AdapterArguments): what was parsed.
@@ -63,4 +66,12 @@ def make_config(arguments: Any, **options: Any) -> SoftMoAConfig:
             [word] = given[name]
             if word == "all-linear" or re.search(r"[\\*+?^$()\[\]{}|]", word):
                 given[name] = word
+    for name in PATTERN_FIELDS:
+        if given[name] is not None:
+            try:
+                given[name] = json.loads(given[name])
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"`{name}` must be JSON, as in '{{\"layers.0.attention\": 2}}', got {shorten(given[name])}: {error}"
+                ) from error
     return SoftMoAConfig(**given)

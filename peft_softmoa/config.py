@@ -13,15 +13,16 @@ from torch import nn
 
 from .config_file import LoadedFrom, read_fields
 from .fields import (
+    ACTIVATION,
     CAUSAL_FIELDS,
     DEPENDENT_FIELDS,
+    Allocation,
     ExpertType,
     Modules,
     Placement,
     ProblemType,
     Routing,
     check_fields,
-    is_integer,
     resolve_fields,
 )
 from .registration import SOFTMOA
@@ -98,16 +99,20 @@ class SoftMoAConfig(PeftConfig):
         "bottleneck",
         "What an expert is. 'bottleneck': down, activation, up. 'convolution': down, activation, depthwise "
         "convolution, activation, up; it runs over neighbouring tokens or, with routing 'soft', over the slots of the "
-        "expert, so that it needs more than one slot to mix anything.",
+        "expert, so that it needs more than one slot to mix anything. 'conformer': layer norm, down to twice the "
+        "width, gate (GLU), depthwise convolution, normalization of each token, SiLU, up (arXiv 2312.03694); the "
+        "convolution as before, but not with routing 'soft' in order of time.",
     )
     kernel_size: Optional[int] = _option(
-        None, "K, the odd size of the convolution's kernel. For expert type 'convolution', there 3 by default."
+        None,
+        "K, the odd size of the convolution's kernel. For expert type 'convolution', there 3 by default, and "
+        "'conformer', there 31.",
     )
     patch_grid: bool = _option(
         False,
-        "Whether the convolution runs over the patches in time and frequency, with a kernel K x K, instead of the "
-        "sequence of tokens. Class tokens are no neighbours there. For expert type 'convolution' with any routing but "
-        "'soft', in Audio Spectrogram Transformers.",
+        "Whether the convolution runs over the patches in time and frequency instead of the sequence of tokens, with "
+        "a kernel K x K or, for expert type 'conformer', 1 x K along time. Class tokens are no neighbours there. For "
+        "expert types 'convolution' and 'conformer' with any routing but 'soft', in Audio Spectrogram Transformers.",
     )
     num_channels: Optional[int] = _option(
         None,
@@ -120,12 +125,23 @@ class SoftMoAConfig(PeftConfig):
         "they take any number of channels, in any order. Needs num_channels.",
     )
     r: int = _option(6, "R, the width of each expert's bottleneck.")
+    r_pattern: Optional[dict[str, int]] = _option(
+        None,
+        "Other values of r for some blocks, as rank_pattern in LoraConfig: by names or endings of names of adapted "
+        "blocks, as describe_targets shows them, or by regular expressions.",
+        example='For example, {"layers.0.attention": 2} or {".*layers.(10|11).*": 12}.',
+    )
+    num_experts_pattern: Optional[dict[str, int]] = _option(None, "Other values of num_experts, in the same form.")
+    scaling_pattern: Optional[dict[str, float]] = _option(None, "Other values of scaling, in the same form.")
     placement: Placement = _option(
         "attention",
         "Which blocks of every layer of the audio encoder are adapted when target_modules is not given: the "
         "self-attention, the feed-forward (the last one, if there are two half-steps), or both.",
     )
-    activation: str = _option("gelu", "The non-linearity of the experts, by its name in transformers.")
+    activation: str = _option(
+        ACTIVATION,
+        "The non-linearity of the experts, by its name in transformers. Expert type 'conformer' has its own.",
+    )
     dropout: float = _option(0.0, "The dropout probability on an expert's activations, in [0, 1).")
     scaling: float = _option(1.0, "The factor on the mixture's output.")
     init_weights: bool = _option(
@@ -198,10 +214,12 @@ class SoftMoAConfig(PeftConfig):
             if name != "patch_grid" and (value or name not in CAUSAL_FIELDS):
                 options[DEPENDENT_FIELDS[name][0]][name] = value
         same = ("routing", "num_experts", "r", "expert_type", "num_channels", "channel_embedding")
+        # A Conformer has its own.
+        activation = {} if self.expert_type == "conformer" else {"activation": self.activation}
         return {
             **{name: getattr(self, name) for name in same},
             "router_options": options["routing"],
-            "expert_options": {**options["expert_type"], "activation": self.activation, "dropout": self.dropout},
+            "expert_options": {**options["expert_type"], **activation, "dropout": self.dropout},
             "identity": self.init_weights,
         }
 
@@ -211,7 +229,9 @@ class SoftMoAConfig(PeftConfig):
         return {**given, **self.resolved_fields(), "modules_to_save": set(self.modules_to_save or ())}
 
     @classmethod
-    def for_budget(cls, model: nn.Module, parameters: int, **fields: Any) -> SoftMoAConfig:
+    def for_budget(
+        cls, model: nn.Module, parameters: int, allocate: Allocation = "uniform", **fields: Any
+    ) -> SoftMoAConfig:
         """Make the config with the largest `r` that stays within a number of trainable parameters.
 
         Everything counts that `get_peft_model` makes trainable, so also `modules_to_save` and `train_norms`.
@@ -219,7 +239,9 @@ class SoftMoAConfig(PeftConfig):
         Args:
             model (nn.Module): the base model; it may be on the meta device.
             parameters (int): the most parameters that may be trained.
-            fields (Any): the other fields of the config, without `r`.
+            allocate (str): `"uniform"`: the same `r` in all blocks. `"middle"` or `"late"`: most in the middle or the
+                last layers, least in those farthest from them, as `r_pattern` then says.
+            fields (Any): the other fields of the config, without `r` and `r_pattern`.
 
         Returns:
             SoftMoAConfig: the config.
@@ -227,13 +249,11 @@ class SoftMoAConfig(PeftConfig):
         Raises:
             ValueError: if even `r=1` needs more, or a field is not allowed.
         """
-        from .targets.description import largest_r  # which needs the config's class
+        from .targets.budget import allocate_r  # which needs the config's class
 
-        if not (is_integer(parameters) and parameters > 0):
-            raise ValueError(f"`parameters` must be a positive integer, got {parameters!r}.")
-        if "r" in fields:
-            raise ValueError(f"`r` must be left out of `for_budget`, which finds it, got {fields['r']!r}.")
-        return cls(**fields, r=largest_r(model, cls(**fields), parameters))
+        for name in {"r", "r_pattern"} & fields.keys():
+            raise ValueError(f"`{name}` must be left out of `for_budget`, which finds it, got {fields[name]!r}.")
+        return allocate_r(model, cls(**fields), parameters, allocate)
 
     @classmethod
     def from_pretrained(

@@ -8,48 +8,61 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Optional, Union, get_args
 
-import regex
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers.activations import ACT2FN
 
+from .expressions import (
+    LARGEST_EXPRESSION,
+    LARGEST_EXPRESSIONS,
+    LONGEST_EXPRESSION,
+    LONGEST_EXPRESSIONS,
+    LONGEST_NAME,
+    MOST_NAMES,
+    MOST_TARGETS,
+    are_modules,
+    are_names,
+    are_paths,
+    are_patterns,
+    is_expression,
+)
+
 Routing = Literal["soft", "dense", "top_k", "expert_choice"]
-ExpertType = Literal["bottleneck", "convolution"]
+ExpertType = Literal["bottleneck", "convolution", "conformer"]
+Allocation = Literal["uniform", "middle", "late"]
 Placement = Literal["attention", "ffn", "both"]
 # Names of modules, or one regular expression.
 Modules = Optional[Union[list[str], set[str], str]]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 # What is larger is a mistake, or meant to exhaust memory.
-LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_CHANNELS = 65_536, 1_023, 10_000, 1_024
-# PEFT makes all endings of each name of `target_modules`, and expressions of the names of `modules_to_save`.
-LONGEST_NAME, MOST_TARGETS, MOST_NAMES, MOST_INDICES = 256, 5_000, 256, 1_000
-# Compiling an expression writes out what is repeated: its length times the numbers of all its repetitions, at most.
-LARGEST_EXPRESSION = 100_000
-REPETITION = regex.compile(r"\{([0-9]{0,9})(,[0-9]{0,9})?\}")
-# Calls of a part of the expression itself, whose memory has no bound.
-RECURSION = regex.compile(r"\(\?(R|P>|&|[+-]?[0-9])")
-# Full case-folding, whose sets of characters grow without a bound.
-FULL_CASE = regex.compile(r"\(\?[a-zA-Z0-9]*f")
+LARGEST_SIZE, LARGEST_KERNEL, MOST_INDICES, MOST_CHANNELS = 65_536, 1_023, 1_000, 1_024
 LONGEST_CLIP = 60  # seconds; longer ones need a model that is made for them
 
 # The others have parameters of their own, which would be shared by all experts.
 ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
 
-# Fields that belong to one choice of another field: that field, the choice, and their default there.
-DEPENDENT_FIELDS: dict[str, tuple[str, str, Any]] = {
-    "num_slots": ("routing", "soft", 1),
-    "normalize": ("routing", "soft", False),
-    "chunk_size": ("routing", "soft", None),
-    "forgetting": ("routing", "soft", False),
-    "top_k": ("routing", "top_k", 2),
-    "router_aux_loss_coef": ("routing", "top_k", 0.01),
-    "capacity_factor": ("routing", "expert_choice", 1.0),
-    "kernel_size": ("expert_type", "convolution", 3),
-    "patch_grid": ("expert_type", "convolution", False),
+# Fields that belong to some choices of another field: that field, and their default for each of these choices.
+DEPENDENT_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "num_slots": ("routing", {"soft": 1}),
+    "normalize": ("routing", {"soft": False}),
+    "chunk_size": ("routing", {"soft": None}),
+    "forgetting": ("routing", {"soft": False}),
+    "top_k": ("routing", {"top_k": 2}),
+    "router_aux_loss_coef": ("routing", {"top_k": 0.01}),
+    "capacity_factor": ("routing", {"expert_choice": 1.0}),
+    "kernel_size": ("expert_type", {"convolution": 3, "conformer": 31}),
+    "patch_grid": ("expert_type", {"convolution": False, "conformer": False}),
 }
+# The activation of all experts but Conformers, which have their own.
+ACTIVATION = "gelu"
+
+# Fields that give single blocks a value of their own, and whose value that is.
+PATTERN_FIELDS = {"r_pattern": "r", "num_experts_pattern": "num_experts", "scaling_pattern": "scaling"}
 
 # Those that mean something only in order of time.
 CAUSAL_FIELDS = ("chunk_size", "forgetting")
+NOT_LINEAR = (
+    "a running average for each token is one of what `down` makes of tokens, and a Conformer normalises in front of it"
+)
 
 
 def resolve_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,9 +75,9 @@ def resolve_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         dict[str, Any]: the values by the fields' names; the fields of other choices are not in it.
     """
     return {
-        name: default if values[name] is None else values[name]
-        for name, (choice, wanted, default) in DEPENDENT_FIELDS.items()
-        if values[choice] == wanted
+        name: defaults[values[choice]] if values[name] is None else values[name]
+        for name, (choice, defaults) in DEPENDENT_FIELDS.items()
+        if values[choice] in defaults
     }
 
 
@@ -79,19 +92,24 @@ def check_fields(values: Mapping[str, Any]) -> None:
     """
     for name, (allowed, is_allowed) in RULES.items():
         _require(values, name, allowed, is_allowed(values[name]))
-    for name, (choice, wanted, default) in DEPENDENT_FIELDS.items():
-        left_out = values[name] is None or (default is False and values[name] is False)
-        allowed = f"left out unless {choice}='{wanted}' (here {choice}='{values[choice]}')"
-        _require(values, name, allowed, values[choice] == wanted or left_out)
+    for name, (choice, defaults) in DEPENDENT_FIELDS.items():
+        left_out = values[name] is None or (False in defaults.values() and values[name] is False)
+        wanted = " or ".join(map(repr, defaults))
+        allowed = f"left out unless {choice}={wanted} (here {choice}='{values[choice]}')"
+        _require(values, name, allowed, values[choice] in defaults or left_out)
     resolved = resolve_fields(values)
     _check_numbers(values, resolved)
+    _check_patterns(values, resolved)
     _check_modules(values)
     allowed = "True unless `num_channels` is given"
     _require(values, "channel_embedding", allowed, values["channel_embedding"] or values["num_channels"] is not None)
-    if resolved.get("num_slots") == 1 and resolved.get("kernel_size", 1) != 1:
+    slots, kernel = resolved.get("num_slots"), resolved.get("kernel_size", 1)
+    if slots is not None and slots <= kernel // 2:
+        mixed = "no neighbours" if slots == 1 else f"at most {slots - 1} neighbours on a side"
+        trains = "the centre" if slots == 1 else f"the middle {2 * slots - 1} weights"
         warnings.warn(
-            "With routing='soft' and num_slots=1 a convolution has no neighbours to mix, and only the centre of its "
-            f"kernel of {resolved['kernel_size']} trains. Choose more slots, or another routing.",
+            f"With routing='soft' and num_slots={slots} a convolution has {mixed} to mix, and only {trains} of its "
+            f"kernel of {kernel} trains. Choose more slots, a smaller kernel, or another routing.",
             stacklevel=4,
         )
 
@@ -141,12 +159,34 @@ def _check_numbers(values: Mapping[str, Any], resolved: Mapping[str, Any]) -> No
         share = resolved["capacity_factor"]
         allowed = f"a number from 0.001 to `num_experts`, {experts}"
         _require(values, "capacity_factor", allowed, _is_number(share) and 0.001 <= share <= experts)
+    if values["expert_type"] == "conformer":
+        allowed = f"left out with expert_type='conformer', whose activations are a gate and SiLU, or '{ACTIVATION}'"
+        _require(values, "activation", allowed, values["activation"] == ACTIVATION)
+        if routing == "soft":
+            order = next((name for name in ("causal", *CAUSAL_FIELDS) if values[name]), None)
+            allowed = "'bottleneck' or 'convolution' with routing='soft' and order in time (here `{}`): {}"
+            _require(values, "expert_type", allowed.format(order, NOT_LINEAR), order is None)
     if "kernel_size" in resolved:
         kernel = resolved["kernel_size"]
         allowed = f"odd and positive, at most {LARGEST_KERNEL}"
         _require(
             values, "kernel_size", allowed, is_integer(kernel) and kernel % 2 == 1 and 0 < kernel <= LARGEST_KERNEL
         )
+
+
+def _check_patterns(values: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
+    """Check that single blocks get values that all blocks could have."""
+    for field, name in PATTERN_FIELDS.items():
+        for pattern, value in (values[field] or {}).items():
+            allowed, is_allowed = RULES[name]
+            problem = None if is_allowed(value) else f"{allowed}, got {shorten(value)}"
+            if problem is None and name == "num_experts":
+                try:
+                    _check_numbers({**values, name: value}, resolved)
+                except ValueError as error:
+                    problem = f"a number of experts that fits the other fields, got {value}: {error}"
+            if problem is not None:
+                raise ValueError(f"`{field}` must give {shorten(pattern)} {problem}")
 
 
 def _check_modules(values: Mapping[str, Any]) -> None:
@@ -179,43 +219,8 @@ def _is_number(value: Any) -> bool:
     return (is_integer(value) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _are_names(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
-    )
-
-
-def _are_modules(value: Any, most: int = MOST_TARGETS) -> bool:
-    names = value or ()
-    return _are_names(value) and len(names) <= most and all(len(name) <= LONGEST_NAME for name in names)
-
-
-def _are_paths(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    path = regex.compile(r"[\w-]+(\.[\w-]+)*")
-    return _are_modules(names, MOST_NAMES) and all(map(path.fullmatch, names or ()))
-
-
-def _is_expression(value: Any) -> bool:
-    # PEFT has one string that stands for no module.
-    if not isinstance(value, str) or len(value) > LONGEST_EXPRESSION or value == DUMMY_TARGET_MODULES:
-        return False
-    # Any other brace would be a count with spaces or comments in it, or a match that is only alike.
-    if set("{}") & set(REPETITION.sub("", value)) or RECURSION.search(value) or FULL_CASE.search(value):
-        return False
-    # What may be left out is not written out: the least number counts.
-    repetitions = math.prod(max(1, int(least or 1)) for least, _ in REPETITION.findall(value))
-    if len(value) * repetitions > LARGEST_EXPRESSION:
-        return False
-    try:
-        regex.compile(value)
-    except (regex.error, RecursionError):
-        return False
-    return True
-
-
 def _are_distinct_names(value: Any) -> bool:
-    return isinstance(value, list) and _are_names(value) and 0 < len(value) == len(set(value))
+    return isinstance(value, list) and are_names(value) and 0 < len(value) == len(set(value))
 
 
 def _are_indices(value: Any) -> bool:
@@ -238,11 +243,18 @@ Rule = tuple[str, Callable[[Any], bool]]
 _TEXT: Rule = ("None or a string", lambda value: value is None or isinstance(value, str))
 _SWITCH: Rule = ("True or False", lambda value: isinstance(value, bool))
 _NAMES = f"of at most {LONGEST_NAME} letters, digits, dots and dashes"
+_SIMPLE = "without recursion, and with braces only around the numbers of repetitions"
 _MODULES: Rule = (
-    f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters, without recursion, and with "
-    f"braces only around the numbers of repetitions; its length times all these numbers is at most "
-    f"{LARGEST_EXPRESSION:,}, and there are at most {MOST_TARGETS:,} names of {LONGEST_NAME} characters",
-    lambda value: _is_expression(value) or _are_modules(value),
+    f"None, names, or a regular expression of at most {LONGEST_EXPRESSION:,} characters, {_SIMPLE}; its length times "
+    f"all these numbers is at most {LARGEST_EXPRESSION:,}, and there are at most {MOST_TARGETS:,} names of "
+    f"{LONGEST_NAME} characters",
+    lambda value: is_expression(value) or are_modules(value),
+)
+_PATTERNS: Rule = (
+    f"None, or values by names of blocks, at most {MOST_TARGETS:,} of {LONGEST_NAME} characters, or by regular "
+    f"expressions, together at most {LONGEST_EXPRESSIONS:,} characters, {_SIMPLE}; the sum of their lengths, each "
+    f"times all these numbers, is at most {LARGEST_EXPRESSIONS:,}",
+    are_patterns,
 )
 # What a field may be whatever the others are, and how the error says so.
 RULES: dict[str, Rule] = {
@@ -274,11 +286,12 @@ RULES: dict[str, Rule] = {
     "dropout": ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
     "scaling": ("a finite number", _is_number),
     **dict.fromkeys(("target_modules", "exclude_modules"), _MODULES),
+    **dict.fromkeys(PATTERN_FIELDS, _PATTERNS),
     # PEFT puts these names into regular expressions.
-    "layers_pattern": (f"None, the name of a list of layers, or several, {_NAMES}", _are_paths),
+    "layers_pattern": (f"None, the name of a list of layers, or several, {_NAMES}", are_paths),
     "modules_to_save": (
         f"None or a list of at most {MOST_NAMES} names {_NAMES}",
-        lambda value: not isinstance(value, str) and _are_paths(value),
+        lambda value: not isinstance(value, str) and are_paths(value),
     ),
     "layers_to_transform": (f"None, an index or a list of indices, {MOST_INDICES:,} at most", _are_indices),
     "max_length_seconds": (f"None or {LENGTH}", lambda value: value is None or is_length(value)),

@@ -28,6 +28,7 @@ from .targets.choice import find_targets, is_matched_by_peft, is_target, name_ta
 from .targets.clip_length import fit_length
 from .targets.description import mixture_options, mixture_shapes
 from .targets.heads import base_classes, find_head, fit_head, name_classes, note_problem_type
+from .targets.patterns import block_configs
 from .targets.placement import choose_targets
 from .targets.rollback import Snapshot
 from .targets.saved_modules import count_saved, find_saved, saved_shapes
@@ -93,7 +94,7 @@ class SoftMoAModel(BaseTuner):
         if saved and loaded is None and peft_config.problem_type is None:
             peft_config.problem_type = base_classes(model).problem_type
         self._argument_names = argument_names(model)
-        self._options = mixture_options(model, peft_config)
+        self._configs = block_configs(peft_config, targets)
         self._forward_passes = next(iter(find_passes(model)), None) or make_passes()
         blocks = mixture_shapes(model, peft_config, targets.values())
         parameters = sum(prod(shape) for shapes in blocks for shape in shapes.values())
@@ -117,10 +118,12 @@ class SoftMoAModel(BaseTuner):
     ) -> None:
         # Where PEFT goes by the names in a state dict, a module may be none of the config's targets.
         where = self._targets.get(current_key) or unmatched_target(peft_config, self.model, current_key)
+        own = self._configs.get(current_key) or block_configs(peft_config, [current_key], must_match=False)[current_key]
+        options = mixture_options(self.model, own)
         if is_adapted(target):
-            target.update_layer(adapter_name, where, self._options, peft_config.scaling)
+            target.update_layer(adapter_name, where, options, own.scaling)
         else:
-            new = SoftMoALayer(target, adapter_name, where, self._options, peft_config.scaling, self._forward_passes)
+            new = SoftMoALayer(target, adapter_name, where, options, own.scaling, self._forward_passes)
             self._replace_module(parent, target_name, new, new.base_layer)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SoftMoAConfig) -> None:

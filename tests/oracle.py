@@ -50,21 +50,15 @@ def bottleneck(z, down_weight, down_bias, up_weight, up_bias):
     return up_bias + gelu(down_bias + z @ down_weight) @ up_weight
 
 
-def convolution(
-    z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv_bias, valid=None, grid=None, causal=False
-):
-    """One expert on all of z (L, D), which are neighbours; with a grid (class tokens, height, width) in two dimensions.
+def depthwise(hidden, conv_weight, conv_bias, grid=None, causal=False):
+    """Each of R channels convolved over the vectors of a list, which are neighbours; a list of vectors.
 
-    Class tokens have no neighbours. If it is causal, all neighbours are before a token.
+    With a grid (class tokens, height, width) that is in two dimensions, and class tokens have no neighbours. If it is
+    causal, all neighbours are before a vector.
 
-    The kernel (R, K) or (R, K, K) is applied without flipping; beyond the ends and in invalid places there are zeros.
+    The kernel (R, K) or (R, A, K) is applied without flipping; beyond the ends there are zeros.
     """
-    length, r, size = z.shape[0], down_weight.shape[1], conv_weight.shape[-1]
-    zero = z.new_zeros(())
-    hidden = [
-        gelu(down_bias + z[i] @ down_weight) if valid is None or bool(valid[i]) else z.new_zeros(r)
-        for i in range(length)
-    ]
+    length, (r, *_, size) = len(hidden), conv_weight.shape
     outputs = []
     for i in range(length):
         mixed = []
@@ -73,26 +67,73 @@ def convolution(
             if grid is None:
                 for k in range(size):
                     j = i + k - (size - 1 if causal else size // 2)
-                    value = value + (conv_weight[c, k] * hidden[j][c] if 0 <= j < length else zero)
+                    value = value + (conv_weight[c, k] * hidden[j][c] if 0 <= j < length else 0)
             elif i < grid[0]:
-                value = value + conv_weight[c, size // 2, size // 2] * hidden[i][c]
+                value = value + conv_weight[c, conv_weight.shape[1] // 2, size // 2] * hidden[i][c]
             else:
                 row, column = divmod(i - grid[0], grid[2])
-                for a in range(size):
+                for a in range(conv_weight.shape[1]):
                     for b in range(size):
-                        y, x = row + a - size // 2, column + b - size // 2
+                        y, x = row + a - conv_weight.shape[1] // 2, column + b - size // 2
                         if 0 <= y < grid[1] and 0 <= x < grid[2]:
                             value = value + conv_weight[c, a, b] * hidden[grid[0] + y * grid[2] + x][c]
             mixed.append(value)
-        outputs.append(up_bias + gelu(torch.stack(mixed)) @ up_weight)
+        outputs.append(torch.stack(mixed))
+    return outputs
+
+
+def convolution(
+    z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv_bias, valid=None, grid=None, causal=False
+):
+    """One expert on all of z (L, D), which are neighbours; invalid ones are zero for others."""
+    hidden = [gelu(down_bias + row @ down_weight) for row in z]
+    hidden = [row if valid is None or bool(valid[i]) else 0 * row for i, row in enumerate(hidden)]
+    mixed = depthwise(hidden, conv_weight, conv_bias, grid, causal)
+    return torch.stack([up_bias + gelu(row) @ up_weight for row in mixed])
+
+
+def conformer(
+    z, down_weight, down_bias, up_weight, up_bias, conv_weight, conv_bias, norm_weight, norm_bias,
+    valid=None, grid=None, causal=False,
+):  # fmt: skip
+    """One Conformer adapter on all of z (L, D), with a root mean square of each vector in the place of BatchNorm."""
+    r = len(conv_bias)
+    gated = []
+    for i, row in enumerate(z):
+        mean = sum(row) / len(row)
+        variance = sum((value - mean) ** 2 for value in row) / len(row)
+        both = down_bias + (row - mean) / torch.sqrt(variance + 1e-5) @ down_weight
+        gate = torch.stack([both[c] / (1 + torch.exp(-both[r + c])) for c in range(r)])
+        gated.append(gate if valid is None or bool(valid[i]) else 0 * gate)
+    outputs = []
+    for row in depthwise(gated, conv_weight, conv_bias, grid, causal):
+        root = torch.sqrt(sum(value**2 for value in row) / r + 0.01)
+        normed = torch.stack([norm_weight[c] * row[c] / root + norm_bias[c] for c in range(r)])
+        outputs.append(up_bias + normed / (1 + torch.exp(-normed)) @ up_weight)
     return torch.stack(outputs)
 
 
+PROJECTIONS = ("down_weight", "down_bias", "up_weight", "up_bias")
+CONVOLUTION = (*PROJECTIONS, "conv_weight", "conv_bias")
+# What computes an expert on vectors that are neighbours, and the names of its weights.
+EXPERTS = {
+    "bottleneck": (None, PROJECTIONS),
+    "convolution": (convolution, CONVOLUTION),
+    "conformer": (conformer, (*CONVOLUTION, "norm_weight", "norm_bias")),
+}
+
+
+def weights_of(experts, expert_type="bottleneck"):
+    """The weights of each of the stacked experts, as a list of N tuples."""
+    return list(zip(*(getattr(experts, name) for name in EXPERTS[expert_type][1]), strict=True))
+
+
 def expert_on_all(z, weights, valid=None, grid=None, causal=False):
-    """One expert on all of z (L, D): a bottleneck has four tensors, a convolution six."""
-    if len(weights) == 4:
+    """One expert on all of z (L, D): the number of its tensors tells its type."""
+    if len(weights) == len(PROJECTIONS):
         return torch.stack([bottleneck(row, *weights) for row in z])
-    return convolution(z, *weights, valid=valid, grid=grid, causal=causal)
+    apply = next(apply for apply, names in EXPERTS.values() if len(names) == len(weights))
+    return apply(z, *weights, valid=valid, grid=grid, causal=causal)
 
 
 def soft_mixture(x, slots, experts, mask=None, scale=None):

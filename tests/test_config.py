@@ -35,7 +35,7 @@ def test_every_field_has_its_help():
     own = {field.name for field in dataclasses.fields(SoftMoAConfig)} - {
         field.name for field in dataclasses.fields(PeftConfig)
     }
-    assert len(own) == 30
+    assert len(own) == 33
     for field in dataclasses.fields(SoftMoAConfig):
         assert field.metadata.get("help"), field.name
 
@@ -135,7 +135,7 @@ CONVOLUTION = {"expert_type": "convolution"}
         ({}, "top_k", 2, "left out unless routing='top_k' (here routing='soft')"),
         ({"routing": "dense"}, "router_aux_loss_coef", 0.01, "left out unless routing='top_k'"),
         (TOP_K, "capacity_factor", 1.0, "left out unless routing='expert_choice'"),
-        ({}, "kernel_size", 3, "left out unless expert_type='convolution' (here expert_type='bottleneck')"),
+        ({}, "kernel_size", 3, "left out unless expert_type='convolution' or 'conformer' (here"),
         ({"routing": "dense"}, "num_slots", False, "left out unless routing='soft'"),
         ({"routing": "dense"}, "patch_grid", True, "left out unless expert_type='convolution'"),
     ],
@@ -185,7 +185,7 @@ def test_a_convolution_over_one_slot_is_warned_of():
 
 def test_one_field_changes_the_routing_and_one_the_experts():
     for routing in ("soft", "dense", "top_k", "expert_choice"):
-        for expert_type in ("bottleneck", "convolution"):
+        for expert_type in ("bottleneck", "convolution", "conformer"):
             SoftMoAConfig(routing=routing, expert_type=expert_type)
 
 

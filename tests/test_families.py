@@ -187,11 +187,25 @@ def test_padding(name, placement, attention, monkeypatch):
     assert padding_error(family, model) > 1e-3
 
 
+CONFORMER = {"routing": "dense", "expert_type": "conformer", "num_experts": 2}
+
+
+@pytest.mark.parametrize("placement", ["attention", "ffn"])
+@pytest.mark.parametrize("name", OF_ANY_LENGTH)
+def test_padding_of_conformers(name, placement, monkeypatch):
+    """Their kernel of 31 reaches from the last real token far into the padding."""
+    family, model = FAMILIES[name], padded_model(name, placement, "eager", **CONFORMER)
+    assert padding_error(family, model) < 1e-5
+    monkeypatch.setattr(layer_module, "token_mask", lambda *args: None)
+    assert padding_error(family, model) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, CONFORMER], ids=["soft", "conformer"])
 @pytest.mark.parametrize("placement", ["attention", "ffn"])
 @pytest.mark.parametrize("name", MASKED)
-def test_content_of_padding(name, placement):
+def test_content_of_padding(name, placement, options):
     """What stands in padded positions changes nothing."""
-    family, model = FAMILIES[name], padded_model(name, placement, "eager")
+    family, model = FAMILIES[name], padded_model(name, placement, "eager", **options)
     short, long = family.lengths
     silent = family.inputs([short, long])
     loud = {key: value.clone() for key, value in silent.items()}

@@ -127,7 +127,7 @@ def test_a_call_without_tokens():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("expert_type", ["bottleneck", "convolution"])
+@pytest.mark.parametrize("expert_type", ["bottleneck", "convolution", "conformer"])
 @pytest.mark.parametrize(
     "routing", [{}, {"normalize": True}, {"routing": "dense"}, {"routing": "top_k"}, {"routing": "expert_choice"}]
 )

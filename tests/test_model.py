@@ -58,6 +58,7 @@ ROUTINGS = [
     {"routing": "expert_choice"},
 ]
 CONVOLUTION = {"expert_type": "convolution"}
+CONFORMER = {"expert_type": "conformer"}
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,10 @@ CONVOLUTION = {"expert_type": "convolution"}
         *ROUTINGS,
         *(routing | CONVOLUTION for routing in ROUTINGS),
         {"routing": "dense", "patch_grid": True} | CONVOLUTION,
+        *(routing | CONFORMER | {"kernel_size": 3} for routing in ROUTINGS),
+        {"routing": "dense", "r": 1} | CONFORMER,
+        {"routing": "dense", "patch_grid": True} | CONFORMER,
+        {"r_pattern": {"layers.0.attention": 1}, "num_experts_pattern": {".*1.attention": 2}},
         {"placement": "both"},
         {"target_modules": ["q_proj"]},
         {"target_modules": ["q_proj"], "routing": "top_k"},
@@ -259,6 +264,7 @@ def test_adapters_of_different_routing(tiny_ast, spectrograms):
         "single": {"routing": "dense", "num_experts": 1, "placement": "ffn", "train_norms": True},
         "top_k": {"routing": "top_k"},
         "expert_choice": {"routing": "expert_choice", "placement": "both"},
+        "conformer": {"routing": "dense", "expert_type": "conformer", "r_pattern": {"layers.1.attention": 3}},
     }
     alone = {}
     for name, options in choices.items():
@@ -638,19 +644,23 @@ def test_an_error_in_a_pass_leaves_nothing_behind():
     assert torch.equal(outputs("Wav2Vec2", model), wanted)
 
 
+COMPILED_CONFORMER = {"routing": "dense", "expert_type": "conformer", "num_experts_pattern": {".*1.attention": 3}}
+
+
 @pytest.mark.parametrize(
-    "name, backend",
+    "name, backend, options",
     [
-        ("AST", "aot_eager"),
+        ("AST", "aot_eager", {}),
         pytest.param(
-            "AST", "inductor", marks=pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+            "AST", "inductor", {}, marks=pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
         ),
-        ("Wav2Vec2", "aot_eager"),
-        ("WavLM", "aot_eager"),
-        ("CLAP", "aot_eager"),
+        ("Wav2Vec2", "aot_eager", {}),
+        ("Wav2Vec2", "aot_eager", COMPILED_CONFORMER),
+        ("WavLM", "aot_eager", {}),
+        ("CLAP", "aot_eager", {}),
     ],
 )
-def test_compiled(name, backend):
+def test_compiled(name, backend, options):
     """In one graph for inference and one for training, with the mask, and the same numbers for every batch."""
     family = FAMILIES[name]
     batch = family.inputs(list(family.lengths))
@@ -659,7 +669,7 @@ def test_compiled(name, backend):
         family.encode(torch.compile(build(name), backend="eager", fullgraph=True), batch)
     except torch._dynamo.exc.Unsupported as error:
         pytest.skip(f"this torch and transformers do not compile {name} itself in one graph: {error.args[0][:99]}")
-    model = get_peft_model(build(name), SoftMoAConfig(placement="both", init_weights=False)).eval()
+    model = get_peft_model(build(name), SoftMoAConfig(placement="both", init_weights=False, **options)).eval()
     outputs(name, model)  # transformers installs hooks in the first call
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -19,6 +19,7 @@ from peft_softmoa.layer import is_adapted
 
 SPEECH = "Whisper, speech to text"
 DECODER = r".*decoder.*self_attn"
+OF_NEIGHBOURS = [{"routing": "dense", "expert_type": "convolution"}, {"routing": "dense", "expert_type": "conformer"}]
 
 
 def nemotron():
@@ -106,9 +107,7 @@ def reach(run, audio, step):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "options", [{}, {"forgetting": True, "num_slots": 2}, {"routing": "dense", "expert_type": "convolution"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"forgetting": True, "num_slots": 2}, *OF_NEIGHBOURS], ids=str)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_streaming_encoders_see_no_further_ahead(name, options):
     audio = draw(name)

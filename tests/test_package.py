@@ -29,8 +29,9 @@ assert not new & {"av", "datasets", "evaluate", "matplotlib", "soundfile", "soxr
 
 # What is in one row does not import what is in the same row, apart from within a folder.
 RANKS = [
-    {"registration", "fields", "method", "recipes", "quiet"},
-    {"calls", "config_file"},
+    {"registration", "expressions", "method", "recipes", "quiet"},
+    {"calls", "fields"},
+    {"config_file"},
     {"config"},
     {"targets"},
     {"layer", "arguments", "saving"},

@@ -150,6 +150,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     FLOOR: train_nothing,
     "LoRA": partial(train_adapter, lora),
     "single adapter": partial(train_adapter, partial(mixture, "dense", 1)),
+    "Conformer adapter": partial(train_adapter, partial(mixture, "dense", 1, expert_type="conformer")),
     "Dense-MoA": partial(train_adapter, partial(mixture, "dense", 7)),
     "Dense-MoA, literal": partial(train_adapter, partial(mixture, "dense", 7), literally="dense"),
     "Soft-MoA": partial(train_adapter, partial(mixture, "soft", 7)),

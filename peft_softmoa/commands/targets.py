@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModel
 
 from ..arguments import AdapterArguments, make_config
 from ..config import SoftMoAConfig
-from ..targets.description import describe_targets, largest_r
+from ..targets.budget import largest_r
+from ..targets.description import describe_targets
 from ..targets.sizes import compare_lora
 from ..training.options import flag_names, name_flags
 from .parser import CommandParser
@@ -102,10 +103,12 @@ def fit_budget(model: nn.Module, config: SoftMoAConfig, parameters: int) -> Soft
         SoftMoAConfig: the config with that `r`.
 
     Raises:
-        ValueError: if `r` was given, or even `r=1` needs more.
+        ValueError: if `r` or `r_pattern` was given, or even `r=1` needs more.
     """
     if config.r != SoftMoAConfig().r:
         raise ValueError(f"`budget` finds r: leave out `r`, got {config.r}.")
+    if config.r_pattern is not None:
+        raise ValueError(f"`budget` finds r of all blocks: leave out `r_pattern`, got {config.r_pattern}.")
     return replace(config, r=largest_r(model, config, parameters))
 
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..inference.loading import load_adapter
 from ..registration import SOFTMOA
+from ..targets.patterns import name_patterns
 from ..training.inputs import Collate
 from ..training.load import load_stream
 from ..training.options import DataOptions
@@ -87,10 +88,12 @@ def inspect_adapter(
         Path(name).resolve().name if name and os.path.isdir(name) else name
         for name in (adapter, config.base_model_name_or_path, dataset)
     )
+    patterns = name_patterns(vars(config))
     facts = {
         "Adapter": str(adapter_name),
         "Base model": str(base_name),
-        "Mixture": f"{config.num_experts} experts of r={config.r}, {config.routing} routing, type {config.expert_type}",
+        "Mixture": f"{config.num_experts} experts of r={config.r}, {config.routing} routing, type {config.expert_type}"
+        f"{'; ' if patterns else ''}{patterns}",
     }
     notes = []
     if dataset is not None:

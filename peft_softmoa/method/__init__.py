@@ -1,7 +1,8 @@
 """The mixture itself, without PEFT and without models: tensors in, tensors out."""
 
+from .conformer import ConformerExperts
 from .convolution import ConvolutionExperts, PatchGrid
 from .experts import BottleneckExperts
 from .mixture import Mixture
 
-__all__ = ["BottleneckExperts", "ConvolutionExperts", "Mixture", "PatchGrid"]
+__all__ = ["BottleneckExperts", "ConformerExperts", "ConvolutionExperts", "Mixture", "PatchGrid"]

@@ -53,6 +53,7 @@ class ConvolutionExperts(BottleneckExperts):
     """
 
     mixes_tokens = True
+    mixes_frequencies = True  # whether the kernel over a patch grid is K × K, or 1 × K along time
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class ConvolutionExperts(BottleneckExperts):
         super().__init__(num_experts, in_features, r, out_features, activation=activation, dropout=dropout)
         self.causal = causal
         self.patch_grid = patch_grid
-        kernel = (kernel_size,) if patch_grid is None else (kernel_size, kernel_size)
+        kernel = (kernel_size,) if patch_grid is None else (kernel_size if self.mixes_frequencies else 1, kernel_size)
         self.conv_weight = nn.Parameter(torch.empty(num_experts, r, *kernel))
         self.conv_bias = nn.Parameter(torch.empty(num_experts, r))
         self._reset_convolution(identity=True)
@@ -105,27 +106,30 @@ class ConvolutionExperts(BottleneckExperts):
         *,
         over_slots: bool = False,
     ) -> Tensor:
-        hidden = self.activation(projected)
+        return self.activation(self._convolve(self.activation(projected), mask, past, over_slots))
+
+    def _convolve(self, hidden: Tensor, mask: Optional[Tensor], past: Optional[Past], over_slots: bool) -> Tensor:
+        """Convolve `(B, L, N, R)` over L, each channel with its own kernel; masked tokens count as zero."""
         if mask is not None:
             hidden = hidden.masked_fill(~mask[:, :, None, None], 0.0)
-        num_experts, r = hidden.shape[2:]
-        hidden, causal = hidden.flatten(2), self.causal and not over_slots
+        channels, reach = hidden.flatten(2), self.conv_weight.shape[-1] - 1
+        causal = self.causal and not over_slots
         if causal and past is not None:
-            hidden = past.before(hidden, self.conv_weight.shape[-1] - 1, *past.ends(hidden, mask))
+            channels = past.before(channels, reach, *past.ends(hidden, mask))
         elif causal:
-            hidden = F.pad(hidden, (0, 0, self.conv_weight.shape[-1] - 1, 0))
-        return self.activation(self._convolve(hidden.mT, causal).mT.unflatten(-1, (num_experts, r)))
+            channels = F.pad(channels, (0, 0, reach, 0))
+        return self._convolve_channels(channels.mT, causal).mT.unflatten(-1, hidden.shape[2:])
 
-    def _convolve(self, channels: Tensor, causal: bool) -> Tensor:
-        """Convolve `(B, N·R, L)`, each channel with its own kernel; if causal, with the K - 1 before the first."""
+    def _convolve_channels(self, channels: Tensor, causal: bool) -> Tensor:
+        """The same for `(B, N·R, L)` without a mask; if causal, with the K - 1 before the first."""
         weight = self.conv_weight.to(channels.dtype).flatten(0, 1).unsqueeze(1)
         bias = self.conv_bias.to(channels.dtype).flatten()
-        options = {"padding": self.conv_weight.shape[-1] // 2, "groups": channels.shape[1]}
-        grid = self.patch_grid
+        centre = [size // 2 for size in self.conv_weight.shape[2:]]
+        groups, grid = channels.shape[1], self.patch_grid
         if causal:
-            return F.conv1d(channels, weight, bias, groups=channels.shape[1])
+            return F.conv1d(channels, weight, bias, groups=groups)
         if grid is None:
-            return F.conv1d(channels, weight, bias, **options)
+            return F.conv1d(channels, weight, bias, padding=centre, groups=groups)
         length = grid.class_tokens + grid.height * grid.width
         if channels.shape[-1] != length:
             raise ValueError(
@@ -133,7 +137,7 @@ class ConvolutionExperts(BottleneckExperts):
                 f"{grid.width} patches (frequency x time), got {channels.shape[-1]}."
             )
         class_tokens, patches = channels.split([grid.class_tokens, grid.height * grid.width], dim=-1)
-        centre = self.conv_weight.shape[-1] // 2
-        class_tokens = class_tokens * weight[:, :, centre, centre] + bias.unsqueeze(-1)
-        patches = F.conv2d(patches.unflatten(-1, (grid.height, grid.width)), weight, bias, **options)
+        class_tokens = class_tokens * weight[:, :, centre[0], centre[1]] + bias.unsqueeze(-1)
+        patches = patches.unflatten(-1, (grid.height, grid.width))
+        patches = F.conv2d(patches, weight, bias, padding=centre, groups=groups)
         return torch.cat([class_tokens, patches.flatten(-2)], dim=-1)

@@ -36,6 +36,10 @@ class BottleneckExperts(nn.Module):
     """
 
     mixes_tokens = False
+    # Width of the output of `down`, as a multiple of R.
+    down_multiple = 1
+    # Whether `down` is all that comes before the activation, so that it may be applied before slots are averaged.
+    begins_linearly = True
 
     def __init__(
         self,
@@ -48,8 +52,8 @@ class BottleneckExperts(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.down_weight = nn.Parameter(torch.empty(num_experts, in_features, r))
-        self.down_bias = nn.Parameter(torch.empty(num_experts, r))
+        self.down_weight = nn.Parameter(torch.empty(num_experts, in_features, self.down_multiple * r))
+        self.down_bias = nn.Parameter(torch.empty(num_experts, self.down_multiple * r))
         self.up_weight = nn.Parameter(torch.empty(num_experts, r, out_features))
         self.up_bias = nn.Parameter(torch.empty(num_experts, out_features))
         self.activation = ACT2FN[activation]
@@ -86,6 +90,7 @@ class BottleneckExperts(nn.Module):
             Tensor: expert outputs, `(B, S, D')`, in the dtype of the slots.
         """
         num_experts, dtype = self.down_weight.shape[0], slots.dtype
+        slots = self._prepare(slots)
         batch, num_slots = slots.shape[0], slots.shape[1] // num_experts
         # (B, N·P, D) -> (N, B·P, D): one product per projection for all experts.
         by_expert = slots.unflatten(1, (num_experts, num_slots)).transpose(0, 1).flatten(1, 2)
@@ -156,8 +161,8 @@ class BottleneckExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for `print`."""
-        num_experts, in_features, r = self.down_weight.shape
-        return f"num_experts={num_experts}, {in_features}→{r}→{self.up_weight.shape[-1]}"
+        num_experts, r, out_features = self.up_weight.shape
+        return f"num_experts={num_experts}, {self.down_weight.shape[1]}→{r}→{out_features}"
 
     def norms(
         self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor] = None, past: Optional[Past] = None
@@ -205,12 +210,11 @@ class BottleneckExperts(nn.Module):
             tokens (Tensor): `(B, T, D)`.
 
         Returns:
-            Tensor: `(B, T, N, R)`.
+            Tensor: `(B, T, N, R)`; what is gated is twice as wide.
         """
-        num_experts, _, r = self.down_weight.shape
         down_weight = self.down_weight.to(tokens.dtype).mT.flatten(0, 1)
-        projected = F.linear(tokens, down_weight, self.down_bias.to(tokens.dtype).flatten())
-        return projected.unflatten(-1, (num_experts, r))
+        projected = F.linear(self._prepare(tokens), down_weight, self.down_bias.to(tokens.dtype).flatten())
+        return projected.unflatten(-1, self.down_bias.shape)
 
     def project_beside(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the logits of slots in the same product, which reads the tokens once.
@@ -228,6 +232,10 @@ class BottleneckExperts(nn.Module):
         both = F.linear(tokens, weight, F.pad(bias, (0, slots.shape[1])))
         projected, logits = both.split([num_experts * r, slots.shape[1]], dim=-1)
         return projected.unflatten(-1, (num_experts, r)), logits
+
+    def _prepare(self, tokens: Tensor) -> Tensor:
+        """From tokens or slots to the input of `down`."""
+        return tokens
 
     def _hidden(
         self,

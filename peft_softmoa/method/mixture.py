@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .causal import CausalSoftRouter
 from .channels import STANDARD_DEVIATION, apart, embed_channels, read_in_time, together
+from .conformer import ConformerExperts
 from .convolution import ConvolutionExperts
 from .experts import BottleneckExperts
 from .kernels import add_slots, without_autocast
@@ -34,7 +35,11 @@ CAUSAL_ROUTERS: dict[str, type[SoftRouter] | type[DenseRouter]] = {
     "dense": DenseRouter,
     "top_k": TopKRouter,
 }
-EXPERTS: dict[str, type[BottleneckExperts]] = {"bottleneck": BottleneckExperts, "convolution": ConvolutionExperts}
+EXPERTS: dict[str, type[BottleneckExperts]] = {
+    "bottleneck": BottleneckExperts,
+    "convolution": ConvolutionExperts,
+    "conformer": ConformerExperts,
+}
 
 
 class Mixture(nn.Module):
@@ -56,6 +61,9 @@ class Mixture(nn.Module):
             have one.
         channel_embedding (bool): whether an embedding of its channel is added to each token that the mixture reads.
             Without it the mixture takes any number of channels, in any order. Default: True.
+
+    Raises:
+        ValueError: if the experts do not begin with `down`, as causal soft routing needs.
     """
 
     def __init__(
@@ -80,6 +88,11 @@ class Mixture(nn.Module):
         self.causal = causal
         routers, experts = CAUSAL_ROUTERS if causal else ROUTERS, EXPERTS[expert_type]
         self.router = routers[routing](in_features, num_experts, **router_options or {})
+        if isinstance(self.router, CausalSoftRouter) and not experts.begins_linearly:
+            raise ValueError(
+                "Causal soft routing averages what `down` makes of tokens, so that nothing but `down` may come before "
+                f"the average, and expert_type='{expert_type}' normalises there. Take another one, or another routing."
+            )
         options = {**(expert_options or {}), **({"causal": causal} if experts.mixes_tokens else {})}
         self.experts = experts(num_experts, in_features, r, out_features, **options)
         if not identity:

@@ -21,6 +21,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
+from ..targets.patterns import name_patterns
+
 TAGS = ("peft-softmoa", "soft-moa", "mixture-of-experts", "audio")
 HEADING = "## Mixture of adapters"
 RESULTS = "## Results of training"
@@ -50,7 +52,7 @@ SECTION = """{heading}
 
 This is an adapter for `{base_model}`, made with [PEFT](https://github.com/huggingface/peft) and its plugin
 `peft-softmoa`. Each adapted block ({targets}) has {num_experts} small expert(s) in parallel to it (type {expert_type},
-r {r}, activation {activation}), with {routing_name} routing:
+r {r}, activation {activation}){blocks}, with {routing_name} routing:
 {routing_text} The base model is unchanged{length}.
 
 ```python
@@ -280,7 +282,8 @@ def _section(config: dict[str, Any]) -> str:
     if channels is not None:
         number = channels if config["channel_embedding"] else "any number of"
         reads += f"; it reads each channel by itself, and the {number} channels of a clip meet in the experts"
-    names = ("num_experts", "expert_type", "r", "activation")
+    names = ("num_experts", "expert_type", "r")
+    patterns = name_patterns(config)
     return SECTION.format(
         heading=HEADING,
         base_model=_shown(base_model),
@@ -291,5 +294,7 @@ def _section(config: dict[str, Any]) -> str:
         routing_name=config["routing"],
         routing_text=routing.format_map(config),
         length=reads,
+        activation="SiLU after a gate" if config["expert_type"] == "conformer" else config["activation"],
+        blocks=f", some blocks otherwise ({_shown(patterns)})" if patterns else "",
         **{name: config[name] for name in names},
     )

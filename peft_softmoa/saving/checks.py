@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..config import SoftMoAConfig
+from ..fields import PATTERN_FIELDS, shorten
 from .pickles import are_allowed, refuse_pickle
 
 DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors
@@ -122,6 +123,7 @@ def check_size(config: SoftMoAConfig, parameters: int, model: nn.Module) -> None
     most = max(MOST_PARAMETERS, TIMES_THE_BASE * base)
     if parameters > most:
         sizes = {name: config.choices()[name] for name in ("num_experts", "num_slots", "r")}
+        sizes |= {name: shorten(value) for name in PATTERN_FIELDS if (value := getattr(config, name))}
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"The config asks for {parameters:,} parameters, with {given}, but on this model an adapter may have at "

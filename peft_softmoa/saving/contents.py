@@ -26,6 +26,7 @@ from ..method.convolution import PatchGrid
 from ..method.mixture import parameter_shapes
 from ..registration import name_since_0_2
 from ..targets.choice import find_matches
+from ..targets.patterns import block_configs
 from .checks import DTYPES, find_weights, read_tensors
 from .pickles import refuse_pickle
 
@@ -163,20 +164,22 @@ def _check_blocks(path: str, blocks: dict[str, dict[str, tuple[int, ...]]], conf
         others = sorted(blocks.keys() - set(find_matches(config, list(blocks))))
         if others:
             raise ValueError(f"'{path}' adapts {others[0]!r}, which `target_modules` in its config does not match.")
-    options = config.mixture_options()
-    if config.patch_grid:
-        options["expert_options"]["patch_grid"] = PatchGrid(0, 1, 1)  # any: the kernel's shape is the same
+    own = block_configs(config, blocks)
     is_causal = any(getattr(config, name) for name in CAUSAL_FIELDS)  # otherwise the shapes are the same
     made: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
     for block, shapes in blocks.items():
-        # N x D x R, and N x R x D'.
+        # N x D x R or, with a gate, N x D x 2R, and N x R x D'.
         widths = (*shapes.get("experts.down_weight", ())[1:2], *shapes.get("experts.up_weight", ())[2:])
-        if len(widths) == 2 and all(0 < width <= LARGEST_WIDTH for width in widths) and widths not in made:
-            made[widths] = parameter_shapes(*widths, **options, causal=is_causal)
-        if made.get(widths) != shapes:
+        kind = (*widths, own[block].num_experts, own[block].r)
+        if len(widths) == 2 and all(0 < width <= LARGEST_WIDTH for width in widths) and kind not in made:
+            options = own[block].mixture_options()
+            if config.patch_grid:
+                options["expert_options"]["patch_grid"] = PatchGrid(0, 1, 1)  # any: the kernel's shape is the same
+            made[kind] = parameter_shapes(*widths, **options, causal=is_causal)
+        if made.get(kind) != shapes:
             raise ValueError(
                 f"'{path}' does not fit its config: {block!r} has a mixture of shapes {shapes}, but with these widths "
-                f"the config asks for {made.get(widths, 'one that has all its tensors')}."
+                f"the config asks for {made.get(kind, 'one that has all its tensors')}."
             )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any, NamedTuple, Optional
 
-import regex
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
@@ -20,13 +19,14 @@ from ..config import SoftMoAConfig
 from ..method.mixture import mixes_tokens
 from .layers import Layer, find_layers, find_module, is_linear, is_repeated
 from .order import is_causal
+from .patterns import LONGEST_EXPRESSION_SEARCH, matches
 from .probes import block_widths
 
 # Between the two modules of a block that begins in one and ends in another, as in target_modules=["fc1->fc2"].
 ARROW = "->"
 
-# Seconds that matching may take: an expression with one name, one with all names, and names with all names.
-LONGEST_MATCH, LONGEST_EXPRESSION_SEARCH, LONGEST_SEARCH = 0.1, 0.4, 1.0
+# Seconds that matching names with all names may take.
+LONGEST_SEARCH = 1.0
 
 
 class Target(NamedTuple):
@@ -57,19 +57,8 @@ def is_target(config: SoftMoAConfig, name: str) -> Any:
         if isinstance(names, set):
             setattr(config, field, {each.rpartition(ARROW)[2] for each in names})
         elif isinstance(names, str):
-            setattr(config, field, {name} if _matches(field, names, name) else set())
+            setattr(config, field, {name} if matches(field, names, name) else set())
     return check_target_module_exists(config, name)
-
-
-def _matches(field: str, expression: str, name: str) -> bool:
-    """Whether a name matches a regular expression, which must not take forever to tell."""
-    try:
-        return regex.fullmatch(expression, name, timeout=LONGEST_MATCH) is not None
-    except TimeoutError as error:
-        raise ValueError(
-            f"`{field}={expression!r}` takes too long to match against '{name}': repetitions within repetitions, as in "
-            "'(a+)+', multiply. Write it without them, or list names."
-        ) from error
 
 
 def _find_entry(config: SoftMoAConfig, name: str) -> Optional[str]:
@@ -189,7 +178,7 @@ def _check_all_match(config: SoftMoAConfig, modules: list[str], targets: list[st
     for field in ("target_modules", "exclude_modules"):
         given = getattr(config, field)
         if isinstance(given, str):
-            unknown = [] if any(_matches(field, given, name) for name in modules) else [given]
+            unknown = [] if any(matches(field, given, name) for name in modules) else [given]
         else:
             endings = {each: f".{each.rpartition(ARROW)[2]}" for each in given or ()}
             unknown = [each for each, end in endings.items() if not any(f".{name}".endswith(end) for name in modules)]

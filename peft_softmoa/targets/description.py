@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -20,6 +20,7 @@ from .choice import Target, find_targets
 from .clip_length import fitted_length
 from .heads import find_head
 from .layers import whole_shape
+from .patterns import block_configs
 from .placement import choose_targets
 from .saved_modules import count_saved, find_saved, saved_shapes
 from .sizes import file_bytes
@@ -114,7 +115,7 @@ def mixture_options(model: nn.Module, config: SoftMoAConfig) -> dict[str, Any]:
 
     Args:
         model (nn.Module): the base model.
-        config (SoftMoAConfig): the adapter's config.
+        config (SoftMoAConfig): the adapter's config or, if single blocks differ, that of a block.
 
     Returns:
         dict[str, Any]: the arguments by name.
@@ -141,25 +142,32 @@ def mixture_shapes(
     Returns:
         list[dict[str, tuple[int, ...]]]: their shapes by name, for each block.
     """
-    options = mixture_options(model, config)
-    made: dict[tuple[int, int, bool], dict[str, tuple[int, ...]]] = {}
-    kinds = [(target.in_features, target.out_features, target.causal) for target in targets]
-    for kind in kinds:
+    targets = list(targets)
+    own = block_configs(config, (target.name for target in targets))
+    made: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
+    kinds = [
+        (target.in_features, target.out_features, target.causal, own[target.name].num_experts, own[target.name].r)
+        for target in targets
+    ]
+    for target, kind in zip(targets, kinds):
         if kind not in made:
-            made[kind] = parameter_shapes(*kind[:2], **options, causal=kind[2])
+            options = mixture_options(model, own[target.name])
+            made[kind] = parameter_shapes(*kind[:2], **options, causal=target.causal)
     return [made[kind] for kind in kinds]
 
 
 def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
     """Tell what `get_peft_model(model, config)` would adapt and train, without building anything.
 
-    Per adapted block of widths D and D', with N experts, P slots each and bottleneck R, the parameters are
+    Per adapted block of widths D and D', with N experts, P slots each and bottleneck R, the parameters are, with N and
+    R of the block where `num_experts_pattern` and `r_pattern` give it its own,
 
         soft:            D·N·P, one more if it normalizes, and N·P more if it forgets
         token-wise:      D·N + N for its router; none if N is 1
         experts:         N·(D·R + R + R·D' + D')
         convolution:     N·R·(K + 1) more, or N·R·(K² + 1) over a patch grid
         channels:        C·D more, for their embedding
+        conformer:       N·(D·R + R) for the gate and N·R·(K + 3) more
 
     and besides, once, everything in `modules_to_save` and the norms of `train_norms`.
 
@@ -244,27 +252,3 @@ def count_parameters(model: nn.Module, config: SoftMoAConfig) -> int:
         ValueError: if the config does not fit the model.
     """
     return describe_targets(model, config).parameters
-
-
-def largest_r(model: nn.Module, config: SoftMoAConfig, parameters: int) -> int:
-    """The largest bottleneck with which an adapter stays within a number of trainable parameters.
-
-    Args:
-        model (nn.Module): the base model.
-        config (SoftMoAConfig): the adapter's config, apart from `r`.
-        parameters (int): the most parameters that may be trained.
-
-    Returns:
-        int: `r`.
-
-    Raises:
-        ValueError: if even `r=1` needs more.
-    """
-    counts = [count_parameters(model, replace(config, r=r)) for r in (1, 2)]
-    if counts[0] > parameters:
-        raise ValueError(
-            f"`parameters` must be at least {counts[0]:,}, which is what num_experts={config.num_experts} trains with "
-            f"r=1, got {parameters:,}. Give more, or choose fewer experts, slots or blocks."
-        )
-    # Every further unit of the bottleneck costs the same.
-    return 1 + (parameters - counts[0]) // (counts[1] - counts[0])

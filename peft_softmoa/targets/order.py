@@ -8,8 +8,8 @@ from torch import nn
 
 from ..calls.masks import argument_names
 from ..config import SoftMoAConfig
-from ..fields import CAUSAL_FIELDS
-from ..method.mixture import CAUSAL_ROUTERS
+from ..fields import CAUSAL_FIELDS, NOT_LINEAR
+from ..method.mixture import CAUSAL_ROUTERS, EXPERTS
 from .architectures import architecture_of, looks_causal, parts_around
 from .layers import find_module, without_adapters
 
@@ -69,6 +69,11 @@ def _check_causal_layer(config: SoftMoAConfig, name: str) -> None:
         raise ValueError(
             f"`routing='{config.routing}'` lets each expert choose among all tokens of a sample, so that whether it "
             f"takes one depends on the tokens after it, but {where}. There, routing may be {works}."
+        )
+    if config.routing == "soft" and not EXPERTS[config.expert_type].begins_linearly:
+        raise ValueError(
+            f"`expert_type='{config.expert_type}'` does not go with routing='soft' here, as {NOT_LINEAR}: {where}. "
+            "Take routing='dense' or 'top_k', or another type."
         )
     if config.chunk_size is not None and config.chunk_size > 1:
         raise ValueError(

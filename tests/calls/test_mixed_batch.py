@@ -14,9 +14,10 @@ CONFIGS = {
     "slots": {},
     "dense": {"routing": "dense", "num_experts": 3, "placement": "ffn"},
     "expert choice": {"routing": "expert_choice", "placement": "both", "r": 2},
+    "conformer": {"routing": "dense", "expert_type": "conformer", "r_pattern": {"layers.0.attention": 2}},
 }
 # A different one for each of 16 samples, and the base model.
-NAMES = [*CONFIGS, BASE, "dense", "slots", BASE, "expert choice"] * 2
+NAMES = [*CONFIGS, BASE, "slots", "conformer", "expert choice"] * 2
 
 
 def add_adapters(model, configs, **common):

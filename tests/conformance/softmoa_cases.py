@@ -27,6 +27,7 @@ OPTIONS = {
     # Without normalization the inputs of PEFT's tests, up to 89, leave the weights of so many experts saturated.
     "soft, more and smaller experts": {"num_experts": 15, "r": 2, "normalize": True},
     "soft, convolution": {"num_slots": 3, "expert_type": "convolution"},
+    "dense, conformer": {"routing": "dense", "expert_type": "conformer"},
     "soft, a module to save": {"modules_to_save": ["lin1"]},
     "soft, a target to save": {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin1"]},
     "single adapter": {"routing": "dense", "num_experts": 1},

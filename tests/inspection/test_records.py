@@ -20,6 +20,8 @@ ROUTINGS = {
     "expert_choice": {"routing": "expert_choice"},
     "single": {"routing": "dense", "num_experts": 1},
     "convolution": {"routing": "dense", "expert_type": "convolution"},
+    "conformer": {"routing": "dense", "expert_type": "conformer"},
+    "conformer over slots": {"num_slots": 3, "expert_type": "conformer"},
     "convolution over slots": {"num_slots": 3, "expert_type": "convolution"},
 }
 

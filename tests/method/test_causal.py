@@ -13,6 +13,7 @@ from peft_softmoa.method.scan import PIECE, running_average
 
 SOFT = {"routing": "soft"}
 CONVOLUTION = {"expert_type": "convolution"}
+CONFORMER = {"expert_type": "conformer", "kernel_size": 5}
 DENSE_CONVOLUTION = {"routing": "dense"} | CONVOLUTION
 KINDS = [
     SOFT,
@@ -22,6 +23,7 @@ KINDS = [
     SOFT | CONVOLUTION | {"num_slots": 3, "forgetting": True, "chunk_size": 2},
 ]
 TOKEN_WISE = [DENSE_CONVOLUTION, DENSE_CONVOLUTION | {"kernel_size": 5}, {"routing": "top_k"} | CONVOLUTION]
+TOKEN_WISE += [{"routing": "dense"} | CONFORMER, {"routing": "top_k"} | CONFORMER | {"kernel_size": 31, "r": 1}]
 MASKS = {
     "all": [[1, 1, 1, 1, 1, 1, 1]] * 2,
     "right": [[1, 1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0]],
@@ -55,10 +57,7 @@ def relative_error(given, expected):
 
 def expected_output(x, mixture, options, mask=None):
     x = x if mask is None else x * mask.unsqueeze(-1)
-    names = ["down_weight", "down_bias", "up_weight", "up_bias"]
-    if options.get("expert_type") == "convolution":
-        names += ["conv_weight", "conv_bias"]
-    weights = list(zip(*(getattr(mixture.experts, name) for name in names), strict=True))
+    weights = oracle.weights_of(mixture.experts, options.get("expert_type", "bottleneck"))
     router = mixture.router
     if options["routing"] == "soft":
         rates = None if router.forgetting is None else router.forgetting.exp() / 100
@@ -394,6 +393,15 @@ def test_record_says_what_the_last_token_reads():
     added = torch.einsum("bnp,bnpd->bnd", combine[[0, 1], last], outputs)
     torch.testing.assert_close(0.5 * added.norm(dim=-1), norms[[0, 1], last])
     torch.testing.assert_close(added.sum(dim=1), mix(x, mixture, mask)[[0, 1], last])
+
+
+def test_causal_soft_routing_has_no_conformers():
+    """A running average is exact if `down` comes first; a normalisation in front of it is not linear."""
+    for options in ({"causal": True}, {"causal": True, "chunk_size": 2}, {"forgetting": True}):
+        with pytest.raises(ValueError, match="^`expert_type` must be 'bottleneck' or 'convolution' .* got 'conformer'"):
+            SoftMoAConfig(expert_type="conformer", num_slots=16, **options)
+    with pytest.raises(ValueError, match="Causal soft routing averages what `down` makes.*expert_type='conformer'"):
+        Mixture(4, 4, expert_type="conformer", causal=True)
 
 
 def test_expert_choice_has_no_order_in_time():

@@ -2,7 +2,7 @@ import oracle
 import pytest
 import torch
 
-from peft_softmoa.method import BottleneckExperts, ConvolutionExperts, PatchGrid
+from peft_softmoa.method import BottleneckExperts, ConformerExperts, ConvolutionExperts, PatchGrid
 
 
 @pytest.mark.parametrize("num_experts, num_slots", [(1, 1), (3, 2), (4, 1)])
@@ -19,10 +19,20 @@ def test_each_slot_goes_to_its_expert(num_experts, num_slots):
             torch.testing.assert_close(outputs[b, s], oracle.bottleneck(slots[b, s], *weights), rtol=1e-10, atol=1e-12)
 
 
+MADE = {
+    "bottleneck": BottleneckExperts,
+    "convolution": ConvolutionExperts,
+    "grid": ConvolutionExperts,
+    "conformer": ConformerExperts,
+    "conformer of R = 1": ConformerExperts,
+    "conformer, grid": ConformerExperts,
+}
+
+
 def make(kind, **options):
-    if kind == "grid":
-        return ConvolutionExperts(2, 4, 3, 4, patch_grid=PatchGrid(1, 2, 3), **options)
-    return {"bottleneck": BottleneckExperts, "convolution": ConvolutionExperts}[kind](2, 4, 3, 4, **options)
+    if "grid" in kind:
+        options["patch_grid"] = PatchGrid(1, 2, 3)
+    return MADE[kind](2, 4, 1 if "R = 1" in kind else 3, 4, **options)
 
 
 def run(experts, tokens, weights=None):
@@ -30,11 +40,12 @@ def run(experts, tokens, weights=None):
     return experts(tokens) if weights is None else experts.add_weighted(torch.zeros_like(tokens), tokens, weights)
 
 
-KINDS = ["bottleneck", "convolution", "grid"]
+KINDS = list(MADE)
 
 
 @pytest.mark.parametrize(
-    "kind, by_token", [("bottleneck", False), ("convolution", False), *((kind, True) for kind in KINDS)]
+    "kind, by_token",
+    [(kind, by_token) for kind in KINDS for by_token in (False, True) if by_token or "grid" not in kind],
 )
 def test_fresh_experts_give_zero_and_every_tensor_learns(kind, by_token):
     experts = make(kind)
@@ -90,6 +101,29 @@ def test_convolution_acts_twice_with_the_chosen_activation():
         hidden = (hidden * experts.conv_weight[n, :, 0] + experts.conv_bias[n]).clamp(min=0)
         expected += weights[..., n : n + 1] * (hidden @ experts.up_weight[n] + experts.up_bias[n])
     torch.testing.assert_close(run(experts, tokens, weights), expected)
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_a_conformer_passes_on_what_it_reads(r):
+    """Of one channel, a layer norm would leave nothing, and c / |c| its sign: neither would ever learn."""
+    torch.manual_seed(0)
+    experts = ConformerExperts(1, 4, r, 4, kernel_size=3).double()
+    experts.reset_parameters(identity=False)
+    tokens = torch.randn(1, 50, 4, dtype=torch.float64)
+    output = run(experts, tokens, torch.ones(1, 50, 1, dtype=torch.float64))
+    assert (output.std(dim=1) > 1e-3).all()
+    assert output[0, :, 0].unique().numel() == 50
+    gradients = torch.autograd.grad(output.square().sum(), list(experts.parameters()))
+    assert all((gradient.abs() > 1e-6).any() for gradient in gradients)
+
+
+def test_a_conformer_has_no_use_for_the_size_of_tokens():
+    experts = ConformerExperts(2, 8, 3, 8).double()
+    experts.reset_parameters(identity=False)
+    tokens, weights = torch.randn(1, 9, 8, dtype=torch.float64), torch.rand(1, 9, 2, dtype=torch.float64)
+    torch.testing.assert_close(
+        run(experts, 1e4 * tokens + 7, weights), run(experts, tokens, weights), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_activation_is_the_chosen_one():

@@ -16,6 +16,7 @@ DENSE = {"routing": "dense"}
 TOP_K = {"routing": "top_k", "top_k": 2}
 CHOICE = {"routing": "expert_choice"}
 CONVOLUTION = {"expert_type": "convolution"}
+CONFORMER = {"expert_type": "conformer", "kernel_size": 3}
 ROUTINGS = [
     SOFT,
     SOFT | {"normalize": True, "num_slots": 2},
@@ -28,7 +29,15 @@ ROUTINGS = [
     CHOICE | {"capacity_factor": 0.5},
     CHOICE | {"capacity_factor": 2.2},
 ]
-EXPERTS = [{}, CONVOLUTION, CONVOLUTION | {"kernel_size": 5}, CONVOLUTION | {"kernel_size": 1}]
+EXPERTS = [
+    {},
+    CONVOLUTION,
+    CONVOLUTION | {"kernel_size": 5},
+    CONVOLUTION | {"kernel_size": 1},
+    CONFORMER,
+    CONFORMER | {"kernel_size": 31},
+    CONFORMER | {"r": 1},
+]
 
 
 def name_of(options):
@@ -60,10 +69,7 @@ def relative_error(given, expected):
 def expected_output(x, mixture, options, mask=None, grid=None):
     """Output and loss by the oracle, for which padding is zero."""
     x = x if mask is None else x * mask.unsqueeze(-1)
-    names = ["down_weight", "down_bias", "up_weight", "up_bias"]
-    if options.get("expert_type") == "convolution":
-        names += ["conv_weight", "conv_bias"]
-    weights = list(zip(*(getattr(mixture.experts, name) for name in names), strict=True))
+    weights = oracle.weights_of(mixture.experts, options.get("expert_type", "bottleneck"))
     if options["routing"] == "soft":
         return oracle.soft_mixture(x, mixture.router.slots, weights, mask, mixture.router.scale), None
     if options.get("num_experts") == 1:
@@ -143,7 +149,7 @@ def test_output_and_gradients_agree_with_the_oracle(routing, expert, masked):
     [(2, 5, 6, 6, 3, 1, 2), (1, 1, 4, 4, 2, 3, 3), (3, 4, 5, 7, 1, 2, 1), (2, 3, 4, 3, 2, 2, 5), (1, 6, 3, 3, 1, 1, 1)],
 )
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION, CONFORMER], ids=name_of)
 @pytest.mark.parametrize("routing", [SOFT, SOFT | {"normalize": True}, DENSE, TOP_K, CHOICE], ids=name_of)
 def test_any_sizes(routing, expert, masked, batch, num_tokens, width, out_width, num_experts, num_slots, r):
     if num_experts == 1 and routing in (TOP_K, CHOICE):
@@ -162,10 +168,11 @@ def test_any_sizes(routing, expert, masked, batch, num_tokens, width, out_width,
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
-@pytest.mark.parametrize("routing", [DENSE, TOP_K, CHOICE], ids=name_of)
-def test_convolution_over_the_patch_grid_agrees_with_the_oracle(routing, kernel_size, masked):
+@pytest.mark.parametrize("expert", [CONVOLUTION, CONFORMER], ids=name_of)
+@pytest.mark.parametrize("routing", [DENSE, DENSE | {"num_experts": 1}, TOP_K, CHOICE], ids=name_of)
+def test_convolution_over_the_patch_grid_agrees_with_the_oracle(routing, expert, kernel_size, masked):
     grid = PatchGrid(class_tokens=2, height=3, width=4)
-    options = routing | CONVOLUTION | {"kernel_size": kernel_size}
+    options = routing | expert | {"kernel_size": kernel_size}
     mixture = make(5, grid=grid, **options)
     x = torch.randn(2, 14, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 14) < 0.7 if masked else None
@@ -187,7 +194,7 @@ def test_permuted_tokens_permute_the_output(options):
     torch.testing.assert_close(mix(x[:, order], mixture, mask[:, order])[0], mix(x, mixture, mask)[0][:, order])
 
 
-@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION, CONFORMER], ids=name_of)
 @pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
 def test_padding_changes_nothing(routing, expert):
     mixture = make(5, **routing, **expert)
@@ -200,7 +207,7 @@ def test_padding_changes_nothing(routing, expert):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION, CONFORMER], ids=name_of)
 @pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
 def test_what_padding_holds_does_not_matter(routing, expert, value):
     """Neither to the output for real tokens, nor to gradients and losses: 0 · NaN is NaN."""
@@ -219,15 +226,17 @@ def test_what_padding_holds_does_not_matter(routing, expert, value):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
-def test_samples_do_not_depend_on_each_other(routing):
-    mixture = make(5, **routing)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION, CONFORMER], ids=name_of)
+def test_samples_do_not_depend_on_each_other(routing, expert):
+    mixture = make(5, **routing, **expert)
     x = torch.randn(3, 6, 5, dtype=torch.float64)
     torch.testing.assert_close(mix(x[1:2], mixture)[0], mix(x, mixture)[0][1:2])
 
 
 @pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
-def test_a_sample_without_valid_tokens_is_finite(routing):
-    mixture = make(5, **routing, **CONVOLUTION)
+@pytest.mark.parametrize("expert", [CONVOLUTION, CONFORMER], ids=name_of)
+def test_a_sample_without_valid_tokens_is_finite(routing, expert):
+    mixture = make(5, **routing, **expert)
     x = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
     output, loss = mix(x, mixture, torch.tensor([[False] * 6] * 2))
     (output.sum() + (0.0 if loss is None else loss)).backward()
@@ -243,7 +252,7 @@ def test_a_mask_that_does_not_fit(mask):
     assert str(tuple(mask.shape)) in str(error.value)
 
 
-@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION, CONFORMER], ids=name_of)
 @pytest.mark.parametrize("routing", ROUTINGS, ids=name_of)
 def test_the_scaled_mixture_is_added_to_the_output_of_the_block(routing, expert):
     mixture = make(5, 4, **routing, **expert)
@@ -276,7 +285,7 @@ def test_the_load_balancing_loss_belongs_to_training():
 
 
 @pytest.mark.parametrize("routing", [SOFT, DENSE, TOP_K, CHOICE], ids=name_of)
-@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION, CONFORMER], ids=name_of)
 def test_no_tensor_grows_with_experts_times_tokens_times_width(routing, expert):
     num_experts, num_tokens, width = 15, 40, 64
     mixture = make(width, num_experts=num_experts, **routing, **expert)
@@ -307,7 +316,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_experts_times_tok
     assert kept[12] - kept[4] < 2 * num_tokens * width
 
 
-@pytest.mark.parametrize("expert", [{}, CONVOLUTION], ids=name_of)
+@pytest.mark.parametrize("expert", [{}, CONVOLUTION, CONFORMER], ids=name_of)
 @pytest.mark.parametrize("routing", [SOFT, SOFT | {"normalize": True}, DENSE, TOP_K, CHOICE], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("magnitude", [1.0, 1e4])

@@ -42,6 +42,11 @@ def test_card_of_an_adapter(tmp_path):
         ({"routing": "dense", "num_experts": 1}, "the only expert reads every token"),
         ({"routing": "top_k", "top_k": 3}, "the 3 best experts for each token"),
         ({"routing": "expert_choice", "expert_type": "convolution"}, "1.0 times an equal share"),
+        ({"routing": "dense", "expert_type": "conformer"}, "activation SiLU after a gate), with dense routing"),
+        (
+            {"r_pattern": {"layers.0.attention": 2}, "scaling_pattern": {".*1.attention": 0.5}},
+            "some blocks otherwise (r 2 for 'layers.0.attention', scaling 0.5 for '.*1.attention'), with soft",
+        ),
     ],
 )
 def test_card_names_the_routing(tmp_path, options, words):

@@ -18,7 +18,13 @@ ROUTINGS = [
     {"routing": "top_k", "top_k": 1},
     {"routing": "expert_choice"},
 ]
-EXPERTS = [{}, {"expert_type": "convolution", "kernel_size": 5}, {"expert_type": "convolution", "patch_grid": True}]
+EXPERTS = [
+    {},
+    {"expert_type": "convolution", "kernel_size": 5},
+    {"expert_type": "convolution", "patch_grid": True},
+    {"expert_type": "conformer"},
+    {"expert_type": "conformer", "patch_grid": True, "kernel_size": 5},
+]
 PLACEMENTS = [
     {"placement": "attention"},
     {"placement": "both", "layers_to_transform": [1]},

@@ -82,6 +82,7 @@ def test_layers_that_are_not_alike_are_not_joined():
         ("AST", {"modules_to_save": ["classifier"], "label_names": list("abc"), "normalize": True}),
         ("Whisper, classification", {"placement": "both", "routing": "dense", "expert_type": "convolution"}),
         ("Wav2Vec2", {"train_norms": True}),
+        ("Wav2Vec2", {"routing": "dense", "expert_type": "conformer", "r_pattern": {".*0.*": 2}}),
         ("Wav2Vec2-Conformer", {"modules_to_save": ["batch_norm"]}),
     ],
 )

@@ -188,6 +188,10 @@ def test_layers_to_transform():
             {"routing": "dense", "expert_type": "convolution", "patch_grid": True},
             "`patch_grid=True` convolves in time and frequency",
         ),
+        (
+            {"expert_type": "conformer", "num_slots": 16},
+            "`expert_type='conformer'` does not go with routing='soft' here, as a running average",
+        ),
     ],
 )
 @pytest.mark.parametrize("block", ["self_attn", "fc1->decoder.layers.0.fc2", "self_attn.q_proj"])
@@ -206,6 +210,7 @@ def test_a_causal_decoder_takes_nothing_that_sees_ahead(options, named, block):
         {"expert_type": "convolution", "num_slots": 2},
         {"routing": "dense"},
         {"routing": "dense", "expert_type": "convolution"},
+        {"routing": "dense", "expert_type": "conformer"},
         {"routing": "top_k"},
     ],
 )
