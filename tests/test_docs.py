@@ -32,7 +32,7 @@ def test_every_block_of_python_is_run():
         assert len(NAMED.findall(text)) == text.count("```python\n"), f"{page} has Python without a name"
     assert len(BLOCKS) == sum(text.count("```python\n") for text in PAGES.values()), "two blocks have one name"
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
-    assert set(BLOCKS) == set(re.findall(r'\bcode\("([\w-]+)"\)', tests))
+    assert set(BLOCKS) <= set(re.findall(r'\b(?:code|run)\("([\w-]+)"', tests))
 
 
 def test_the_first_run(tmp_path, monkeypatch, capsys):
