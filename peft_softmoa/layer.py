@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls.caches import find_past
-from .calls.forward_pass import CallKey, ForwardPass, ForwardPasses, in_backward
+from .calls.forward_pass import Call, CallKey, ForwardPass, ForwardPasses, in_backward
 from .calls.masks import (
     CUMULATIVE_LENGTHS,
     Mask,
@@ -198,12 +198,13 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         mask: Optional[Tensor],
         past: Optional[Past] = None,
     ) -> Tensor:
+        mixture: Any = self.softmoa_mixture[adapter_name]
         if self._is_recorded():
+            call = Call(tokens, mask, past, mixture.record_reading(tokens, mask, past))
             for recorder in self.forward_passes.recorders:
-                recorder(self, adapter_name, tokens, mask)
+                recorder(self, adapter_name, call)
         # The same mask when a checkpoint runs the block again, which is not recorded.
         mask = mask if self._reads_mask(adapter_name) else None
-        mixture = self.softmoa_mixture[adapter_name]
         output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name], past=past)
         if loss is not None and current.router_losses is not None:
             current.router_losses.append(loss)

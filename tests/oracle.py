@@ -153,6 +153,28 @@ def causal_soft_mixture(x, slots, experts, mask=None, scale=None, chunk_size=1, 
     return torch.stack(outputs).unflatten(0, (batch, num_tokens))
 
 
+def reading_in_time(logits, mask=None, chunk_size=1, rates=None):
+    """Mean age and effective number (B, T, S) of the tokens that slots read with logits (B, T, S), each by its loops.
+
+    What a token sees is as in `causal_soft_mixture`.
+    """
+    batch, num_tokens, num_slots = logits.shape
+    ages, numbers = torch.zeros_like(logits), torch.zeros_like(logits)
+    for b in range(batch):
+        valid = [t for t in range(num_tokens) if mask is None or bool(mask[b, t])]
+        first = valid[0] if valid else 0
+        for t in range(num_tokens):
+            end = first + ((t - first) // chunk_size + 1) * chunk_size - 1
+            seen = [u for u in valid if u <= end]
+            for s in range(num_slots):
+                rate = 0.0 if rates is None else rates[s]
+                terms = [torch.exp(logits[b, u, s] - rate * (end - u)) for u in seen]
+                weights = [term / sum(terms) for term in terms]
+                ages[b, t, s] = sum(weight * (t - u) for weight, u in zip(weights, seen))
+                numbers[b, t, s] = 1 / sum(weight**2 for weight in weights) if seen else 0
+    return ages, numbers
+
+
 def gates(x, weight, bias):
     """Gates (B, T, N) of tokens x (B, T, D)."""
     batch, num_tokens, _ = x.shape

@@ -19,8 +19,18 @@ from .caches import BlockKey, LayerCache
 from .masks import Mask
 from .mixed_batch import MixedBatch
 
-# Is called with an adapted block, an adapter's name, the tokens that its mixture reads, and their mask.
-Recorder = Callable[[Any, str, Tensor, Optional[Tensor]], None]
+
+class Call(NamedTuple):
+    """What a mixture is called with."""
+
+    tokens: Tensor  # (B, T, D)
+    mask: Optional[Tensor]  # (B, T), true for real tokens
+    past: Optional[Past]  # what came before
+    reading: Optional[tuple[Tensor, Tensor]]  # where in the past its slots read, if that is known
+
+
+# Is called with an adapted block, an adapter's name, and what its mixture is called with.
+Recorder = Callable[[Any, str, Call], None]
 
 # Name of the model among its layers.
 MODEL = ""
@@ -230,8 +240,8 @@ class ForwardPasses(threading.local):
         """A context in which a function is told what the mixtures read in this thread.
 
         Args:
-            recorder (Recorder): is called with an adapted block, an adapter's name, the tokens `(B, T, D)`, and their
-                mask `(B, T)`, true for real tokens, or None. It is not called when a backward pass runs a block again.
+            recorder (Recorder): is called with an adapted block, an adapter's name, and what its mixture is called
+                with. It is not called when a backward pass runs a block again.
         """
         before = self.recorders
         self.recorders = (*before, recorder)

@@ -88,20 +88,39 @@ def stream_routing(model: nn.Module, stream: Optional[RoutingStream] = None) -> 
         raise ValueError(
             f"`stream_routing` is for models with a Soft-MoA adapter, but {type(model).__name__} has none."
         )
-    for name, module in model.named_modules():
-        for adapter in getattr(module, "softmoa_mixture", {}):
-            mixture = module.softmoa_mixture[adapter]
-            if adapter in module.active_adapters and mixture.mixes_tokens and not mixture.causal:
-                raise ValueError(
-                    f"The mixture of adapter '{adapter}' in '{name}' reads whole clips, so that each piece would be a "
-                    "clip of its own. Train an adapter with `causal=True` for streams."
-                )
+    for name, adapter, mixture in _active_mixtures(model):
+        if mixture.mixes_tokens and not mixture.causal:
+            raise ValueError(
+                f"The mixture of adapter '{adapter}' in '{name}' reads whole clips, so that each piece would be a "
+                "clip of its own. Train an adapter with `causal=True` for streams."
+            )
     stream = RoutingStream() if stream is None else stream
     stream._pasts += [{} for _ in found[len(stream._pasts) :]]
     with ExitStack() as stack:
         for passes, pasts in zip(found, stream._pasts):
             stack.enter_context(passes.streaming(pasts))
         yield stream
+
+
+def reads_streams(model: nn.Module) -> bool:
+    """Whether the active mixtures of a model can go on from piece to piece, and what they add depends on it.
+
+    Args:
+        model (nn.Module): a model, with or without adapters.
+
+    Returns:
+        bool: true if some read the tokens in order of time, and none reads whole clips.
+    """
+    mixing = [mixture for _, _, mixture in _active_mixtures(model) if mixture.mixes_tokens]
+    return bool(mixing) and all(mixture.causal for mixture in mixing)
+
+
+def _active_mixtures(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Name of the block, name of the adapter, and mixture."""
+    for name, module in model.named_modules():
+        for adapter, mixture in getattr(module, "softmoa_mixture", nn.ModuleDict()).items():
+            if adapter in module.active_adapters:
+                yield name, adapter, mixture
 
 
 def _indices(rows: Rows) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Literal, Optional
 from tqdm.auto import tqdm
 
 from ..inference.classify import WindowScores, classify_windows, load_classifier
+from ..inference.follow import classify_following, following_window
+from ..inference.incoming import PCM, incoming_blocks
 from ..inference.segments import Segments
 from ..inference.windows import Meter, Window, cut_windows, find_clips, pcm_blocks
 from ..training.audio import AudioError, audio_blocks, resample_blocks
@@ -20,6 +22,7 @@ from ..training.audio_file import Samples
 from ..training.channels import parse_channels
 from ..training.features import mask_channels
 from ..training.options import flag_names, name_flags, option
+from .following import FollowArguments, check_following
 from .parser import CommandParser
 
 PIPE_NAME = "stdin"
@@ -83,7 +86,11 @@ class PipeArguments:
     """What comes through a pipe."""
 
     sampling_rate: Optional[int] = field(
-        default=None, metadata={"help": "Its sampling rate in Hz. Default: the one of the model, such as 16000."}
+        default=None,
+        metadata={
+            "help": "Its sampling rate in Hz. Default: the one of the model, such as 16000; with --follow, WAV is read "
+            "unless it is given."
+        },
     )
     sample_format: Optional[Literal["s16le", "f32le"]] = field(
         default=None, metadata={"help": "16-bit integers or 32-bit floats. Default: s16le."}
@@ -115,6 +122,7 @@ class ModelArguments:
 GROUPS = {
     "Windows": WindowArguments,
     "Channels": ChannelArguments,
+    "Audio that comes in": FollowArguments,
     "Output": OutputArguments,
     "Raw PCM from a pipe": PipeArguments,
     "Model": ModelArguments,
@@ -149,11 +157,12 @@ def main(arguments: list[str]) -> None:
         ValueError: for options that are not allowed.
         SystemExit: with status 1 if a clip cannot be used, with 130 after Ctrl-C.
     """
-    cutting, reading, output, pipe, running, rest = make_parser().parse(arguments)
+    cutting, reading, following, output, pipe, running, rest = make_parser().parse(arguments)
     with name_flags(flag_names(*GROUPS.values())):
         is_pipe = rest.clips == ["-"]
-        clips = [PIPE_NAME] if is_pipe else list(find_clips(rest.clips))
-        _check(rest.clips, clips, output, pipe, running.batch_size)
+        check_following(following, rest.clips, asdict(pipe), running.batch_size)
+        clips = [PIPE_NAME] if is_pipe else rest.clips if following.follow else list(find_clips(rest.clips))
+        _check(rest.clips, clips, output, pipe, running.batch_size, following.follow)
         classifier = load_classifier(
             rest.adapter,
             running.revision,
@@ -164,7 +173,11 @@ def main(arguments: list[str]) -> None:
         )
         rate = classifier.sampling_rate
         length, _ = classifier.window(cutting.window_seconds)
-        length, step = classifier.window(cutting.window_seconds, parse_overlap(cutting.overlap, length / rate))
+        overlap = parse_overlap(cutting.overlap, length / rate)
+        if following.follow:
+            length, step = following_window(classifier, cutting.window_seconds, overlap)
+        else:
+            length, step = classifier.window(cutting.window_seconds, overlap)
         meter = Meter(rate)
         failed: list[str] = []
 
@@ -181,8 +194,12 @@ def main(arguments: list[str]) -> None:
         def windows() -> Iterator[Window]:
             for clip in clips:
                 try:
-                    if is_pipe:
-                        form = pipe.sample_format or "s16le", pipe.num_channels or 1
+                    form = pipe.sample_format or "s16le", pipe.num_channels or 1
+                    if following.follow:
+                        raw = PCM(pipe.sampling_rate, *form) if pipe.sampling_rate else None
+                        read = classifier.channels
+                        blocks = incoming_blocks(rest.clips[0], clip, rate, raw, following.idle, meter, read)
+                    elif is_pipe:
                         pcm = pcm_blocks(sys.stdin.buffer, clip, *form, classifier.channels)
                         blocks = resample_blocks(clip, meter.wait(pcm), pipe.sampling_rate or rate, rate)
                     else:
@@ -200,9 +217,11 @@ def main(arguments: list[str]) -> None:
         status = 0
         with open(output.labels, "w", encoding="utf-8") if output.labels else nullcontext() as track:
             try:
-                for result in classify_windows(
-                    classifier, shown, running.batch_size or (1 if is_pipe else 8), on_bad_audio=complain
-                ):
+                if following.follow:
+                    results = classify_following(classifier, shown, complain)
+                else:
+                    results = classify_windows(classifier, shown, running.batch_size or (1 if is_pipe else 8), complain)
+                for result in results:
                     if track:
                         track.writelines(segment.audacity() for segment in segments.add(result))
                     best = [(classifier.label_names[i], float(result.scores[i])) for i in (-result.scores).argsort()]
@@ -243,7 +262,12 @@ def parse_overlap(text: str, window_seconds: float) -> float:
 
 
 def _check(
-    words: list[str], clips: list[str], output: OutputArguments, pipe: PipeArguments, batch_size: Optional[int]
+    words: list[str],
+    clips: list[str],
+    output: OutputArguments,
+    pipe: PipeArguments,
+    batch_size: Optional[int],
+    is_followed: bool,
 ) -> None:
     """Refuse options that do not fit together, before a model is loaded."""
     if words == ["-"]:
@@ -251,7 +275,7 @@ def _check(
             raise ValueError("'-' reads raw PCM from a pipe, and there is none: see the example of --help.")
     elif "-" in words:
         raise ValueError("'-' reads a pipe, and no files can be beside it.")
-    else:
+    elif not is_followed:
         given = [f"`{name}`" for name, value in asdict(pipe).items() if value is not None]
         if given:
             raise ValueError(f"{', '.join(given)} are for raw PCM from a pipe: a file says it itself.")

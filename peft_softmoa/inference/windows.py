@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Optional
 
@@ -108,7 +109,7 @@ def pcm_blocks(
     content = b""
     while len(content) < HEADER_BYTES and (more := read(READ_BYTES)):
         content += more
-    if content.startswith(HEADERS) or content[4:8] == b"ftyp":  # MP4, M4A and 3GP
+    if begins_like_a_file(content):
         raise AudioError(
             name,
             "it begins like an audio file, but raw PCM is read from a pipe: let FFmpeg write it "
@@ -125,6 +126,18 @@ def pcm_blocks(
                 raise AudioError(name, str(error)) from error
         more = read(READ_BYTES)
         content = rest + more if more else b""
+
+
+def begins_like_a_file(content: bytes) -> bool:
+    """Whether bytes begin like an audio file, and not like raw PCM.
+
+    Args:
+        content (bytes): the first 12.
+
+    Returns:
+        bool: whether they do.
+    """
+    return content.startswith(HEADERS) or content[4:8] == b"ftyp"  # MP4, M4A and 3GP
 
 
 def find_clips(paths: Iterable[str]) -> Iterator[str]:
@@ -190,14 +203,20 @@ class Meter:
         """
         iterator = iter(blocks)
         while True:
-            began = time.perf_counter()
-            try:
+            with self.waiting():
                 block = next(iterator, None)
-            finally:
-                self.waited += time.perf_counter() - began
             if block is None:
                 return
             yield block
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context whose time is left out."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - began
 
     @property
     def audio_seconds(self) -> float:

@@ -17,6 +17,7 @@ from .metrics import (
 )
 from .records import Record, find_layers, record_routing
 from .report import ExpertReport, Finding, expert_report
+from .streams import StreamReading, stream_reading
 
 __all__ = [
     "BlockReport",
@@ -25,6 +26,7 @@ __all__ = [
     "Finding",
     "ReadingMap",
     "Record",
+    "StreamReading",
     "class_information",
     "coefficient_of_variation",
     "combine_similarity",
@@ -39,4 +41,5 @@ __all__ = [
     "reading_map",
     "record_routing",
     "slot_similarity",
+    "stream_reading",
 ]

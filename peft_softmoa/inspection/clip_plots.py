@@ -26,6 +26,7 @@ from .figures import (
     new_figure,
     scale,
     shorten,
+    slot_names,
 )
 from .maps import ReadingMap
 
@@ -75,7 +76,7 @@ def _plot_patches(reading: ReadingMap, clip: Clip, spectrogram: np.ndarray, titl
     uniform = reading.uniform.numpy()
     shares = reading.shares.flatten(0, 1).numpy()
     maps = np.ma.masked_invalid(np.divide(shares, uniform, out=np.full_like(shares, np.nan), where=uniform > 0))
-    names, elsewhere = _slot_names(reading), reading.elsewhere.flatten().tolist()
+    names, elsewhere = slot_names(*reading.shares.shape[:2]), reading.elsewhere.flatten().tolist()
     columns = next((count for count, most in ((1, 1), (2, 8), (3, 18), (4, 32)) if len(maps) <= most), 5)
     rows = math.ceil(len(maps) / columns)
     height = {1: 1.5, 2: 1.2, 3: 1.05, 4: 0.95, 5: 0.8}[columns]
@@ -135,7 +136,7 @@ def _plot_sequence(reading: ReadingMap, clip: Clip, title: str) -> Figure:
     equal = np.add.reduceat(reading.uniform.numpy(), starts, axis=1)
     sums = np.add.reduceat(shares, starts, axis=1)
     maps = np.ma.masked_invalid(np.divide(sums, equal, out=np.full_like(sums, np.nan), where=equal > 0))
-    names = _slot_names(reading)
+    names = slot_names(*reading.shares.shape[:2])
     height = min(max(9 / len(maps), 0.14), 0.3)
     lower = max(height * len(maps), 1.2)
     figure = new_figure(9.2, 2.6 + lower)
@@ -161,13 +162,6 @@ def _plot_sequence(reading: ReadingMap, clip: Clip, title: str) -> Figure:
     label_bar(figure.colorbar(image, ax=axes, pad=0.015, **BESIDE), READING.replace(" (", "\n("), norm, 1)
     figure.suptitle(shorten(title, 100), fontsize=LARGE + 1, x=0.01, ha="left", **LITERAL)
     return figure
-
-
-def _slot_names(reading: ReadingMap) -> list[str]:
-    num_experts, num_slots = reading.shares.shape[:2]
-    if num_slots == 1:
-        return [f"expert {expert}" for expert in range(num_experts)]
-    return [f"expert {expert}, slot {slot}" for expert in range(num_experts) for slot in range(num_slots)]
 
 
 def _frequency_axis(

@@ -39,6 +39,7 @@ __all__ = [
     "png",
     "scale",
     "shorten",
+    "slot_names",
 ]
 
 # Pixels per inch of the PNG files.
@@ -192,6 +193,21 @@ def new_figure(width: float, height: float) -> Figure:
         Figure: the figure.
     """
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def slot_names(num_experts: int, num_slots: int) -> list[str]:
+    """Name the slots of a mixture.
+
+    Args:
+        num_experts (int): N.
+        num_slots (int): P, per expert.
+
+    Returns:
+        list[str]: S names.
+    """
+    if num_slots == 1:
+        return [f"expert {expert}" for expert in range(num_experts)]
+    return [f"expert {expert}, slot {slot}" for expert in range(num_experts) for slot in range(num_slots)]
 
 
 def _readable_on(color: Sequence[float]) -> str:

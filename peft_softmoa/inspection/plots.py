@@ -16,8 +16,9 @@ from .blocks import BlockReport
 from .clip_plots import Clip, plot_reading
 from .figures import LARGE, LITERAL, MEDIUM, SMALL, Figure, MaxNLocator, colormaps, matrix, new_figure, png, shorten
 from .report import ExpertReport, short_names
+from .stream_plots import plot_stream
 
-__all__ = ["Clip", "plot_classes", "plot_history", "plot_load", "plot_reading", "png"]
+__all__ = ["Clip", "plot_classes", "plot_history", "plot_load", "plot_reading", "plot_stream", "png"]
 
 # Metrics that a Trainer's log may have, with their units.
 UNITS = {

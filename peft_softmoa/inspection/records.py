@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from ..calls.forward_pass import find_passes
+from ..calls.forward_pass import Call, find_passes
 from ..layer import SoftMoALayer, is_adapted
+from ..method.causal import CausalSoftRouter
 from ..method.routers import SoftRouter
 
 
@@ -33,6 +34,11 @@ class Record(NamedTuple):
     norms: Tensor  # (B, T, N): the norm of what each expert adds to each token
     mask: Tensor  # (B, T) boolean, true for real tokens; of the others nothing in here has a meaning
     has_slots: bool = True  # whether experts read averages of tokens, as in soft routing, or tokens themselves
+    is_causal: bool = False  # whether slots are averages of the tokens so far
+    # Of what each token reads in each slot, the mean age in tokens and the effective number of tokens, (B, T, N, P);
+    # none if there were tokens before the call that were not recorded
+    age: Optional[Tensor] = None
+    effective_tokens: Optional[Tensor] = None
 
 
 @contextlib.contextmanager
@@ -45,7 +51,8 @@ def record_routing(model: nn.Module) -> Iterator[list[Record]]:
     Everything is computed beside the model's own pass, whose output, gradients and random numbers stay what they are;
     outside the context it costs nothing. Routers whose experts read tokens themselves, such as `routing="dense"`, have
     one slot per expert, P = 1; their dispatch weights are the combine weights, divided by their sum over the tokens.
-    With gradient checkpointing, only the first pass is recorded.
+    With gradient checkpointing, only the first pass is recorded. Pieces of streams are recorded one by one, with what
+    came before them; `stream_reading` puts them together.
 
     Args:
         model (nn.Module): a model with adapters, or one that wraps it, such as `DistributedDataParallel`. A compiled
@@ -96,10 +103,13 @@ def find_layers(model: nn.Module) -> dict[SoftMoALayer, nn.Module]:
 
 
 @torch.no_grad()
-def _record(records: list[Record], layer: SoftMoALayer, adapter: str, tokens: Tensor, mask: Optional[Tensor]) -> None:
+def _record(records: list[Record], layer: SoftMoALayer, adapter: str, call: Call) -> None:
     mixture: Any = layer.softmoa_mixture[adapter]
+    tokens, mask = call.tokens.detach(), call.mask
     # Without dropout, which would draw random numbers that the model's own pass then misses.
-    dispatch, combine, norms = mixture.record(tokens.detach(), mask, layer.scaling[adapter])
+    dispatch, combine, norms = mixture.record(tokens, mask, layer.scaling[adapter], call.past)
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    records.append(Record(layer.name, adapter, dispatch, combine, norms, mask, isinstance(mixture.router, SoftRouter)))
+    has_slots, is_causal = (isinstance(mixture.router, kind) for kind in (SoftRouter, CausalSoftRouter))
+    age, effective = call.reading or (None, None)
+    records.append(Record(layer.name, adapter, dispatch, combine, norms, mask, has_slots, is_causal, age, effective))

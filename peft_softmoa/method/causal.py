@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .past import Past
 from .routers import SoftRouter
 from .routing import chunk_ends, soft_logits, soft_weights
-from .scan import running_average
+from .scan import Running, running_average
 
 # λ of a fresh router: the weight of a token has halved after 69 tokens.
 RATE = 0.01
@@ -122,6 +122,60 @@ class CausalSoftRouter(SoftRouter):
             ages = torch.arange(tokens.shape[1] - 1, -1, -1, device=logits.device, dtype=logits.dtype)
             logits = logits - ages.unsqueeze(-1) * rates
         return soft_weights(logits.mT, mask)[0].mT, combine
+
+    def reading(
+        self, logits: Tensor, mask: Optional[Tensor] = None, past: Optional[Past] = None
+    ) -> Optional[tuple[Tensor, Tensor]]:
+        """Where in the past each slot reads, with the weights w of `read`.
+
+            age[t, s]       = Σ_u w[t, u, s] · (t - u)
+            effective[t, s] = 1 / Σ_u w[t, u, s]²
+
+        Both are running averages: of the places of tokens, and of the weights themselves.
+
+        Args:
+            logits (Tensor): L, `(B, T, S)`.
+            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            past (Past, optional): what came before these tokens; what is needed of it goes on with them, and the rest
+                stays for `read`. Default: nothing.
+
+        Returns:
+            tuple[Tensor, Tensor], optional: mean age of what is read, below zero ahead of the token in its chunk, and
+            effective number of tokens, `(B, T, S)` each, zero where no real token is seen; None if there were tokens
+            before with which this was not called.
+        """
+        past = Past() if past is None else past
+        if past.num_recorded != past.num_tokens:
+            return None
+        num_tokens, rates = logits.shape[1], self._rates(logits)
+        first, last = past.ends(logits, mask)
+        lowest = torch.finfo(logits.dtype).min
+        before = squares_before = None
+        if "age" in past.tensors:
+            names = ("maximum", "total", "age", "squares")
+            maximum, total, age, squares = (past.tensors[name][:, -1] for name in names)
+            if rates is not None:
+                maximum = maximum + first.unsqueeze(1) * rates
+            before = Running(maximum, torch.stack([(-1 - age) * total, total], dim=-1))
+            squares_before = Running((2 * maximum).clamp_min(lowest), torch.stack([squares, squares], dim=-1))
+        places = torch.arange(num_tokens, device=logits.device) - first.unsqueeze(1)
+        values = places.to(logits.dtype)[:, :, None, None]
+        mean = running_average(values, logits, mask, rates, before)
+        # Twice the logits are squared weights, in the square of the same unit.
+        doubled = None if rates is None else 2 * rates
+        squared = running_average(torch.ones_like(values), 2 * logits, mask, doubled, squares_before)
+        is_read = mean.maximum.mT > lowest / 2
+        age = (places.unsqueeze(-1) - mean.average.squeeze(-1)) * is_read
+        effective = (2 * mean.log_total - squared.log_total).exp().mT * is_read
+        past.keep({"age": age, "squares": squared.log_total.exp().mT}, last)
+        past.num_recorded += num_tokens
+        if self.chunk_size is not None and self.chunk_size > 1:
+            ends = chunk_ends(self.chunk_size, num_tokens, mask).to(logits.device).expand(len(logits), -1)
+            index = ends.unsqueeze(-1).expand_as(age)
+            ahead = index - torch.arange(num_tokens, device=logits.device).unsqueeze(-1)
+            effective = effective.gather(1, index)
+            age = (age.gather(1, index) - ahead) * (effective > 0)
+        return age, effective
 
     def _rates(self, logits: Tensor) -> Optional[Tensor]:
         return None if self.forgetting is None else RATE * self.forgetting.to(logits.dtype).exp()

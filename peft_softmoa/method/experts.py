@@ -159,7 +159,9 @@ class BottleneckExperts(nn.Module):
         num_experts, in_features, r = self.down_weight.shape
         return f"num_experts={num_experts}, {in_features}→{r}→{self.up_weight.shape[-1]}"
 
-    def norms(self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    def norms(
+        self, tokens: Tensor, weights: Tensor, mask: Optional[Tensor] = None, past: Optional[Past] = None
+    ) -> Tensor:
         """The norms over D' of what each expert adds to each token, without dropout.
 
             norms[t, n] = ‖weights[t, n] · expert_n(x)[t]‖
@@ -168,11 +170,12 @@ class BottleneckExperts(nn.Module):
             tokens (Tensor): x, `(B, T, D)`.
             weights (Tensor): `(B, T, N)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            past (Past, optional): as for `add_weighted`. Default: nothing.
 
         Returns:
             Tensor: `(B, T, N)`.
         """
-        return self._norms(self._hidden(self.project(tokens), mask) * weights.unsqueeze(-1), weights)
+        return self._norms(self._hidden(self.project(tokens), mask, past) * weights.unsqueeze(-1), weights)
 
     def read_norms(self, read: Tensor, combine: Tensor) -> Tensor:
         """The norms over D' of what each expert adds to each token by `add_read`, without dropout.

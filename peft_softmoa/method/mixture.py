@@ -146,12 +146,12 @@ class Mixture(nn.Module):
             return self.experts.add_weighted(added_to, tokens, scaling * weights, mask, past), loss
 
     def record(
-        self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0
+        self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0, past: Optional[Past] = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weights of `forward`, and how much each expert adds without dropout.
 
             soft         norms[t, n] = ‖scaling · Σ_p combine[t, n, p] Ỹ[n, p]‖
-            causal soft  the same for what each token reads; dispatch is what the last one reads
+            causal soft  the same for what each token reads; dispatch is what the last one reads of these tokens
             token-wise   dispatch[t, n] = weights[t, n] / Σ_u weights[u, n]    over the real tokens u
                          norms[t, n] = ‖scaling · weights[t, n] · expert_n(x)[t]‖
 
@@ -159,17 +159,19 @@ class Mixture(nn.Module):
             tokens (Tensor): x, `(B, T, D)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
             scaling (float): the factor on what is added. Default: 1.0.
+            past (Past, optional): what came before these tokens; it stays as it is. Default: nothing.
 
         Returns:
             tuple[Tensor, Tensor, Tensor]: dispatch and combine weights, `(B, T, N, P)` each, with P = 1 if token-wise,
             and the norms over D' of what each expert adds to each token, `(B, T, N)`.
         """
+        past = None if past is None else past.copy()
         with without_autocast(tokens.device.type):
             tokens = in_full_precision(_without_padding(tokens, mask))
             if isinstance(self.router, SoftRouter):
                 dispatch, combine = self.router.weights(tokens, mask)
                 if isinstance(self.router, CausalSoftRouter):
-                    read, _ = self._read(tokens, mask)
+                    read, _ = self._read(tokens, mask, past)
                     norms = self.experts.read_norms(read, scaling * combine)
                     by_expert = (norms.shape[-1], -1)
                     return dispatch.unflatten(-1, by_expert), combine.unflatten(-1, by_expert), norms
@@ -182,8 +184,39 @@ class Mixture(nn.Module):
             weights, _ = self.router(tokens, mask)
             real = weights if mask is None else weights.masked_fill(~mask.unsqueeze(-1), 0.0)
             dispatch = real / real.sum(dim=1, keepdim=True).clamp_min(torch.finfo(real.dtype).tiny)
-            norms = self.experts.norms(tokens, scaling * weights, mask)
+            norms = self.experts.norms(tokens, scaling * weights, mask, past)
             return dispatch.unsqueeze(-1), weights.unsqueeze(-1), norms
+
+    @torch.no_grad()
+    def record_reading(
+        self, tokens: Tensor, mask: Optional[Tensor] = None, past: Optional[Past] = None
+    ) -> Optional[tuple[Tensor, Tensor]]:
+        """Where in the past the slots read, if routing is soft and in order of time: `CausalSoftRouter.reading`.
+
+        Args:
+            tokens (Tensor): x, `(B, T, D)`.
+            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            past (Past, optional): what came before these tokens. Default: nothing.
+
+        Returns:
+            tuple[Tensor, Tensor], optional: mean age in tokens and effective number of tokens of what each token reads
+            in each slot, `(B, T, N, P)` each; None if there is no such order, or it was not called with what came
+            before.
+
+        Raises:
+            ValueError: if what came before is of another number of samples.
+        """
+        if past is not None:
+            past.check_batch(tokens)
+        if not isinstance(self.router, CausalSoftRouter):
+            return None
+        with without_autocast(tokens.device.type):
+            logits = self.router.logits(in_full_precision(_without_padding(tokens, mask)))
+            reading = self.router.reading(logits, mask, past)
+        if reading is None:
+            return None
+        age, effective = (each.unflatten(-1, (len(self.experts.up_weight), -1)) for each in reading)
+        return age, effective
 
     def _read(self, tokens: Tensor, mask: Optional[Tensor], past: Optional[Past] = None) -> tuple[Tensor, Tensor]:
         tokens = in_full_precision(tokens)

@@ -6,7 +6,7 @@ Letters of all shapes: B batch, T tokens, T' tokens kept, N experts, S slots, R 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -37,6 +37,7 @@ class Past:
         # After each token that is kept, (B, T', …). Only the last one is read, and the last K - 1 of `hidden`.
         self.tensors: dict[str, Tensor] = {}
         self.num_tokens = 0  # padding counts, too
+        self.num_recorded = 0  # those of which it is kept how old they are in what slots read
 
     @property
     def batch(self) -> Optional[int]:
@@ -84,16 +85,23 @@ class Past:
             averages (Averages): `(B, S, T)` and `(B, T, S, R)`.
             last (Tensor): the last real token, `(B,)`.
         """
-        maximum = averages.maximum.mT
-        given = {"maximum": maximum, "total": averages.log_total.mT.exp(), "average": averages.average}
-        empty = {"maximum": torch.finfo(maximum.dtype).min, "total": 0.0, "average": 0.0}
+        total = averages.log_total.mT.exp()
+        self.keep({"maximum": averages.maximum.mT, "total": total, "average": averages.average}, last)
+
+    def keep(self, given: Mapping[str, Tensor], last: Tensor) -> None:
+        """Keep what is known after each token of a call.
+
+        Args:
+            given (mapping): by name, `(B, T, …)` each.
+            last (Tensor): the last real token, `(B,)`.
+        """
         for name, tensor in given.items():
             before = self.tensors.get(name)
             if before is None and self.history:
                 self.tensors[name] = tensor.detach()
                 continue
             if before is None:
-                before = torch.full_like(tensor[:, :1], empty[name])
+                before = torch.full_like(tensor[:, :1], _empty(name, tensor))
             joined = torch.cat([before, tensor.detach()], dim=1)
             self.tensors[name] = joined if self.history else _take(joined, before.shape[1] + last, 1)
 
@@ -151,12 +159,23 @@ class Past:
         Raises:
             ValueError: if it is not.
         """
+        self.check_batch(tokens)
+        self.num_tokens += tokens.shape[1]
+
+    def check_batch(self, tokens: Tensor) -> None:
+        """Check that a call is of as many samples as the calls before.
+
+        Args:
+            tokens (Tensor): `(B, T, D)`.
+
+        Raises:
+            ValueError: if it is not.
+        """
         if self.batch not in (None, len(tokens)):
             raise ValueError(
                 f"What came before is of {self.batch} samples, but there are {len(tokens)} now. Select those that "
                 "go on, or reset all."
             )
-        self.num_tokens += tokens.shape[1]
 
     def select(self, rows: Tensor) -> None:
         """Keep some samples, in another order, also several times.
@@ -178,6 +197,7 @@ class Past:
         if num_tokens and not self.history:
             raise ValueError("It keeps no history, so that no tokens can be taken back.")
         self.num_tokens -= num_tokens
+        self.num_recorded -= num_tokens
         self._map(lambda tensor: tensor[:, : tensor.shape[1] - num_tokens])
 
     def reset(self, rows: Optional[Tensor] = None) -> None:
@@ -188,10 +208,9 @@ class Past:
         """
         if rows is None:
             self.tensors.clear()
-            self.num_tokens = 0
+            self.num_tokens = self.num_recorded = 0
         for name, tensor in self.tensors.items():
-            value = torch.finfo(tensor.dtype).min if name == "maximum" else 0
-            self.tensors[name] = tensor.index_fill(0, rows.to(tensor.device), value)  # type: ignore[union-attr]
+            self.tensors[name] = tensor.index_fill(0, rows.to(tensor.device), _empty(name, tensor))  # type: ignore[union-attr]
 
     def to(self, device: Any) -> None:
         """Move it to a device."""
@@ -205,6 +224,10 @@ class Past:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+
+
+def _empty(name: str, like: Tensor) -> float:
+    return torch.finfo(like.dtype).min if name == "maximum" else 0.0
 
 
 def _take(tensor: Tensor, start: Tensor, length: int) -> Tensor:

@@ -13,6 +13,7 @@ from peft_softmoa.inspection.blocks import BlockReport
 from peft_softmoa.inspection.maps import reading_map
 from peft_softmoa.inspection.records import Record
 from peft_softmoa.inspection.report import ExpertReport
+from peft_softmoa.inspection.streams import StreamReading
 from peft_softmoa.method import PatchGrid
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'peft-softmoa[plot]'")
@@ -23,7 +24,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.image import imread
 
 from peft_softmoa.inspection import plots
-from peft_softmoa.inspection.plots import Clip, plot_classes, plot_history, plot_load, plot_reading, png
+from peft_softmoa.inspection.plots import Clip, plot_classes, plot_history, plot_load, plot_reading, plot_stream, png
 
 GRID = PatchGrid(2, 12, 101, 16, 10, 10)
 SPECTROGRAM = np.linspace(-1, 1, 128 * 1024, dtype="f4").reshape(128, 1024)
@@ -392,3 +393,35 @@ def test_png():
     assert b"Software" not in content and b"Creation" not in content
     height, width = imread(io.BytesIO(content)).shape[:2]
     assert (width, height) == pytest.approx(tuple(150 * figure.get_size_inches()), abs=1)
+
+
+def stream(num_tokens, num_experts=3, num_slots=1, padding=0):
+    torch.manual_seed(0)
+    shape = (1, num_tokens + padding, num_experts, num_slots)
+    mask = (torch.arange(num_tokens + padding) >= padding)[None]
+    return StreamReading("layer.0.mlp", "default", 9 * torch.rand(shape), 1 + torch.rand(shape), mask)
+
+
+def test_what_slots_read_over_a_stream():
+    figure = plot_stream(stream(50, num_slots=2, padding=4), "layer 0", token_seconds=0.02)
+    age, number = [axes for axes in figure.axes if axes.images]
+    assert age.images[0].get_array().shape == number.images[0].get_array().shape == (6, 50)
+    assert labels(age.get_yticklabels())[:2] == ["expert 0, slot 0", "expert 0, slot 1"]
+    assert number.get_xlim() == (0, 1) and number.get_xlabel() == "time (s)"
+    assert {"layer 0", "mean age (s)", "effective number\nof tokens"} <= set(texts(figure))
+    expected = 0.02 * stream(50, num_slots=2, padding=4).age[0, 4:].flatten(1).T
+    np.testing.assert_allclose(age.images[0].get_array(), expected, rtol=1e-6)
+    assert_apart(figure, number.get_xticklabels() + age.get_yticklabels())
+
+
+def test_long_streams_and_many_slots():
+    reading = stream(2500, num_experts=64)
+    figure = plot_stream(reading, "layer 0")
+    age, number = [axes for axes in figure.axes if axes.images]
+    shown = age.images[0].get_array()
+    assert shown.shape == (64, 834) and number.get_xlabel() == "time (tokens)" and number.get_xlim() == (0, 2500)
+    np.testing.assert_allclose(shown[:, -1], reading.age[0, -1:, :, 0].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(shown[5, 1], reading.age[0, 3:6, 5, 0].mean(), rtol=1e-6)
+    reading = reading._replace(mask=torch.zeros(1, 2500, dtype=torch.bool))
+    with pytest.raises(ValueError, match="The stream 0 of the block 'layer.0.mlp' has no real token"):
+        plot_stream(reading, "layer 0")
