@@ -9,10 +9,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .calls.checkpointing import require_input_gradients
+from .calls.folding import average_logits, follow_channels
 from .calls.hooks import Sources, follow_calls
 from .calls.statistics import freeze_statistics
 from .config import SoftMoAConfig
 from .layer import SoftMoALayer, is_adapted
+from .targets.architectures import channel_reader
 from .targets.clip_length import hold_length
 from .targets.heads import keep_problem_type
 from .targets.layers import find_module
@@ -54,7 +56,14 @@ def add_hooks(model: nn.Module, adapter_name: str, config: SoftMoAConfig) -> Non
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
     ]
     handles = blocks[0].softmoa_hooks[adapter_name]
-    handles += follow_calls(model, blocks[0].forward_passes, adapter_name, layers, wrappers)
+    passes, reader = blocks[0].forward_passes, None
+    if config.num_channels is not None:
+        num_channels = config.num_channels if config.channel_embedding else None
+        reader = channel_reader(model, adapter_name, num_channels)
+        handles += follow_channels(model, passes, blocks[0], reader)
+    handles += follow_calls(model, passes, adapter_name, layers, wrappers)
+    if reader is not None:
+        handles += average_logits(model, passes, reader)
     handles += freeze_statistics(model)
     handles += hold_length(model, adapter_name)
     if wrappers:

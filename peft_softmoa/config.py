@@ -109,6 +109,16 @@ class SoftMoAConfig(PeftConfig):
         "sequence of tokens. Class tokens are no neighbours there. For expert type 'convolution' with any routing but "
         "'soft', in Audio Spectrogram Transformers.",
     )
+    num_channels: Optional[int] = _option(
+        None,
+        "C, the number of channels of a clip, such as microphones. A mono model reads each as a sample, and their "
+        "tokens meet in the mixtures; inputs are (B, C, ...), logits are the mean. Not for models that generate.",
+    )
+    channel_embedding: bool = _option(
+        True,
+        "Whether mixtures tell channels apart, by a learned embedding that is added to the tokens they read. False: "
+        "they take any number of channels, in any order. Needs num_channels.",
+    )
     r: int = _option(6, "R, the width of each expert's bottleneck.")
     placement: Placement = _option(
         "attention",
@@ -187,8 +197,9 @@ class SoftMoAConfig(PeftConfig):
         for name, value in self.resolved_fields().items():
             if name != "patch_grid" and (value or name not in CAUSAL_FIELDS):
                 options[DEPENDENT_FIELDS[name][0]][name] = value
+        same = ("routing", "num_experts", "r", "expert_type", "num_channels", "channel_embedding")
         return {
-            **{name: getattr(self, name) for name in ("routing", "num_experts", "r", "expert_type")},
+            **{name: getattr(self, name) for name in same},
             "router_options": options["routing"],
             "expert_options": {**options["expert_type"], "activation": self.activation, "dropout": self.dropout},
             "identity": self.init_weights,

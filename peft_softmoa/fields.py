@@ -20,7 +20,7 @@ Modules = Optional[Union[list[str], set[str], str]]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 # What is larger is a mistake, or meant to exhaust memory.
-LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION = 65_536, 1_023, 10_000
+LARGEST_SIZE, LARGEST_KERNEL, LONGEST_EXPRESSION, MOST_CHANNELS = 65_536, 1_023, 10_000, 1_024
 # PEFT makes all endings of each name of `target_modules`, and expressions of the names of `modules_to_save`.
 LONGEST_NAME, MOST_TARGETS, MOST_NAMES, MOST_INDICES = 256, 5_000, 256, 1_000
 # Compiling an expression writes out what is repeated: its length times the numbers of all its repetitions, at most.
@@ -86,6 +86,8 @@ def check_fields(values: Mapping[str, Any]) -> None:
     resolved = resolve_fields(values)
     _check_numbers(values, resolved)
     _check_modules(values)
+    allowed = "True unless `num_channels` is given"
+    _require(values, "channel_embedding", allowed, values["channel_embedding"] or values["num_channels"] is not None)
     if resolved.get("num_slots") == 1 and resolved.get("kernel_size", 1) != 1:
         warnings.warn(
             "With routing='soft' and num_slots=1 a convolution has no neighbours to mix, and only the centre of its "
@@ -247,7 +249,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), _TEXT),
     "auto_mapping": ("None or a dictionary of strings", _is_flat),
     **dict.fromkeys(
-        ("inference_mode", "normalize", "forgetting", "patch_grid", "train_norms", "init_weights"), _SWITCH
+        (
+            *("inference_mode", "normalize", "forgetting", "patch_grid", "channel_embedding", "train_norms"),
+            "init_weights",
+        ),
+        _SWITCH,
+    ),
+    "num_channels": (
+        f"None or an integer from 1 to {MOST_CHANNELS:,}",
+        lambda value: value is None or (is_size(value) and value <= MOST_CHANNELS),
     ),
     "causal": ("True, False or None", lambda value: value is None or isinstance(value, bool)),
     **{

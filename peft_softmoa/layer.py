@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls.caches import find_past
+from .calls.channels import Channels, check_channels
 from .calls.forward_pass import Call, CallKey, ForwardPass, ForwardPasses, in_backward
 from .calls.masks import (
     CUMULATIVE_LENGTHS,
@@ -166,6 +167,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             cache = self.forward_passes.find_cache(self._call_key(adapter_name))
             given = self._find_mask(adapter_name, args, kwargs)
             is_packed = given is not None and given.name in CUMULATIVE_LENGTHS
+            found = self.forward_passes.find_channels()
+            channels = check_channels(found, mixture.num_channels, is_packed, in_backward())
             if given is not None and is_packed:
                 mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
             else:
@@ -177,13 +180,15 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 stream, key = self.forward_passes.stream, (self.name, adapter_name)
                 past = find_past(stream, cache, key, is_packed=is_packed, training=self.training)
             if current.mixed_batch is None:
-                output = self._mix(current, adapter_name, hidden, tokens, mask, past)
+                output = self._mix(current, adapter_name, hidden, tokens, mask, past, channels)
             else:
                 rows = current.mixed_batch.rows_of(adapter_name, len(hidden), hidden.device)
                 # What is kept is of all samples, whichever adapter they have.
                 own = rows if past is None else slice(None)
                 own_mask = None if mask is None else mask[own]
-                added = self._mix(current, adapter_name, hidden[own], tokens[own], own_mask, past)
+                if channels is not None and past is None:
+                    channels = channels.select(current.mixed_batch.samples_of(adapter_name))
+                added = self._mix(current, adapter_name, hidden[own], tokens[own], own_mask, past, channels)
                 output = hidden.index_copy(0, rows, added if past is None else added[rows])
         except ValueError as error:
             raise ValueError(f"In the adapted block '{self.name}': {error}") from error
@@ -196,19 +201,24 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         hidden: Tensor,
         tokens: Tensor,
         mask: Optional[Tensor],
-        past: Optional[Past] = None,
+        past: Optional[Past],
+        channels: Optional[Channels],
     ) -> Tensor:
         mixture: Any = self.softmoa_mixture[adapter_name]
+        count = 1 if channels is None else channels.count
+        if channels is not None:
+            hidden, tokens, mask = channels.join_all(hidden, tokens, mask)
         if self._is_recorded():
-            call = Call(tokens, mask, past, mixture.record_reading(tokens, mask, past))
+            call = Call(tokens, mask, past, mixture.record_reading(tokens, mask, past, count))
             for recorder in self.forward_passes.recorders:
                 recorder(self, adapter_name, call)
         # The same mask when a checkpoint runs the block again, which is not recorded.
         mask = mask if self._reads_mask(adapter_name) else None
-        output, loss = mixture(tokens, mask, added_to=hidden, scaling=self.scaling[adapter_name], past=past)
+        scaling = self.scaling[adapter_name]
+        output, loss = mixture(tokens, mask, added_to=hidden, scaling=scaling, past=past, channels=count)
         if loss is not None and current.router_losses is not None:
             current.router_losses.append(loss)
-        return output
+        return output if channels is None else channels.split(output)
 
     def _reads_mask(self, adapter_name: str) -> bool:
         mixture: Mixture = self.softmoa_mixture[adapter_name]  # type: ignore[assignment]

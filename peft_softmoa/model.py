@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapter_hooks import add_hooks
 from .averaging import average_into, check_average
-from .calls.forward_pass import ForwardPasses, find_passes
+from .calls.forward_pass import find_passes, make_passes
 from .calls.masks import argument_names
 from .calls.mixed_batch import make_mixed_batch
 from .config import SoftMoAConfig
@@ -23,6 +23,7 @@ from .layer import CANNOT_MERGE, SoftMoALayer, is_adapted
 from .registration import SOFTMOA, name_in_model, name_since_0_2
 from .saving.checks import check_shapes, check_size, embedding_shapes, read_shapes, text_embeddings
 from .saving.pickles import begin_saving
+from .targets.architectures import channel_reader
 from .targets.choice import find_targets, is_matched_by_peft, is_target, name_targets, unmatched_target
 from .targets.clip_length import fit_length
 from .targets.description import mixture_options, mixture_shapes
@@ -79,6 +80,8 @@ class SoftMoAModel(BaseTuner):
                 f"`task_type='{peft_config.task_type}'` is for models that generate text, which {type(model).__name__} "
                 "does not. Leave it out."
             )
+        if peft_config.num_channels is not None:
+            channel_reader(model, "")  # that it can be read
         source = peft_config.loaded_from
         loaded = None if source is None else read_shapes(source.model_id, source.subfolder, **source.hub)
         fit_length(model, peft_config.max_length_seconds)
@@ -91,7 +94,7 @@ class SoftMoAModel(BaseTuner):
             peft_config.problem_type = base_classes(model).problem_type
         self._argument_names = argument_names(model)
         self._options = mixture_options(model, peft_config)
-        self._forward_passes = next(iter(find_passes(model)), None) or ForwardPasses()
+        self._forward_passes = next(iter(find_passes(model)), None) or make_passes()
         blocks = mixture_shapes(model, peft_config, targets.values())
         parameters = sum(prod(shape) for shapes in blocks for shape in shapes.values())
         check_size(peft_config, parameters + count_saved(saved, self._head), model)

@@ -175,6 +175,58 @@ def reading_in_time(logits, mask=None, chunk_size=1, rates=None):
     return ages, numbers
 
 
+def with_channels(x, embedding, mask=None):
+    """The tokens (B, C·T, D) that a mixture reads of x (B, C, T, D): padding is zero, without the embedding too."""
+    clips = []
+    for b in range(x.shape[0]):
+        tokens = []
+        for c in range(x.shape[1]):
+            for t in range(x.shape[2]):
+                token = x[b, c, t] if embedding is None else x[b, c, t] + embedding[c]
+                tokens.append(token if mask is None or bool(mask[b, c, t]) else torch.zeros_like(token))
+        clips.append(torch.stack(tokens))
+    return torch.stack(clips)
+
+
+def causal_soft_mixture_of_channels(x, slots, experts, mask=None, scale=None, chunk_size=1, rates=None):
+    """Output (B, C, T, D') for x (B, C, T, D): each token reads all channels up to its time, or to the chunk's end.
+
+    Ages count times, and chunks begin with the first time at which any channel has a real token.
+    """
+    batch, channels, times, _ = x.shape
+    num_slots = slots.shape[1]
+    slots_per_expert = num_slots // len(experts)
+
+    def logit(token, s):
+        value = (token * slots[:, s]).sum()
+        if scale is not None and token.any():
+            value = scale[0] * value / (token.pow(2).sum().sqrt() * slots[:, s].pow(2).sum().sqrt())
+        return value
+
+    outputs = []
+    for b in range(batch):
+        places = [(c, t) for t in range(times) for c in range(channels) if mask is None or bool(mask[b, c, t])]
+        first = min((t for _, t in places), default=0)
+        for c in range(channels):
+            for t in range(times):
+                end = first + ((t - first) // chunk_size + 1) * chunk_size - 1
+                seen = [(d, u) for d, u in places if u <= end]
+                answers = []
+                for n, weights in enumerate(experts):
+                    read = []
+                    for s in range(n * slots_per_expert, (n + 1) * slots_per_expert):
+                        rate = 0 if rates is None else rates[s]
+                        terms = [torch.exp(logit(x[b, d, u], s) - rate * (t - u)) for d, u in seen]
+                        zero = x.new_zeros(x.shape[3])
+                        read.append(sum((w / sum(terms) * x[b, d, u] for w, (d, u) in zip(terms, seen)), zero))
+                    if not seen:
+                        weights = (weights[0], 0 * weights[1], *weights[2:])
+                    answers += expert_on_all(torch.stack(read), weights)
+                combine = [torch.exp(logit(x[b, c, t], s)) for s in range(num_slots)]
+                outputs.append(sum(combine[s] / sum(combine) * answers[s] for s in range(num_slots)))
+    return torch.stack(outputs).unflatten(0, (batch, channels, times))
+
+
 def gates(x, weight, bias):
     """Gates (B, T, N) of tokens x (B, T, D)."""
     batch, num_tokens, _ = x.shape

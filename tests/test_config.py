@@ -35,7 +35,7 @@ def test_every_field_has_its_help():
     own = {field.name for field in dataclasses.fields(SoftMoAConfig)} - {
         field.name for field in dataclasses.fields(PeftConfig)
     }
-    assert len(own) == 28
+    assert len(own) == 30
     for field in dataclasses.fields(SoftMoAConfig):
         assert field.metadata.get("help"), field.name
 
@@ -69,6 +69,10 @@ def test_survives_saving(tmp_path):
     [
         ("num_experts", 0, "an integer from 1 to 65536"),
         ("num_experts", True, "an integer from 1 to 65536"),
+        ("num_channels", 0, "None or an integer from 1 to 1,024"),
+        ("num_channels", 2.0, "None or an integer from 1 to 1,024"),
+        ("channel_embedding", 1, "True or False"),
+        ("channel_embedding", False, "True unless `num_channels` is given"),
         ("num_slots", -1, "an integer from 1 to 65536"),
         ("num_slots", 1.5, "an integer from 1 to 65536"),
         ("routing", "sparse", "one of soft, dense, top_k, expert_choice"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import FRAMES, write_parquet, write_tone
 from documents import BLOCKS, DOCS, NAMED, PAGES, README, ROOT, code, output
 from families import FAMILIES
@@ -84,7 +85,13 @@ def test_tasks(base_folder, tmp_path, monkeypatch):
     assert names["config"].label_names == ["tit", "wren"] == list(names["test"].label_names)
 
 
-def test_channels(base_folder, tmp_path, monkeypatch):
+def test_channels_in_a_model(tiny_ast):
+    names = {"base": tiny_ast, "clips": torch.randn(3, 2, FRAMES, 128), "labels": torch.tensor([0, 1, 4])}
+    exec(code("channels"), names)
+    assert names["output"].logits.shape == (3, 5) and names["output"].loss > 0
+
+
+def test_channels_in_recordings(base_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     samples = np.random.default_rng(0).normal(size=(16_000, 3)).astype("f4") / 10
     soundfile.write(tmp_path / "room.flac", samples, 16_000)

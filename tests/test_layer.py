@@ -5,7 +5,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_softmoa import SoftMoAConfig, SoftMoALayer, rescale_adapter_scale
-from peft_softmoa.calls.forward_pass import ForwardPasses
+from peft_softmoa.calls.forward_pass import make_passes
 from peft_softmoa.layer import is_adapted
 from peft_softmoa.method import PatchGrid
 from peft_softmoa.targets.choice import Target
@@ -31,7 +31,7 @@ def make(base_layer, config=CONFIG, where=None, grid=None):
     if grid is not None:
         options["expert_options"]["patch_grid"] = grid
     where = where or target(base_layer)
-    return SoftMoALayer(base_layer, "default", where, options, config.scaling, ForwardPasses())
+    return SoftMoALayer(base_layer, "default", where, options, config.scaling, make_passes())
 
 
 def target(base_layer):

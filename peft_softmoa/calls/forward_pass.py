@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..method.past import Past
 from .caches import BlockKey, LayerCache
+from .channels import Channels, Folded, only_channels
 from .masks import Mask
 from .mixed_batch import MixedBatch
 
@@ -65,6 +67,7 @@ class ForwardPass:
         self.mixed_batch = mixed_batch
         self.router_losses: Optional[list[Tensor]] = None  # None: they are not collected
         self.calls: dict[CallKey, LayerCall] = {}  # those that have begun and not ended
+        self.folded: Optional[Folded] = None  # None: the clips have no channels
 
 
 class RouterLoss:
@@ -76,9 +79,15 @@ class RouterLoss:
 
 
 class ForwardPasses(threading.local):
-    """The forward passes of one model, each thread's own; copies of the model begin without any."""
+    """The forward passes of one model, each thread's own; copies of the model begin without any.
 
-    def __init__(self) -> None:
+    Args:
+        kept_channels (WeakSet): the channels of passes whose graphs are still there, the same for all threads: a
+            backward pass has threads of its own.
+    """
+
+    def __init__(self, kept_channels: WeakSet[Channels]) -> None:
+        self.kept_channels = kept_channels
         self.open: list[ForwardPass] = []
         self.recorders: tuple[Recorder, ...] = ()
         self.router_loss = RouterLoss()
@@ -90,7 +99,7 @@ class ForwardPasses(threading.local):
         self._recomputed: dict[CallKey, LayerCall] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardPasses, ()
+        return make_passes, ()
 
     @property
     def current(self) -> ForwardPass:
@@ -220,6 +229,20 @@ class ForwardPasses(threading.local):
         call.mask_readers.add(block)
         return call.mask
 
+    def find_channels(self) -> Optional[Channels]:
+        """The channels of the clips of the current pass, also if gradient checkpointing runs it again.
+
+        Returns:
+            Channels, optional: None if the clips have none, or nothing is known of them.
+
+        Raises:
+            ValueError: if it is not known which pass is run again.
+        """
+        if in_backward():
+            return only_channels(self.kept_channels)
+        folded = self.current.folded
+        return None if folded is None else folded.channels
+
     @contextmanager
     def mixing(self, batch: MixedBatch) -> Iterator[None]:
         """A context in which the passes of this thread mix adapters; a call within one of them does not.
@@ -275,6 +298,11 @@ class ForwardPasses(threading.local):
 
     def _is_recomputed(self, key: CallKey, call: LayerCall) -> bool:
         return call is self._recomputed.get(key)
+
+
+def make_passes() -> ForwardPasses:
+    """The forward passes of a model that has not been called."""
+    return ForwardPasses(WeakSet())
 
 
 def find_passes(model: nn.Module) -> list[ForwardPasses]:

@@ -70,8 +70,12 @@ class MixedBatch(NamedTuple):
         Returns:
             Tensor: the indices of its rows.
         """
-        own = [index for index, name in enumerate(self.adapter_names) if name == adapter_name]
-        return torch.arange(rows, device=device).view(len(self.adapter_names), -1)[own].flatten()
+        samples = torch.arange(rows, device=device).view(len(self.adapter_names), -1)
+        return samples[self.samples_of(adapter_name)].flatten()
+
+    def samples_of(self, adapter_name: str) -> list[int]:
+        """The indices of the samples that belong to an adapter."""
+        return [index for index, name in enumerate(self.adapter_names) if name == adapter_name]
 
 
 def make_mixed_batch(

@@ -84,8 +84,9 @@ def export_adapter(
     The folder gets `model.onnx`, `config.json` with the names of the classes, which the ONNX file has in its metadata
     too, `preprocessor_config.json`, the tokenizer of a CTC model, and `parity.json`, how far ONNX Runtime's outputs are
     from PyTorch's on batches of noise. Weights are float32, however the base model is stored. The batch size is free
-    and, where the model takes clips of any length, so is the length; masks stay inputs. Of a model that writes text or
-    takes text, the file holds the audio encoder.
+    and, where the model takes clips of any length, so is the length; masks stay inputs. An adapter with `num_channels`
+    makes a file that takes that many, and a `channel_mask`. Of a model that writes text or takes text, the file holds
+    the audio encoder.
 
     Args:
         adapter (str or PathLike): folder of the adapter, or its id on the Hub.
@@ -112,7 +113,8 @@ def export_adapter(
     with tqdm(total=4, desc="Loading", bar_format="{desc} {n}/{total} [{elapsed}]", disable=not show_progress) as bar:
         model, feature_extractor = load_adapter(adapter, revision, base_model=base_model, device="cpu", dtype="float32")
         base: Any = model.get_base_model()  # its adapter and its head are modules of it
-        batches = make_batches(feature_extractor, seconds)
+        config: Any = model.peft_config[str(model.active_adapter)]
+        batches = make_batches(feature_extractor, seconds, config.num_channels)
         part = find_audio_part(base, batches[0])
         _advance(bar, "Tracing")
         program, batches = trace(part, batches)

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
+from ..calls.folding import CHANNEL_MASK
+from ..calls.masks import is_mask
+
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Allowed difference of an output, where the outputs are no greater than one; beyond that, it grows with them.
 TOLERANCE = 1e-4
@@ -68,12 +71,18 @@ def require_packages() -> None:
         raise ImportError(f'Export to ONNX needs {", ".join(missing)}: pip install "peft-softmoa[export]"')
 
 
-def make_batches(feature_extractor: Any, seconds: Optional[float] = None) -> list[dict[str, Tensor]]:
+def make_batches(
+    feature_extractor: Any, seconds: Optional[float] = None, channels: Optional[int] = None
+) -> list[dict[str, Tensor]]:
     """Batches of noise, as the feature extractor makes them of clips one by one and pads them together.
+
+    With channels, the clips are `(B, C, …)`, one mask is for all channels of a clip, and `channel_mask` `(B, C)` says
+    that the last channel of some clips is missing.
 
     Args:
         feature_extractor (SequenceFeatureExtractor): makes the features and pads them.
         seconds (float, optional): the length of the longest clip of each batch. Default: they differ.
+        channels (int, optional): C. Default: the model takes mono clips.
 
     Returns:
         list[dict[str, Tensor]]: the inputs of each batch, by name.
@@ -88,10 +97,20 @@ def make_batches(feature_extractor: Any, seconds: Optional[float] = None) -> lis
     batches = []
     for lengths in BATCHES:
         scale = 1.0 if seconds is None else seconds / max(lengths)
-        clips = [rng.standard_normal(round(each * scale * rate)).astype("f4") for each in lengths]
+        each_channel = [each for each in lengths for _ in range(channels or 1)]
+        clips = [rng.standard_normal(round(each * scale * rate)).astype("f4") for each in each_channel]
         features = [feature_extractor(clip, sampling_rate=rate, return_tensors="np") for clip in clips]
-        batches.append(dict(collate([{name: value[0] for name, value in each.items()} for each in features])))
+        batch = dict(collate([{name: value[0] for name, value in each.items()} for each in features]))
+        batches.append(batch if channels is None else _with_channels(batch, channels))
     return batches
+
+
+def _with_channels(batch: Mapping[str, Tensor], channels: int) -> dict[str, Tensor]:
+    by_clip = {name: value.unflatten(0, (-1, channels)) for name, value in batch.items()}
+    stacked = {name: value[:, 0] if is_mask(name) else value for name, value in by_clip.items()}
+    present = torch.ones(next(iter(by_clip.values())).shape[:2], dtype=torch.bool)
+    present[1::2, channels - 1] = channels == 1
+    return {**stacked, CHANNEL_MASK: present}
 
 
 def find_audio_part(model: Any, batch: Mapping[str, Tensor]) -> Any:
@@ -140,7 +159,8 @@ def trace(part: Any, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Any, list
         ExportError: if the model cannot be exported, or takes only what has the length of the first batch.
     """
     parameters = inspect.signature(part.forward).parameters
-    names = [name for name in parameters if name in batches[0]]
+    # Clips with channels have one more, which a hook on the model takes.
+    names = [name for name in (*parameters, CHANNEL_MASK) if name in batches[0]]
     chosen = [{name: batch[name] for name in names} for batch in batches]
     shapes = [[batch[name].shape for batch in chosen] for name in names]
     free = [[axis for axis, sizes in enumerate(zip(*each)) if len(set(sizes)) > 1] for each in shapes]

@@ -43,8 +43,11 @@ def reading_map(record: Record, grid: Optional[PatchGrid] = None) -> ReadingMap:
         ReadingMap: the map; together with what is elsewhere, each slot's shares have the sum one.
 
     Raises:
-        ValueError: if the record has more than one sample, as that of a block that attends in windows.
+        ValueError: if the record has more than one sample, as that of a block that attends in windows, or the clip
+            several channels.
     """
+    if record.channels != 1:
+        raise ValueError(f"The clip has {record.channels} channels, and a map is of one.")
     if len(record.dispatch) != 1:
         raise ValueError(
             f"The block '{record.block}' takes the clip in {len(record.dispatch)} parts, such as windows, whose place "

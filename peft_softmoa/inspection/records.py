@@ -39,6 +39,7 @@ class Record(NamedTuple):
     # none if there were tokens before the call that were not recorded
     age: Optional[Tensor] = None
     effective_tokens: Optional[Tensor] = None
+    channels: int = 1  # C; if the clips have several, the T tokens of a sample are those of one after the other
 
 
 @contextlib.contextmanager
@@ -107,9 +108,12 @@ def _record(records: list[Record], layer: SoftMoALayer, adapter: str, call: Call
     mixture: Any = layer.softmoa_mixture[adapter]
     tokens, mask = call.tokens.detach(), call.mask
     # Without dropout, which would draw random numbers that the model's own pass then misses.
-    dispatch, combine, norms = mixture.record(tokens, mask, layer.scaling[adapter], call.past)
+    channels = layer.forward_passes.find_channels()
+    count = 1 if channels is None else channels.count
+    dispatch, combine, norms = mixture.record(tokens, mask, layer.scaling[adapter], call.past, count)
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     has_slots, is_causal = (isinstance(mixture.router, kind) for kind in (SoftRouter, CausalSoftRouter))
     age, effective = call.reading or (None, None)
-    records.append(Record(layer.name, adapter, dispatch, combine, norms, mask, has_slots, is_causal, age, effective))
+    weights = dispatch, combine, norms, mask
+    records.append(Record(layer.name, adapter, *weights, has_slots, is_causal, age, effective, count))

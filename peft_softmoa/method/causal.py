@@ -105,12 +105,14 @@ class CausalSoftRouter(SoftRouter):
             read = read.gather(1, ends[:, :, None, None].expand_as(read))
         return read, logits.softmax(dim=-1)
 
-    def weights(self, tokens: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+    def weights(self, tokens: Tensor, mask: Optional[Tensor] = None, channels: int = 1) -> tuple[Tensor, Tensor]:
         """Dispatch weights of what the last token reads, and combine weights.
 
         Args:
             tokens (Tensor): x, `(B, T, D)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            channels (int): number of channels, one after the other, in which the tokens have their places in time.
+                Default: 1.
 
         Returns:
             tuple[Tensor, Tensor]: both `(B, T, S)`, in float32 or float64.
@@ -119,7 +121,8 @@ class CausalSoftRouter(SoftRouter):
         combine = logits.softmax(dim=-1)
         rates = self._rates(logits)
         if rates is not None:
-            ages = torch.arange(tokens.shape[1] - 1, -1, -1, device=logits.device, dtype=logits.dtype)
+            times = tokens.shape[1] // channels
+            ages = torch.arange(times - 1, -1, -1, device=logits.device, dtype=logits.dtype).repeat(channels)
             logits = logits - ages.unsqueeze(-1) * rates
         return soft_weights(logits.mT, mask)[0].mT, combine
 

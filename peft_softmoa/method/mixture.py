@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .causal import CausalSoftRouter
+from .channels import STANDARD_DEVIATION, apart, embed_channels, read_in_time, together
 from .convolution import ConvolutionExperts
 from .experts import BottleneckExperts
 from .kernels import add_slots, without_autocast
@@ -51,6 +52,10 @@ class Mixture(nn.Module):
         identity (bool): whether the fresh mixture adds exactly zero. Default: True.
         causal (bool): whether no token sees those after it, but for those of its chunk. Not with expert choice.
             Default: False.
+        num_channels (int, optional): C, how many channels a clip has whose tokens meet in the mixture. Default: clips
+            have one.
+        channel_embedding (bool): whether an embedding of its channel is added to each token that the mixture reads.
+            Without it the mixture takes any number of channels, in any order. Default: True.
     """
 
     def __init__(
@@ -66,9 +71,12 @@ class Mixture(nn.Module):
         expert_options: Optional[Mapping[str, Any]] = None,
         identity: bool = True,
         causal: bool = False,
+        num_channels: Optional[int] = None,
+        channel_embedding: bool = True,
     ) -> None:
         super().__init__()
         self.out_features = out_features
+        self.num_channels = num_channels
         self.causal = causal
         routers, experts = CAUSAL_ROUTERS if causal else ROUTERS, EXPERTS[expert_type]
         self.router = routers[routing](in_features, num_experts, **router_options or {})
@@ -76,6 +84,11 @@ class Mixture(nn.Module):
         self.experts = experts(num_experts, in_features, r, out_features, **options)
         if not identity:
             self.experts.reset_parameters(identity=False)
+        self.channel_embedding: Optional[nn.Parameter] = None
+        if num_channels is not None and channel_embedding:
+            # At zero, as `up` is, it would learn too slowly.
+            self.channel_embedding = nn.Parameter(torch.empty(num_channels, in_features))
+            nn.init.normal_(self.channel_embedding, std=STANDARD_DEVIATION)
 
     @property
     def mixes_tokens(self) -> bool:
@@ -100,6 +113,7 @@ class Mixture(nn.Module):
         added_to: Tensor,
         scaling: float = 1.0,
         past: Optional[Past] = None,
+        channels: int = 1,
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Add the mixture of the expert outputs to the output of F, which reads the same tokens.
 
@@ -115,6 +129,10 @@ class Mixture(nn.Module):
         and that product's gradients are in the dtype of F(x), as those of the block's own layers are. Whatever padding
         holds counts as zero.
 
+        The T tokens may be those of C channels, one channel after the other. Slots read all of them, in order of time
+        all channels up to a time; x[t] is then what the block reads, with the embedding of the token's channel.
+        Convolutions over tokens run within a channel.
+
         Args:
             tokens (Tensor): x, `(B, T, D)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
@@ -122,31 +140,41 @@ class Mixture(nn.Module):
             scaling (float): the factor on what is added. Default: 1.0.
             past (Past, optional): what came before these tokens, where they are read in time; it goes on with them.
                 Default: nothing.
+            channels (int): C. Default: 1.
 
         Returns:
             tuple[Tensor, Optional[Tensor]]: output, `(B, T, D')`, in the dtype of F(x), and the loss that balances the
             experts, a scalar, or None.
 
         Raises:
-            ValueError: if the mask, F(x) or what came before does not fit the tokens.
+            ValueError: if the mask, F(x), what came before or the number of channels does not fit the tokens.
         """
         self._check(tokens, mask, added_to)
         if past is not None:
-            past.check(tokens)
-        tokens = _without_padding(tokens, mask)
+            if channels > 1 and not isinstance(self.router, SoftRouter):
+                raise ValueError("Convolutions over the tokens of several channels do not go on from earlier ones.")
+            past.check(tokens, channels)
+        tokens = _without_padding(embed_channels(tokens, self.channel_embedding, channels), mask)
         with without_autocast(tokens.device.type):
             if isinstance(self.router, CausalSoftRouter):
-                read, combine = self._read(tokens, mask, past)
+                read, combine = self._read(tokens, mask, past, channels)
                 return self.experts.add_read(added_to, read, scaling * combine), None
             if isinstance(self.router, SoftRouter):
                 slots, combine = self.router(tokens, mask)
                 return add_slots(added_to, combine, scaling * self.experts(slots)), None
             weights, loss = self.router(tokens, mask)
-            tokens = in_full_precision(tokens)
-            return self.experts.add_weighted(added_to, tokens, scaling * weights, mask, past), loss
+            own_mask = None if mask is None else apart(mask, channels)
+            given = [apart(each, channels) for each in (added_to, in_full_precision(tokens), scaling * weights)]
+            output = self.experts.add_weighted(given[0], given[1], given[2], own_mask, past)
+            return together(output, channels), loss
 
     def record(
-        self, tokens: Tensor, mask: Optional[Tensor] = None, scaling: float = 1.0, past: Optional[Past] = None
+        self,
+        tokens: Tensor,
+        mask: Optional[Tensor] = None,
+        scaling: float = 1.0,
+        past: Optional[Past] = None,
+        channels: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weights of `forward`, and how much each expert adds without dropout.
 
@@ -160,6 +188,7 @@ class Mixture(nn.Module):
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
             scaling (float): the factor on what is added. Default: 1.0.
             past (Past, optional): what came before these tokens; it stays as it is. Default: nothing.
+            channels (int): C. Default: 1.
 
         Returns:
             tuple[Tensor, Tensor, Tensor]: dispatch and combine weights, `(B, T, N, P)` each, with P = 1 if token-wise,
@@ -167,14 +196,16 @@ class Mixture(nn.Module):
         """
         past = None if past is None else past.copy()
         with without_autocast(tokens.device.type):
+            tokens = embed_channels(tokens, self.channel_embedding, channels)
             tokens = in_full_precision(_without_padding(tokens, mask))
             if isinstance(self.router, SoftRouter):
-                dispatch, combine = self.router.weights(tokens, mask)
                 if isinstance(self.router, CausalSoftRouter):
-                    read, _ = self._read(tokens, mask, past)
+                    dispatch, combine = self.router.weights(tokens, mask, channels)
+                    read, _ = self._read(tokens, mask, past, channels)
                     norms = self.experts.read_norms(read, scaling * combine)
                     by_expert = (norms.shape[-1], -1)
                     return dispatch.unflatten(-1, by_expert), combine.unflatten(-1, by_expert), norms
+                dispatch, combine = self.router.weights(tokens, mask)
                 outputs = scaling * self.experts(dispatch.mT @ tokens, dropout=False)
                 by_expert = (len(self.experts.up_weight), -1)
                 outputs, combine = outputs.unflatten(1, by_expert), combine.unflatten(-1, by_expert)
@@ -184,12 +215,14 @@ class Mixture(nn.Module):
             weights, _ = self.router(tokens, mask)
             real = weights if mask is None else weights.masked_fill(~mask.unsqueeze(-1), 0.0)
             dispatch = real / real.sum(dim=1, keepdim=True).clamp_min(torch.finfo(real.dtype).tiny)
-            norms = self.experts.norms(tokens, scaling * weights, mask, past)
+            own_mask = None if mask is None else apart(mask, channels)
+            norms = self.experts.norms(apart(tokens, channels), apart(scaling * weights, channels), own_mask, past)
+            norms = together(norms, channels)
             return dispatch.unsqueeze(-1), weights.unsqueeze(-1), norms
 
     @torch.no_grad()
     def record_reading(
-        self, tokens: Tensor, mask: Optional[Tensor] = None, past: Optional[Past] = None
+        self, tokens: Tensor, mask: Optional[Tensor] = None, past: Optional[Past] = None, channels: int = 1
     ) -> Optional[tuple[Tensor, Tensor]]:
         """Where in the past the slots read, if routing is soft and in order of time: `CausalSoftRouter.reading`.
 
@@ -197,18 +230,19 @@ class Mixture(nn.Module):
             tokens (Tensor): x, `(B, T, D)`.
             mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
             past (Past, optional): what came before these tokens. Default: nothing.
+            channels (int): C. Default: 1.
 
         Returns:
             tuple[Tensor, Tensor], optional: mean age in tokens and effective number of tokens of what each token reads
-            in each slot, `(B, T, N, P)` each; None if there is no such order, or it was not called with what came
-            before.
+            in each slot, `(B, T, N, P)` each; None if there is no such order, there are several channels, or it was
+            not called with what came before.
 
         Raises:
             ValueError: if what came before is of another number of samples.
         """
         if past is not None:
             past.check_batch(tokens)
-        if not isinstance(self.router, CausalSoftRouter):
+        if channels > 1 or not isinstance(self.router, CausalSoftRouter):
             return None
         with without_autocast(tokens.device.type):
             logits = self.router.logits(in_full_precision(_without_padding(tokens, mask)))
@@ -218,14 +252,16 @@ class Mixture(nn.Module):
         age, effective = (each.unflatten(-1, (len(self.experts.up_weight), -1)) for each in reading)
         return age, effective
 
-    def _read(self, tokens: Tensor, mask: Optional[Tensor], past: Optional[Past] = None) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, tokens: Tensor, mask: Optional[Tensor], past: Optional[Past], channels: int
+    ) -> tuple[Tensor, Tensor]:
         tokens = in_full_precision(tokens)
         router: CausalSoftRouter = self.router  # type: ignore[assignment]
         if router.scale is None:
             projected, logits = self.experts.project_beside(tokens, router.slots)
         else:
             projected, logits = self.experts.project(tokens), router.logits(tokens)
-        return router.read(logits, projected, mask, past)
+        return read_in_time(router, logits, projected, mask, channels, past)
 
     def _check(self, tokens: Tensor, mask: Optional[Tensor], added_to: Tensor) -> None:
         if added_to.shape != (*tokens.shape[:2], self.out_features):

@@ -150,17 +150,18 @@ class Past:
             )
         self.tensors["count"] = before + given
 
-    def check(self, tokens: Tensor) -> None:
+    def check(self, tokens: Tensor, channels: int = 1) -> None:
         """Check that a call is of as many samples as the calls before, and count its tokens.
 
         Args:
-            tokens (Tensor): `(B, T, D)`.
+            tokens (Tensor): `(B, C·T, D)`.
+            channels (int): C, whose tokens of one time count once. Default: 1.
 
         Raises:
             ValueError: if it is not.
         """
         self.check_batch(tokens)
-        self.num_tokens += tokens.shape[1]
+        self.num_tokens += tokens.shape[1] // channels
 
     def check_batch(self, tokens: Tensor) -> None:
         """Check that a call is of as many samples as the calls before.

@@ -242,7 +242,9 @@ def _shown(text: str) -> str:
 
 
 def _pipeline(config: Mapping[str, Any]) -> Optional[str]:
-    """The pipeline of transformers that runs an adapter; there is none for frames."""
+    """The pipeline of transformers that runs an adapter; there is none for frames, nor for several channels."""
+    if config.get("num_channels") is not None:
+        return None
     base = (config.get("auto_mapping") or {}).get("base_model_class")
     if base in RECOGNIZERS:
         return RECOGNITION
@@ -273,7 +275,11 @@ def _section(config: dict[str, Any]) -> str:
     if not isinstance(targets, str):
         targets = ", ".join(f"`{_shown(target)}`" for target in sorted(targets))
     routing = SINGLE if config["num_experts"] == 1 and config["routing"] == "dense" else ROUTINGS[config["routing"]]
-    seconds = config["max_length_seconds"]
+    seconds, channels = config["max_length_seconds"], config.get("num_channels")
+    reads = "" if seconds is None else f", but reads clips of {seconds:g} s, and cuts longer ones"
+    if channels is not None:
+        number = channels if config["channel_embedding"] else "any number of"
+        reads += f"; it reads each channel by itself, and the {number} channels of a clip meet in the experts"
     names = ("num_experts", "expert_type", "r", "activation")
     return SECTION.format(
         heading=HEADING,
@@ -284,6 +290,6 @@ def _section(config: dict[str, Any]) -> str:
         call=call,
         routing_name=config["routing"],
         routing_text=routing.format_map(config),
-        length="" if seconds is None else f", but reads clips of {seconds:g} s, and cuts longer ones",
+        length=reads,
         **{name: config[name] for name in names},
     )

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 from transformers import PreTrainedModel
 
+from ..calls.folding import Reader, make_reader
 from ..calls.masks import argument_names
 from ..method.convolution import PatchGrid
 
@@ -106,14 +107,17 @@ class Architecture(NamedTuple):
     takes_audio: Optional[bool] = None  # by default what its class says
     causal: Optional[bool] = None  # whether tokens see few or none of those after them; by default what it looks like
     in_time: bool = True  # whether its tokens lie in order of time
+    dimensions: Optional[int] = None  # of its inputs; by default 2 of `input_values`, and 3 of others
     padding_mask: Optional[str] = None  # an argument of a block that, against its name, is true for padding
 
 
 # By the `model_type` of the config. All that is not here goes by structure.
 ARCHITECTURES = {
     # Only the config says how the patches lie.
-    "audio-spectrogram-transformer": Architecture(patch_grid=_ast_grid, clip_length=_ast_length, in_time=False),
-    "clap_audio_model": Architecture(in_time=False),
+    "audio-spectrogram-transformer": Architecture(
+        patch_grid=_ast_grid, clip_length=_ast_length, in_time=False, dimensions=3
+    ),
+    "clap_audio_model": Architecture(in_time=False, dimensions=4),
     "whisper": Architecture(clip_length=_whisper_length),
     "qwen2_audio_encoder": Architecture(clip_length=_whisper_length),
     # These encoders are made to run while the audio comes in, but only their masks show it.
@@ -178,6 +182,24 @@ def find_clip_length(model: nn.Module) -> Optional[ClipLength]:
             if find is not None and (found := find(part)) is not None:
                 return found
     return None
+
+
+def channel_reader(model: nn.Module, adapter_name: str, num_channels: Optional[int] = None) -> Reader:
+    """How a model takes clips of several channels.
+
+    Args:
+        model (nn.Module): the base model, with or without adapters.
+        adapter_name (str): name of the adapter.
+        num_channels (int, optional): C. Default: any number.
+
+    Returns:
+        Reader: what its hooks need.
+
+    Raises:
+        ValueError: if the model writes text, or takes anything beside audio.
+    """
+    parts = [model] if isinstance(model, PreTrainedModel) else []
+    return make_reader(model, adapter_name, num_channels, architecture_of(parts).dimensions)
 
 
 def parts_around(model: nn.Module, name: str) -> list[PreTrainedModel]:

@@ -159,6 +159,7 @@ def describe_targets(model: nn.Module, config: SoftMoAConfig) -> Description:
         token-wise:      D·N + N for its router; none if N is 1
         experts:         N·(D·R + R + R·D' + D')
         convolution:     N·R·(K + 1) more, or N·R·(K² + 1) over a patch grid
+        channels:        C·D more, for their embedding
 
     and besides, once, everything in `modules_to_save` and the norms of `train_norms`.
 

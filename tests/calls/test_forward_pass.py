@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.calls.forward_pass import CallKey, ForwardPasses, find_passes
+from peft_softmoa.calls.forward_pass import CallKey, find_passes, make_passes
 from peft_softmoa.inspection import record_routing
 
 # Of each of eight threads.
@@ -201,7 +201,7 @@ def test_records_are_those_of_one_thread(spectrograms):
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda passes: pickle.loads(pickle.dumps(passes))])
 def test_copies_begin_without_a_call(make_copy):
-    passes = ForwardPasses()
+    passes = make_passes()
     passes.enter(CallKey("default", ""))
     passes.router_loss.value = torch.ones(())
     other = make_copy(passes)
