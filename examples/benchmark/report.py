@@ -200,6 +200,50 @@ def layer_table(name: str, rows: list[dict[str, Any]], dtype: str) -> str:
     return markdown(table)
 
 
+def order_table(rows: list[dict[str, Any]]) -> str:
+    """Mixtures with and without order in time: a row for each size and length.
+
+    Args:
+        rows (list[dict]): what `streaming.measure_order` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    by_point: dict[tuple[int, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        point = tuple(row[name] for name in ("num_experts", "r", "batch_size", "num_tokens"))
+        by_point.setdefault(point, {})[row["method"]] = row
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    table = [["N", "R", "clips", "tokens", *(f"{method}, ms" for method in methods)]]
+    table[0] += [f"{what} of causal, of {other}" for what in ("time", "memory") for other in methods[:2]]
+    for point, here in by_point.items():
+        causal = here["causal Soft-MoA"]
+        cells = [f"{number:,}" for number in point] + [times(here[method]["seconds"]) for method in methods]
+        cells += [f"{ratio(causal['seconds'], here[other]['seconds']):.2f}" for other in methods[:2]]
+        cells += [f"{causal['memory_bytes'] / here[other]['memory_bytes']:.2f}" for other in methods[:2]]
+        table.append(cells)
+    return markdown(table)
+
+
+def stream_table(rows: list[dict[str, Any]]) -> str:
+    """One token of a stream: a row for each mixture.
+
+    Args:
+        rows (list[dict]): what `streaming.measure_stream` gives.
+
+    Returns:
+        str: a Markdown table.
+    """
+    positions = list(rows[0]["seconds"])
+    table = [["method", "N", "R", "numbers in the state", *(f"after {int(each):,}, ms" for each in positions)]]
+    table[0].append("last, of first")
+    for row in rows:
+        cells = [row["method"], str(row["num_experts"]), str(row["r"]), f"{row['state_numbers']:,}"]
+        cells += [times(row["seconds"][position]) for position in positions]
+        table.append([*cells, f"{ratio(row['seconds'][positions[-1]], row['seconds'][positions[0]]):.2f}"])
+    return markdown(table)
+
+
 def audio_table(rows: list[dict[str, Any]]) -> str:
     """Clips that one core reads in a second: a row for each format.
 
@@ -303,6 +347,13 @@ def tables(results: dict[str, Any]) -> str:
     if "lengths" in results:
         title = f"Training steps of {results['lengths_batch_size']} with `max_length_seconds`, float32:"
         parts += [title, lengths_table(results["lengths"])]
+    if "order" in results:
+        parts += [
+            "One layer alone, forward and backward, float32, with and without order in time:",
+            order_table(results["order"]),
+        ]
+    if "stream" in results:
+        parts += ["One token of a stream, by the tokens before it, float32:", stream_table(results["stream"])]
     if "import_seconds" in results:
         parts.append(f"`import peft_softmoa` after `import peft`: {times(results['import_seconds'])} ms")
     return "\n\n".join(parts) + "\n"

@@ -39,9 +39,11 @@ from .layer import DTYPES, measure_layer, sweeps
 from .measure import count_flops, environment, import_seconds, in_turn, memory_of, note
 from .methods import FIXED_LENGTHS, FLOOR, METHODS, MODELS, PROBE, SMALL_AST, make_batch, make_small_ast
 from .report import draw_sweeps, tables
+from .streaming import LENGTHS, POSITIONS, measure_order, measure_stream
 
 PARTS = [
     *("layer", "models", "deployment", "mixed batches", "input", "audio", "epochs", "recording", "lengths", "import"),
+    "order in time",
 ]
 # Compared in every setting; the others, and larger batches of forward passes, in the first one, float32 and eager.
 EVERYWHERE = (PROBE, FLOOR, "LoRA", "Soft-MoA")
@@ -433,6 +435,11 @@ def main(argv: list[str] | None = None) -> None:
         save()
     if "import" in parts:
         results["import_seconds"] = import_seconds(arguments.layer_rounds)
+        save()
+    if "order in time" in parts:
+        results["order"] = measure_order(LENGTHS, arguments)
+        save()
+        results["stream"] = measure_stream(POSITIONS, arguments)
         save()
     print(tables(results))
     print(f"Every single time is in {path}.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .past import Past
 from .routers import SoftRouter
 from .routing import chunk_ends, soft_logits, soft_weights
-from .scan import Running, running_average
+from .scan import Averages, running_average
 
 # λ of a fresh router: the weight of a token has halved after 69 tokens.
 RATE = 0.01
@@ -156,21 +156,22 @@ class CausalSoftRouter(SoftRouter):
         before = squares_before = None
         if "age" in past.tensors:
             names = ("maximum", "total", "age", "squares")
-            maximum, total, age, squares = (past.tensors[name][:, -1] for name in names)
+            maximum, total, age, squares = (past.tensors[name][:, -1:] for name in names)
             if rates is not None:
-                maximum = maximum + first.unsqueeze(1) * rates
-            before = Running(maximum, torch.stack([(-1 - age) * total, total], dim=-1))
-            squares_before = Running((2 * maximum).clamp_min(lowest), torch.stack([squares, squares], dim=-1))
+                maximum = maximum + first.view(-1, 1, 1) * rates
+            before = Averages((-1 - age).unsqueeze(-1), total, maximum)
+            ones = torch.ones_like(squares).unsqueeze(-1)
+            squares_before = Averages(ones, squares, (2 * maximum).clamp_min(lowest))
         places = torch.arange(num_tokens, device=logits.device) - first.unsqueeze(1)
         values = places.to(logits.dtype)[:, :, None, None]
         mean = running_average(values, logits, mask, rates, before)
         # Twice the logits are squared weights, in the square of the same unit.
         doubled = None if rates is None else 2 * rates
         squared = running_average(torch.ones_like(values), 2 * logits, mask, doubled, squares_before)
-        is_read = mean.maximum.mT > lowest / 2
+        is_read = mean.maximum > lowest / 2
         age = (places.unsqueeze(-1) - mean.average.squeeze(-1)) * is_read
-        effective = (2 * mean.log_total - squared.log_total).exp().mT * is_read
-        past.keep({"age": age, "squares": squared.log_total.exp().mT}, last)
+        effective = mean.total.square() / squared.total.clamp_min(torch.finfo(logits.dtype).tiny) * is_read
+        past.keep({"age": age, "squares": squared.total}, last)
         past.num_recorded += num_tokens
         if self.chunk_size is not None and self.chunk_size > 1:
             ends = chunk_ends(self.chunk_size, num_tokens, mask).to(logits.device).expand(len(logits), -1)

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .scan import Averages, Running
+from .scan import Averages
 
 
 class Past:
@@ -61,7 +61,7 @@ class Past:
         first = places.masked_fill(~mask, num_tokens).amin(dim=1)
         return first.where(first < num_tokens, 0), places.masked_fill(~mask, -1).amax(dim=1)
 
-    def running(self, first: Tensor, rates: Optional[Tensor]) -> Optional[Running]:
+    def running(self, first: Tensor, rates: Optional[Tensor]) -> Optional[Averages]:
         """The running averages as one more token, before those of a call.
 
         Args:
@@ -69,24 +69,24 @@ class Past:
             rates (Tensor, optional): λ, `(S,)`. Default: 0.
 
         Returns:
-            Running, optional: `(B, S)` and `(B, S, R + 1)`; None if it is empty.
+            Averages, optional: of one token; None if it is empty.
         """
         if "maximum" not in self.tensors:
             return None
-        maximum, total, average = (self.tensors[name][:, -1] for name in ("maximum", "total", "average"))
+        average, total, maximum = (self.tensors[name][:, -1:] for name in ("average", "total", "maximum"))
         if rates is not None:  # padding does not make it older
-            maximum = maximum + first.unsqueeze(1) * rates
-        return Running(maximum, torch.cat([average * total.unsqueeze(-1), total.unsqueeze(-1)], dim=-1))
+            maximum = maximum + first.view(-1, 1, 1) * rates
+        return Averages(average, total, maximum)
 
     def keep_averages(self, averages: Averages, last: Tensor) -> None:
         """Go on with the running averages of a call.
 
         Args:
-            averages (Averages): `(B, S, T)` and `(B, T, S, R)`.
+            averages (Averages): `(B, T, S, R)` and `(B, T, S)`.
             last (Tensor): the last real token, `(B,)`.
         """
-        total = averages.log_total.mT.exp()
-        self.keep({"maximum": averages.maximum.mT, "total": total, "average": averages.average}, last)
+        given = {"average": averages.average, "total": averages.total, "maximum": averages.maximum}
+        self.keep(given, last)
 
     def keep(self, given: Mapping[str, Tensor], last: Tensor) -> None:
         """Keep what is known after each token of a call.

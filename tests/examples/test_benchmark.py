@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import ASTConfig, ASTForAudioClassification
 
-from examples.benchmark import audio
+from examples.benchmark import audio, run, streaming
 from examples.benchmark.literal import LITERAL, write_literally
 from examples.benchmark.measure import commit_of, count_flops, import_seconds, in_turn, memory_of, ratio
 from examples.benchmark.methods import (
@@ -270,6 +270,24 @@ def test_lengths(tmp_path):
     assert [list(row["seconds"]) for row in rows] == [["1", "5", "10.24"], ["1", "5", "30"]]
     assert all(len(seconds) == 1 for row in rows for seconds in row["seconds"].values())
     assert "| Whisper tiny | 30 | " in path.with_suffix(".md").read_text()
+
+
+def test_order_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LENGTHS", (16, 64))
+    monkeypatch.setattr(run, "POSITIONS", (3, 1500))
+    monkeypatch.setattr(streaming, "BATCH_TOKENS", 32)
+    main(["--parts", "order in time", "--layer_rounds", "1", "--output_dir", str(tmp_path)])
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert [(row["num_experts"], row["batch_size"], row["num_tokens"]) for row in results["order"][::3]] == [
+        (number, batch_size, length) for number in (7, 64) for batch_size, length in ((2, 16), (1, 64))
+    ]
+    assert all(row["memory_bytes"] > 0 and len(row["seconds"]) == 1 for row in results["order"])
+    # S·(R + 2) numbers, or 2·N·R of a convolution with a kernel of 3.
+    assert [row["state_numbers"] for row in results["stream"]] == [56, 84, 192, 128]
+    assert all(list(row["seconds"]) == ["3", "1500"] for row in results["stream"])
+    text = path.with_suffix(".md").read_text()
+    assert "| 64 | 1 | 1 | 64 | " in text and "| Dense-MoA, causal convolutions | 7 | 6 | 84 | " in text
 
 
 def test_the_model_in_onnx_runtime_says_the_same():

@@ -8,7 +8,7 @@ from test_causal import CONVOLUTION, KINDS, TOKEN_WISE, make, name_of, relative_
 from torch.autograd import gradcheck, gradgradcheck
 
 from peft_softmoa.method.past import Past
-from peft_softmoa.method.scan import Running, running_average
+from peft_softmoa.method.scan import Averages, running_average
 
 LENGTH = 37
 
@@ -137,12 +137,12 @@ def test_pieces_that_cut_chunks_are_an_error():
 
 def test_gradients_of_a_piece():
     values, logits = draw(2, 5, 2, 3).requires_grad_(), draw(2, 5, 4, seed=1).requires_grad_()
-    rates, maximum = draw(4, seed=2).exp().requires_grad_(), draw(2, 4, seed=3).requires_grad_()
-    sums = torch.cat([draw(2, 4, 3, seed=4), draw(2, 4, 1, seed=5).exp()], dim=-1)
+    rates, maximum = draw(4, seed=2).exp().requires_grad_(), draw(2, 1, 4, seed=3).requires_grad_()
+    average, total = draw(2, 1, 4, 3, seed=4), draw(2, 1, 4, seed=5).exp()
     mask = torch.tensor([[True, True, False, True, True], [False, True, True, True, False]])
 
     def run(values, logits, rates, maximum):
-        return running_average(values, logits, mask, rates, Running(maximum, sums)).average
+        return running_average(values, logits, mask, rates, Averages(average, total, maximum)).average
 
     assert gradcheck(run, (values, logits, rates, maximum))
     assert gradgradcheck(run, (values, logits, rates, maximum))
