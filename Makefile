@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz quantization models onnx help-pages conformance pythons newest bench bench-quick check format clean
+.PHONY: demo test fuzz quantization models onnx help-pages docs dist conformance pythons newest oldest peft-main bench bench-quick check format clean
 
 demo: .venv/installed
 	$(BIN)/peft-softmoa demo
@@ -21,7 +21,7 @@ quantization: .venv/installed
 	$(BIN)/python -m pip install -c constraints.txt -e '.[quantization]'
 	$(BIN)/python -m pytest tests/test_quantized.py
 
-# Writes the README's table of models, from the outcome of the tests.
+# Writes the table of models in docs/models.md, from the outcome of the tests.
 models: onnx
 	$(PYTEST) --models-table tests/test_families.py tests/calls/test_checkpointing.py
 
@@ -32,6 +32,21 @@ onnx: .venv/installed
 # Writes the pages that `peft-softmoa --help` shows without loading torch, after a change of the options.
 help-pages: .venv/installed
 	$(BIN)/python -m pytest -q --help-pages tests/commands/test_help_pages.py
+
+# The site, in site/. A link that leads nowhere, a page that no menu names and a docstring that cannot be read are errors.
+docs: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# Distributions in dist/, checked; the wheel is installed in a new environment, and runs in an empty folder.
+dist: .venv/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dist]'
+	rm -rf dist .dist && mkdir -p .dist/empty
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .dist/venv
+	.dist/venv/bin/python -m pip install -q -c constraints.txt "$$(ls dist/*.whl)[audio]"
+	cd .dist/empty && ../venv/bin/peft-softmoa demo --help && ../venv/bin/python -c 'import peft_softmoa as p; print(p.__version__, p.__file__)'
 
 # PEFT's own tests of custom models, from its source distribution, with Soft-MoA.
 conformance: .venv/installed
@@ -58,6 +73,21 @@ newest:
 	.newest/bin/python -m pip list | grep -E '^(torch|peft|transformers|accelerate|datasets|huggingface.hub) '
 	.newest/bin/python -m pytest -q $(VERSIONED)
 
+# The same with the oldest libraries that the package takes, which uv finds.
+oldest:
+	test -x .oldest/bin/python || $(PYTHON) -m venv .oldest
+	.oldest/bin/python -m pip install -q uv
+	.oldest/bin/uv pip install -q --python .oldest/bin/python --torch-backend cpu --resolution lowest-direct '.[audio,dev]'
+	.oldest/bin/uv pip list --python .oldest/bin/python | grep -E '^(torch|peft|transformers|accelerate|datasets|huggingface.hub) '
+	.oldest/bin/python -m pytest -q $(VERSIONED)
+
+# The same with PEFT's main, which the bounds of the package leave out; it may fail.
+peft-main:
+	test -x .peft-main/bin/python || $(PYTHON) -m venv .peft-main
+	.peft-main/bin/python -m pip install -q -c constraints.txt '.[audio,dev]'
+	.peft-main/bin/python -m pip install -q --no-deps git+https://github.com/huggingface/peft
+	.peft-main/bin/python -m pytest -q $(VERSIONED)
+
 .PHONY: force
 force:
 
@@ -78,7 +108,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pythons .newest .pytest_cache .ruff_cache .mypy_cache .conformance
+	rm -rf .venv .pythons .newest .oldest .peft-main .dist dist site .pytest_cache .ruff_cache .mypy_cache .conformance
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -35,7 +35,7 @@ needs_results = pytest.mark.skipif(
 
 def pytest_addoption(parser):
     parser.addoption("--help-pages", action="store_true", help="write the stored pages of the command's help")
-    parser.addoption("--models-table", action="store_true", help="write the README's table of models from the outcome")
+    parser.addoption("--models-table", action="store_true", help="write the table of models from the outcome")
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""Write the README's table of models from what the tests of `test_families.py` and `test_checkpointing.py` say.
+"""Write the table of models in `docs/models.md` from the outcome of `test_families.py` and `test_checkpointing.py`.
 
 pytest --models-table
 """
@@ -9,7 +9,7 @@ import pytest
 from families import FAMILIES, Family
 from test_families import PLACEMENTS, PLACES
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- models: written by tests/models_table.py -->\n", "<!-- end of models -->\n"
 CHECKPOINTING = "test_gradients_are_the_same"
 HEADING = ["model", "attention", "feed-forward", "placements that work", "padding", "gradient checkpointing", "ONNX"]
@@ -37,8 +37,8 @@ class Outcomes:
         ran = {(name, parameters.get("name")) for name, parameters, _ in self.all}
         all_ran = ran.issuperset((test, name) for test in ("test_placement", CHECKPOINTING) for name in FAMILIES)
         if all_ran and not exitstatus and not hasattr(session.config, "workerinput"):
-            before, after = README.read_text().split(BEGIN)
-            README.write_text(before + BEGIN + table(self) + END + after.split(END)[1])
+            before, after = PAGE.read_text().split(BEGIN)
+            PAGE.write_text(before + BEGIN + table(self) + END + after.split(END)[1])
 
     def works(self, test: str, **parameters) -> bool:
         """Whether a test passed, each time that it ran with some parameters."""

@@ -1,4 +1,4 @@
-"""Every family of audio transformers with every placement. The README's table of models is made from these tests."""
+"""Every family of audio transformers with every placement. The table of models is made from these tests."""
 
 import copy
 

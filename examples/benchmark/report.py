@@ -1,9 +1,9 @@
 """Tables and pictures of a run's results.
 
-    python -m examples.benchmark.report examples/benchmark/results/amd-epyc-2-threads.json --readme README.md
+    python -m examples.benchmark.report examples/benchmark/results/amd-epyc-2-threads.json --page docs/costs.md
 
 Writes the tables beside the file, as Markdown, draws the pictures into a folder of its name, and puts the main tables
-into a README.
+into a page.
 """
 
 from __future__ import annotations
@@ -359,7 +359,7 @@ def tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def for_readme(results: dict[str, Any]) -> str:
+def for_page(results: dict[str, Any]) -> str:
     """The main tables of a run.
 
     Args:
@@ -383,21 +383,21 @@ def for_readme(results: dict[str, Any]) -> str:
     )
 
 
-def write_into(readme: Path, results: dict[str, Any]) -> None:
+def write_into(page: Path, results: dict[str, Any]) -> None:
     """Put the main tables of a run into a file.
 
     Args:
-        readme (Path): the file, with a place for them.
+        page (Path): the file, with a place for them.
         results (dict): what a run writes.
 
     Raises:
         ValueError: if the file has no place for them.
     """
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{readme} has no place for the tables: it needs the lines {BEGIN!r} and {END!r}.")
-    readme.write_text(before + BEGIN + for_readme(results) + END + after)
+        raise ValueError(f"{page} has no place for the tables: it needs the lines {BEGIN!r} and {END!r}.")
+    page.write_text(before + BEGIN + for_page(results) + END + after)
 
 
 def draw_sweeps(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -455,13 +455,13 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, help="a file with a place for the main tables")
+    parser.add_argument("--page", type=Path, help="a file with a place for the main tables")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     arguments.results.with_suffix(".md").write_text(tables(results))
     draw_sweeps(results, arguments.results.with_suffix(""))
-    if arguments.readme:
-        write_into(arguments.readme, results)
+    if arguments.page:
+        write_into(arguments.page, results)
 
 
 if __name__ == "__main__":

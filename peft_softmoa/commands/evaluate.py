@@ -17,7 +17,7 @@ class EvaluateArguments:
     """What an adapter is evaluated on."""
 
     dataset_name: str = field(
-        metadata={"help": "Id of a dataset on the Hub, or a folder of one of the layouts in the README."}
+        metadata={"help": "Id of a dataset on the Hub, or a folder of one of the layouts in the documentation."}
     )
     dataset_config_name: Optional[str] = option("config_name")
     dataset_revision: Optional[str] = option("revision")

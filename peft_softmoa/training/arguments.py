@@ -147,7 +147,7 @@ class DataArguments:
     """The data for training, evaluation and test."""
 
     dataset_name: str = field(
-        metadata={"help": "Id of a dataset on the Hub, or a folder of one of the layouts in the README."}
+        metadata={"help": "Id of a dataset on the Hub, or a folder of one of the layouts in the documentation."}
     )
     dataset_config_name: Optional[str] = option("config_name")
     dataset_revision: Optional[str] = option("revision")

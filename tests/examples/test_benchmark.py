@@ -29,7 +29,7 @@ from examples.benchmark.methods import (
     make_batch,
     make_small_ast,
 )
-from examples.benchmark.report import BEGIN, END, draw_sweeps, for_readme, rates, tables, write_into
+from examples.benchmark.report import BEGIN, END, draw_sweeps, for_page, rates, tables, write_into
 from examples.benchmark.run import in_onnx_runtime, main
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.method import Mixture
@@ -199,13 +199,13 @@ def test_a_quick_run(tmp_path, capsys):
     assert {"device", "threads", "torch", "commit", "uncommitted changes"} <= set(results["environment"])
     for picture in draw_sweeps(results, tmp_path / "pictures"):
         assert picture.read_bytes().startswith(b"\x89PNG")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}old\n{END}after\n")
-    write_into(readme, results)
-    assert readme.read_text() == f"before\n{BEGIN}{for_readme(results)}{END}after\n"
-    readme.write_text("no place\n")
+    page = tmp_path / "costs.md"
+    page.write_text(f"before\n{BEGIN}old\n{END}after\n")
+    write_into(page, results)
+    assert page.read_text() == f"before\n{BEGIN}{for_page(results)}{END}after\n"
+    page.write_text("no place\n")
     with pytest.raises(ValueError, match="has no place for the tables"):
-        write_into(readme, results)
+        write_into(page, results)
 
 
 def test_deployment(tmp_path, monkeypatch):
@@ -308,10 +308,10 @@ def test_committed_results_can_be_shown(path):
 
 
 @needs_results
-def test_the_readme_quotes_committed_results():
-    quoted = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
+def test_the_page_quotes_committed_results():
+    quoted = (ROOT / "docs" / "costs.md").read_text().partition(BEGIN)[2].partition(END)[0]
     results = [json.loads(path.read_text()) for path in RESULTS]
-    assert quoted in [for_readme(each) for each in results if each["models"]]
+    assert quoted in [for_page(each) for each in results if each["models"]]
 
 
 def test_the_ways_of_reading_audio_read_the_same(tmp_path):

@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_run_does_not_overwrite_a_model(base_folder, ton
 
 
 def picture_of(readme):
-    return Path(re.search(r"!\[.*?\]\((examples/inspection/.*?)\)", readme).group(1))
+    return Path(re.search(r"!\[.*?\]\([^)]*?(examples/inspection/.*?)\)", readme).group(1))
 
 
 @needs_results

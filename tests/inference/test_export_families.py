@@ -1,4 +1,4 @@
-"""Every family of audio transformers as an ONNX file: what `Family.onnx` says, and with it the README's table.
+"""Every family of audio transformers as an ONNX file: what `Family.onnx` and the table of models say.
 
 Exports take ten seconds or more each, so that only a few run by default; `make onnx` runs them all.
 """

@@ -306,8 +306,8 @@ def test_esc50_trains_as_it_is(real_esc50, tmp_path):
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
-def test_the_readme_names_each_layout():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_page_names_each_layout():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     names = [each.name for each in LAYOUTS]
-    rows = re.findall(r"^\| ([^|]+) \|", readme, re.MULTILINE)
+    rows = re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE)
     assert [row for row in rows if row in names] == names
