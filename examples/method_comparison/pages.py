@@ -12,8 +12,8 @@ from ..benchmark.report import machine, markdown, times
 from .intervals import Estimate, by_fold, interval, paired, smallest_difference
 from .pictures import draw
 from .records import Record, chosen_rate
-from .studies import Options, Study
-from .timing import TIMES
+from .studies import Options, Study, label
+from .timing import TIMES, timing_table
 from .training import Run
 
 NOTES, PAGE, PICTURE = "notes.md", "RESULTS.md", "results.png"
@@ -40,8 +40,7 @@ class Row(NamedTuple):
     @property
     def label(self) -> str:
         """Its name with its options."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.method}, {options}" if options else self.method
+        return label(self.method, self.options)
 
     def values(self, value: Callable[[Record], float]) -> dict[Key, float]:
         """A number of each run."""
@@ -184,15 +183,6 @@ def routing_table(rows: list[Row]) -> str:
     return markdown(table)
 
 
-def timing_table(found: dict[str, Any]) -> str:
-    """Times of all methods in turn."""
-    table = [["method", "trained", f"step of {found['batch_size']}, ms", "forward of 1, ms"]]
-    for each in found["methods"]:
-        label = Row(each["method"], each["options"], {}).label
-        table.append([label, f"{each['trained']:,}", times(each["step_seconds"]), times(each["forward_1_seconds"])])
-    return markdown(table)
-
-
 def sensitivity(rows: list[Row], study: Study, protocol: dict[str, Any]) -> Optional[str]:
     """The smallest difference that the study would show, by the median deviation of the differences."""
     deviations, folds = [], []
@@ -232,7 +222,7 @@ def protocol_text(protocol: dict[str, Any], study: Study) -> str:
         f"for each row with seed 0, on the validation fold of the tested fold {', '.join(given['rate_folds'])}; the "
         "other folds take that of the first. Intervals are of 95%: means of folds, Student's t with the correction of "
         f"Nadeau and Bengio (2003). Differences are paired by fold and seed; the reference is "
-        f"{Row(method, options, {}).label}{at}."
+        f"{label(method, options)}{at}."
     )
 
 

@@ -76,6 +76,11 @@ class Study:
     axis: Optional[str] = None
 
 
+def label(method: str, options: Options) -> str:
+    """A method with its options, as tables and pictures name it."""
+    return ", ".join([method, *(f"{name}={value}" for name, value in options.items())])
+
+
 def over(methods: Any, name: str, values: Any) -> list[tuple[str, Options]]:
     """Methods with each value of an option."""
     return [(method, {name: value}) for value, method in product(values, methods)]

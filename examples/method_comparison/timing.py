@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ..benchmark.measure import environment, in_turn, note
+from ..benchmark.report import markdown, times
 from .data import Data
 from .measures import now, one_thread
 from .models import TASKS
+from .studies import label
 from .training import Run, channels_of, make_optimizer, prepare
 
 TIMES = "times.json"
@@ -74,3 +76,12 @@ def measure(runs: list[Run], protocol: dict[str, Any], data: Data, rounds: int, 
             ],
         }
     (folder / TIMES).write_text(json.dumps(found, indent=1) + "\n", newline="\n")
+
+
+def timing_table(found: dict[str, Any]) -> str:
+    """What `measure` wrote, as a table."""
+    table = [["method", "trained", f"step of {found['batch_size']}, ms", "forward of 1, ms"]]
+    for each in found["methods"]:
+        row = [label(each["method"], each["options"]), f"{each['trained']:,}"]
+        table.append([*row, times(each["step_seconds"]), times(each["forward_1_seconds"])])
+    return markdown(table)

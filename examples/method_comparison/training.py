@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup as cosine
 
+from peft_softmoa.quiet import quiet_loading
+
 from .data import Data
 from .measures import costs, now, one_thread, use_of_experts
 from .methods import HEAD, METHODS, MIXTURES, PROBE, is_slots
@@ -88,7 +90,8 @@ def prepare(run: Run, protocol: dict[str, Any], task: Classes) -> nn.Module:
     model = task.load()
     if run.method in MIXTURES:
         own["max_length_seconds"] = task.seconds
-    model = METHODS[run.method](model, options.get("budget", protocol["budget"]), **own)
+    with quiet_loading():
+        model = METHODS[run.method](model, options.get("budget", protocol["budget"]), **own)
     return Apart(model) if channels == "apart" else model
 
 
