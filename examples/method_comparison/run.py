@@ -27,7 +27,7 @@ from peft_softmoa.training import fingerprint_weights
 from . import records, timing
 from .data import Data, cached, load_data
 from .measures import one_thread
-from .methods import METHODS, PROBE, paper_budget, why_not
+from .methods import METHODS, PROBE, SOFT, paper_budget, why_not
 from .models import TASKS, load_extractor, pooled_outputs
 from .pages import write_page
 from .records import CHOICE_SEED
@@ -105,9 +105,8 @@ def study_of(arguments: argparse.Namespace) -> Study:
     """
     study = STUDIES[arguments.study]
     if arguments.quick:
-        kept = [
-            each for each in study.variants if each[0] in (study.variants[0][0], study.variants[study.reference][0])
-        ]
+        first = (study.variants[0], study.variants[study.reference], (SOFT, {}))
+        kept = [each for each in study.variants if each in first]
         kept += [each for each in study.variants if each not in kept]
         study = replace(study, **QUICK, variants=kept[:QUICK_VARIANTS])
     given = {name: getattr(arguments, name) for name in (*NUMBERS, "label_column", "model", "task")}
