@@ -45,6 +45,7 @@ class Classes:
 
     def __init__(self, model: str, label_names: list[str], seconds: Optional[float] = None) -> None:
         self.name, self.label_names, self.seconds = model, label_names, seconds
+        self.predicted = torch.empty(0, dtype=torch.long)  # by the last evaluation
 
     def load(self) -> nn.Module:
         """The pretrained model in float32 with a fresh head, which is drawn from torch's generator."""
@@ -74,7 +75,15 @@ class Classes:
         model.eval()
         device = next(model.parameters()).device
         logits = torch.cat([model(batch.to(device)).logits.cpu() for batch in inputs.split(EVALUATION_BATCH)])
-        return (logits.argmax(1) == labels).double().mean().item(), cross_entropy(logits, labels).item()
+        self.predicted = logits.argmax(1)
+        return (self.predicted == labels).double().mean().item(), cross_entropy(logits, labels).item()
+
+    def group_accuracy(self, labels: Tensor, groups: dict[str, str]) -> float:
+        """How often the group of the label is right in the last evaluation, among clips with labels of a group."""
+        names = [groups.get(name) for name in self.label_names]
+        pairs = [(names[label], names[guess]) for label, guess in zip(labels, self.predicted, strict=True)]
+        right = [group == guessed for group, guessed in pairs if group is not None]
+        return sum(right) / len(right)
 
 
 class Texts(Classes):

@@ -92,9 +92,14 @@ def overlap_of(protocol: dict[str, Any]) -> float:
     return 1 / (len(protocol["folds"]) - 2)
 
 
-def difference(row: Row, reference: Row) -> list[float]:
+def group_percent(record: Record) -> float:
+    """How often the group of the label is right, in percent."""
+    return 100 * record["test_group"]
+
+
+def difference(row: Row, reference: Row, value: Callable[[Record], float] = percent) -> list[float]:
     """The metric minus that of the reference in runs with the same fold and seed, as means of folds."""
-    return by_fold(paired(row.values(percent), reference.values(percent)))
+    return by_fold(paired(row.values(value), reference.values(value)))
 
 
 def epochs_to(record: Record, share: float = 0.95) -> tuple[int, float]:
@@ -112,21 +117,27 @@ def show(number: Optional[Estimate], form: str = ".1f") -> str:
     return f"{number.mean:{form}}" + ("" if number.half is None else f" ± {number.half:{form.lstrip('+')}}")
 
 
-def main_table(rows: list[Row], study: Study, protocol: dict[str, Any]) -> str:
-    """The metric of each row, and its difference from the reference."""
-    metric = "word error rate" if protocol["metric"] == "wer" else "accuracy"
+def main_table(
+    rows: list[Row],
+    study: Study,
+    protocol: dict[str, Any],
+    value: Callable[[Record], float] = percent,
+    metric: Optional[str] = None,
+) -> str:
+    """The metric of each row, or another number, and its difference from the reference."""
+    metric = metric or ("word error rate" if protocol["metric"] == "wer" else "accuracy")
     table = [["method", "trained besides the head", "rate", f"{metric}, %", "minus reference, points", "runs"]]
     overlap = overlap_of(protocol)
     for row in rows:
         reference, first = reference_of(row, rows, study), next(iter(row.runs.values()))
-        compared = None if reference in (None, row) else difference(row, reference)
+        compared = None if reference in (None, row) else difference(row, reference, value)
         rates = sorted({each["settings"]["rate"] for each in row.runs.values()})
         table.append(
             [
                 row.label,
                 f"{first['parameters']:,}",
                 " / ".join(f"{rate:g}" for rate in rates),
-                show(interval(by_fold(row.values(percent)), overlap)),
+                show(interval(by_fold(row.values(value)), overlap)),
                 "reference" if reference is row else show(interval(compared, overlap) if compared else None, "+.1f"),
                 str(len(row.runs)),
             ]
@@ -262,6 +273,9 @@ def page(found: list[Record], study: Study, notes: str, timing: Optional[dict[st
     ]
     if rows:
         parts += ["## Results", main_table(rows, study, protocol), sensitivity(rows, study, protocol)]
+        if protocol["groups"]:
+            groups = f"accuracy of {' or '.join(dict.fromkeys(protocol['groups'].values()))}"
+            parts.append(main_table(rows, study, protocol, group_percent, groups))
         parts += [f"![results]({PICTURE})" if picture else None]
         if protocol["metric"] == "accuracy" and protocol["data"] in ("esc50", "arabic-speech-commands"):
             text = "Published by Cappellazzo et al. (arXiv 2312.03694, Table 1), theirs, on AST with more training:"

@@ -147,7 +147,7 @@ def protocol_of(arguments: argparse.Namespace, study: Study, data: Data, model: 
     """
     fields = {} if study.seconds is None else {"max_length_seconds": study.seconds}
     shared = ["task", "seconds", "epochs", "epochs_of", "batch_size", "clips_per_class"]
-    shared += ["validation_per_class", "test_per_class", "validate_every", "trace", "rates"]
+    shared += ["validation_per_class", "test_per_class", "validate_every", "trace", "rates", "groups"]
     values = asdict(study)
     return {
         "study": arguments.study,

@@ -48,6 +48,8 @@ class Study:
         rate_folds (int): how many folds choose the rate, each for itself; the other folds take that of the first.
         reference (int): index of the variant that the others are compared with.
         axis (str, optional): the option along which the picture is drawn.
+        groups (dict): groups of some labels, by label; of clips with these labels, it is also told how often the group
+            is right.
     """
 
     title: str
@@ -74,6 +76,7 @@ class Study:
     rate_folds: int = 1
     reference: int = 0
     axis: Optional[str] = None
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 def label(method: str, options: Options) -> str:
@@ -93,7 +96,8 @@ def plain(methods: Any) -> list[tuple[str, Options]]:
 
 ESC50 = {"dataset": "SOFTMOA_ESC50", "seconds": 5.0}
 COMMANDS = {"dataset": "SOFTMOA_COMMANDS", "seconds": 1.0, "speaker_column": "speaker"}
-BINAURAL = [(method, {"channels": way}) for way in ("mono", "apart", "joined") for method in (SOFT,)]
+BOTH = {"num_slots": 2, "placement": "both"}
+BINAURAL = [(SOFT, {"channels": way, **BOTH}) for way in ("mono", "apart", "joined")]
 
 STUDIES: dict[str, Study] = {
     "esc50": Study(
@@ -145,12 +149,16 @@ STUDIES: dict[str, Study] = {
     "binaural": Study(
         "Directions heard with two ears",
         [*BINAURAL, (LORA, {"channels": "apart"})],
+        model=str(BASE_MODEL),
         dataset="SOFTMOA_BINAURAL",
         label_column="direction",
         num_channels=2,
-        seconds=2.0,
-        validate_every=5,
+        seconds=1.0,
+        epochs=8,
+        validate_every=8,
+        budget=162_000,
         reference=1,
+        groups={**dict.fromkeys(("45", "90", "135"), "left"), **dict.fromkeys(("225", "270", "315"), "right")},
     ),
     "scaling": Study(
         "Soft-MoA at one budget: experts, slots, routers and forms",

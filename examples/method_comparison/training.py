@@ -224,6 +224,8 @@ def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tenso
             "step_seconds": statistics.median(seconds),
             **costs(trained_model, inputs[training[:size]], task.targets(data.labels[training[:size]])),
         }
+        if protocol["groups"]:
+            record["test_group"] = task.group_accuracy(data.labels[test], protocol["groups"])
         if routing:
             record["routing"] = routing
     record["run_seconds"] = time.perf_counter() - started
