@@ -218,3 +218,14 @@ def test_the_readme_is_a_door():
     assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]*)\)", README))
     for path in re.findall(r"peft-softmoa/(?:raw|blob)/main/([^)\s]*)\)", README):
         assert path.startswith("examples/") or (ROOT / path).exists(), path
+
+
+def test_the_evidence_is_that_of_the_archived_comparison():
+    rows = (ROOT / "examples/method_comparison/results/archive/RESULTS.md").read_text().splitlines()
+    table = [row for row in PAGES["evidence.md"].splitlines() if row.endswith(" of 15 |")]
+    assert len(table) == 10 and set(table) <= set(rows)
+    # The README quotes some of its rows, without two columns.
+    accuracies = {" | ".join(cells[:1] + cells[2:4]) for cells in (row.split(" | ") for row in table)}
+    quoted = README.partition("<!-- evidence")[2].partition("<!-- end of evidence -->")[0]
+    own = [row.removesuffix(" |") for row in quoted.splitlines() if row.startswith("| ") and "---" not in row]
+    assert len(own) > 1 and set(own[1:]) <= accuracies

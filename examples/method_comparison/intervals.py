@@ -16,15 +16,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
-# Student's t, 97.5%, for 1 to 30 degrees of freedom: NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2.
-T_QUANTILES = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
+from scipy.stats import t as student
 
 
 class Estimate(NamedTuple):
@@ -43,28 +38,57 @@ class Estimate(NamedTuple):
         """The upper end; infinity if there is no interval."""
         return math.inf if self.half is None else self.mean + self.half
 
-    @property
-    def sign(self) -> int:
-        """1 or -1 if the interval is above or below zero, else 0."""
-        return (self.low > 0) - (self.high < 0)
-
 
 def interval(folds: Sequence[float], overlap: float) -> Estimate:
     """The 95% interval of a mean over folds, by Student's t.
 
     Args:
-        folds (sequence of float): one number for each fold, 31 at most.
+        folds (sequence of float): one number for each fold.
         overlap (float): how many clips are tested for each that is trained on.
 
     Returns:
         Estimate: the mean, and the half width if there are two folds or more that differ.
 
     Raises:
-        ValueError: if there is no fold, or there are too many.
+        ValueError: if there is no fold.
     """
-    if not 1 <= len(folds) <= len(T_QUANTILES) + 1:
-        raise ValueError(f"An interval takes 1 to {len(T_QUANTILES) + 1} folds, got {len(folds)}.")
+    if not folds:
+        raise ValueError("An interval takes one fold or more, got 0.")
     mean = statistics.fmean(folds)
     if len(folds) == 1 or math.isclose(min(folds), max(folds), abs_tol=1e-9):
         return Estimate(mean, None)
-    return Estimate(mean, T_QUANTILES[len(folds) - 2] * statistics.stdev(folds) * math.sqrt(1 / len(folds) + overlap))
+    quantile = float(student.ppf(0.975, len(folds) - 1))
+    return Estimate(mean, quantile * statistics.stdev(folds) * math.sqrt(1 / len(folds) + overlap))
+
+
+def by_fold(values: Mapping[tuple[str, int], float]) -> list[float]:
+    """The mean of each fold, of values by fold and seed."""
+    folds: dict[str, list[float]] = {}
+    for (fold, _), value in values.items():
+        folds.setdefault(fold, []).append(value)
+    return [statistics.fmean(each) for each in folds.values()]
+
+
+def paired(
+    one: Mapping[tuple[str, int], float], other: Mapping[tuple[str, int], float]
+) -> dict[tuple[str, int], float]:
+    """The differences of runs with the same fold and seed."""
+    return {key: value - other[key] for key, value in one.items() if key in other}
+
+
+def smallest_difference(deviation: float, folds: int, overlap: float, power: float = 0.8) -> float:
+    """The smallest difference that a study would probably show, by the deviation of a pilot.
+
+        (t(0.975, K - 1) + t(power, K - 1)) · deviation · √(1 / K + overlap)
+
+    Args:
+        deviation (float): the standard deviation of paired differences between folds.
+        folds (int): K, two or more.
+        overlap (float): how many clips are tested for each that is trained on.
+        power (float): the probability with which the interval excludes zero. Default: 0.8.
+
+    Returns:
+        float: in the unit of the deviation.
+    """
+    quantiles = student.ppf([0.975, power], folds - 1)
+    return float(quantiles.sum()) * deviation * math.sqrt(1 / folds + overlap)

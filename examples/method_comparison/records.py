@@ -16,7 +16,7 @@ Record = dict[str, Any]
 # The runs of this seed choose the learning rate.
 CHOICE_SEED = 0
 # Settings in which the runs of one study differ.
-OWN = ("method", "options", "fold", "validation_fold", "rate", "seed")
+OWN = ("method", "options", "fold", "rate", "seed")
 
 
 def write(path: Path, records: Sequence[Record]) -> None:
@@ -101,7 +101,7 @@ def check_settings(given: dict[str, Any], expected: dict[str, Any], where: str) 
         )
 
 
-def of(records: Iterable[Record], method: str, fold: Optional[str] = None, **options: Any) -> list[Record]:
+def of(records: Iterable[Record], method: str, options: dict[str, Any], fold: Optional[str] = None) -> list[Record]:
     """The records of a method with some options, of one fold or all."""
     return [
         record
@@ -112,30 +112,50 @@ def of(records: Iterable[Record], method: str, fold: Optional[str] = None, **opt
     ]
 
 
-def choose_rate(records: Iterable[Record], method: str, fold: str, rates: Sequence[float]) -> Optional[float]:
-    """The learning rate with the best accuracy on the validation fold after the last epoch.
+def choose_rate(
+    records: Iterable[Record],
+    method: str,
+    options: dict[str, Any],
+    fold: str,
+    rates: Sequence[float],
+    more_is_better: bool = True,
+) -> Optional[float]:
+    """The learning rate with the best value on the validation fold after the last epoch.
 
     Among equals, the one with the least validation loss. The tested fold is not looked at.
 
     Args:
         records (iterable of Record): among them, the runs of the first seed with all rates.
         method (str): which method.
+        options (dict): its options.
         fold (str): which fold is tested.
         rates (sequence of float): the grid.
+        more_is_better (bool): whether a greater value is better. Default: True.
 
     Returns:
         float, optional: the rate; None as long as a run of the grid is missing.
     """
     scores = {}
-    for record in of(records, method, fold):
+    for record in of(records, method, options, fold):
         if record["settings"]["seed"] == CHOICE_SEED:
-            epochs = record["epochs"]
-            loss = epochs["validation_loss"][-1]
+            value, loss = (record["progress"][name][-1] for name in ("validation", "validation_loss"))
             # A loss that is not finite is worse than all others.
             scores[record["settings"]["rate"]] = (
-                epochs["validation_accuracy"][-1],
+                value if more_is_better else -value,
                 -math.inf if loss is None else -loss,
             )
     if not scores.keys() >= set(rates):
         return None
     return max(sorted(rates), key=lambda rate: scores[rate])
+
+
+def choice_fold(protocol: dict[str, Any], fold: str) -> str:
+    """The tested fold whose validation fold chooses the rate for a fold: itself, or the first."""
+    return fold if fold in protocol["rate_folds"] else protocol["rate_folds"][0]
+
+
+def chosen_rate(records: Iterable[Record], protocol: dict[str, Any], run: Any) -> Optional[float]:
+    """The rate that a study chooses for a run, by `choose_rate`; None as long as it cannot."""
+    fold, options = choice_fold(protocol, run.fold), dict(run.options)
+    better = protocol["metric"] != "wer"
+    return choose_rate(records, run.method, options, fold, protocol["rates"][run.method], better)

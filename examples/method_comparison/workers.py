@@ -10,32 +10,36 @@ from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Optional
 
 from transformers.utils import logging
 
 from ..benchmark.measure import environment
 from . import records
-from .records import CHOICE_SEED
-from .training import Data, Run, load_features, one_thread, train
-from .wording import duration
+from .data import Data, load_cached
+from .measures import one_thread
+from .records import CHOICE_SEED, choice_fold, chosen_rate
+from .training import Run, train
 
 # What the runs of a process share.
 _shared: dict[str, Any] = {}
 
 
-def prepare(protocol: dict[str, Any], model: Path, data: Data, processes: int) -> None:
-    """Tell a process what its runs share."""
+def prepare(cache: Path, protocol: dict[str, Any], data: Data, pooled: Optional[str], processes: int) -> None:
+    """Tell a process what its runs share, and read the features from their files."""
     with one_thread():
         where = environment(protocol.get("device", "cpu")) | {"processes": processes}
-    _shared.update(protocol=protocol, model=model, data=data, environment=where)
+    data = data._replace(inputs=load_cached(cache, data.digest))
+    _shared.update(
+        protocol=protocol, data=data, pooled=None if pooled is None else load_cached(cache, pooled), environment=where
+    )
 
 
-def prepare_process(cache: Path, protocol: dict[str, Any], model: Path, data: Data, processes: int) -> None:
-    """The same, in a process of its own, which reads the features from their file."""
+def prepare_process(*shared: Any) -> None:
+    """The same, in a process of its own."""
     Thread(target=end_with_parent, daemon=True).start()
     be_quiet()
-    prepare(protocol, model, data._replace(inputs=load_features(cache, data.digest)), processes)
+    prepare(*shared)
 
 
 def end_with_parent() -> None:
@@ -52,7 +56,7 @@ def be_quiet() -> None:
 
 def carry_out(run: Run) -> records.Record:
     """Train, and give the record as JSON has it: what JSON cannot hold fails this run, and not the comparison."""
-    record = train(run, _shared["protocol"], _shared["model"], _shared["data"])
+    record = train(run, _shared["protocol"], _shared["data"], _shared["pooled"])
     record = {"settings": record.pop("settings"), "environment": _shared["environment"], **record}
     return json.loads(json.dumps(record, allow_nan=False))
 
@@ -75,21 +79,22 @@ class Workers:
     Args:
         number (int): how many; one is this process itself.
         protocol (dict): the settings that all runs share.
-        model (Path): the pretrained transformer.
         data (Data): all clips.
         cache (Path): the folder with the features.
+        pooled (str, optional): name of the cached outputs that a linear probe reads.
     """
 
-    def __init__(self, number: int, protocol: dict[str, Any], model: Path, data: Data, cache: Path) -> None:
-        self.number, self.protocol, self.model, self.data, self.cache = number, protocol, model, data, cache
+    def __init__(
+        self, number: int, protocol: dict[str, Any], data: Data, cache: Path, pooled: Optional[str] = None
+    ) -> None:
+        self.number, self.shared = number, (cache, protocol, data._replace(inputs=None), pooled, number)
         self.executor = self._start()
 
     def _start(self) -> Executor:
         if self.number == 1:
-            prepare(self.protocol, self.model, self.data, self.number)
+            prepare(*self.shared)
             return Here()
-        shared = (self.cache, self.protocol, self.model, self.data._replace(inputs=None), self.number)
-        return ProcessPoolExecutor(self.number, get_context("spawn"), prepare_process, shared)
+        return ProcessPoolExecutor(self.number, get_context("spawn"), prepare_process, self.shared)
 
     def submit(self, run: Run) -> Future:
         """Begin a run."""
@@ -103,6 +108,14 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         self.executor.shutdown()
+
+
+def duration(seconds: float) -> str:
+    """Such as `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class Progress:
@@ -138,7 +151,7 @@ class Progress:
 
 
 def run_all(
-    plan: list[Run], workers: Workers, found: list[records.Record], study: Path, rates: list[float]
+    plan: list[Run], workers: Workers, found: list[records.Record], study: Path, protocol: dict[str, Any]
 ) -> list[str]:
     """Carry out all runs that are not there yet, and write the study whenever one ends.
 
@@ -147,7 +160,7 @@ def run_all(
         workers (Workers): carry them out.
         found (list[Record]): the records that are there; those of this call are added.
         study (Path): the file with the records.
-        rates (list[float]): the grid of learning rates.
+        protocol (dict): the settings that all runs share.
 
     Returns:
         list[str]: what failed, one line each.
@@ -161,7 +174,7 @@ def run_all(
         present.add(run.name)
         progress.add(settings["method"], record["run_seconds"])
     pending, running, failures = list(plan), {}, []
-    lost: set[tuple[str, str]] = set()  # the methods and folds whose rate cannot be chosen
+    lost: set[tuple[Any, ...]] = set()  # the methods, options and folds whose rate cannot be chosen
     again: set[Run] = set()
 
     def ready() -> list[tuple[Run, Run]]:
@@ -170,11 +183,11 @@ def run_all(
         for run in list(pending):
             rate = run.rate
             if rate is None:
-                if (run.method, run.fold) in lost:
+                if (run.method, run.options, choice_fold(protocol, run.fold)) in lost:
                     pending.remove(run)
-                    failures.append(f"{run.method}, fold {run.fold}, seed {run.seed}: no rate can be chosen")
+                    failures.append(f"{run.name}: no rate can be chosen")
                     continue
-                rate = records.choose_rate(found, run.method, run.fold, rates)
+                rate = chosen_rate(found, protocol, run)
                 if rate is None:
                     continue
             chosen = replace(run, rate=rate)
@@ -205,13 +218,13 @@ def run_all(
                 found.append(record)
                 records.write(study, found)
                 progress.add(run.method, record["run_seconds"])
-                accuracy = record["epochs"]["validation_accuracy"][-1]
-                what = f"{run.name}: validation {accuracy:.1%}, {record['run_seconds']:.0f} s"
+                value = record["progress"]["validation"][-1]
+                what = f"{run.name}: validation {value:.1%}, {record['run_seconds']:.0f} s"
             else:
                 failures.append(f"{run.name}: {type(error).__name__}: {error}")
                 what = f"{failures[-1]} — failed"
-                if run.seed == CHOICE_SEED and not run.options:
-                    lost.add((run.method, run.fold))
+                if run.seed == CHOICE_SEED and run.fold in protocol["rate_folds"]:
+                    lost.add((run.method, run.options, run.fold))
             progress.say(what, [*pending, *running.values()])
     workers.close()
     print(f"{progress.total - len(failures)} of {progress.total} runs are there.", flush=True)

@@ -7,8 +7,9 @@ import pytest
 from made_up_runs import made_up
 
 from examples.method_comparison import records
-from examples.method_comparison.records import choose_rate
-from examples.method_comparison.training import SINGLE, SOFT
+from examples.method_comparison.methods import SINGLE, SOFT
+from examples.method_comparison.records import choose_rate, chosen_rate
+from examples.method_comparison.training import Run
 
 
 def study():
@@ -65,7 +66,7 @@ def test_a_study_is_written_whole_or_not_at_all(tmp_path):
     path, runs = tmp_path / "runs.jsonl", study()
     records.write(path, runs)
     other = made_up(SOFT, rate=0.3)
-    other["settings"]["epochs"] = 3
+    other["settings"] = other["settings"] | {"epochs": 3}
     with pytest.raises(ValueError, match=r"the runs of .*runs\.jsonl: the settings differ: epochs was 3 and is 2"):
         records.write(path, [*runs, other])
     with pytest.raises(ValueError):
@@ -75,11 +76,27 @@ def test_a_study_is_written_whole_or_not_at_all(tmp_path):
 
 def test_the_choice_among_equals_and_without_all_runs():
     runs = [made_up(SOFT, rate=rate, loss=loss) for rate, loss in ((0.1, 0.7), (0.2, 0.6), (0.3, None))]
-    assert choose_rate(runs, SOFT, "1", [0.1, 0.2, 0.3]) == 0.2
-    assert choose_rate(runs, SOFT, "1", [0.1, 0.3]) == 0.1
-    assert choose_rate(runs, SOFT, "1", [0.1, 0.4]) is None
-    assert choose_rate(runs, SOFT, "2", [0.1]) is None and choose_rate(runs, SINGLE, "1", [0.1]) is None
-    # Neither other seeds nor ablations take part.
+    assert choose_rate(runs, SOFT, {}, "1", [0.1, 0.2, 0.3]) == 0.2
+    assert choose_rate(runs, SOFT, {}, "1", [0.1, 0.3]) == 0.1
+    assert choose_rate(runs, SOFT, {}, "1", [0.1, 0.4]) is None
+    assert choose_rate(runs, SOFT, {}, "2", [0.1]) is None and choose_rate(runs, SINGLE, {}, "1", [0.1]) is None
+    # Neither other seeds nor other options take part.
     runs += [made_up(SOFT, rate=0.1, validation=1.0, seed=1)]
     runs += [made_up(SOFT, rate=0.1, validation=1.0, options={"num_experts": 2})]
-    assert choose_rate(runs, SOFT, "1", [0.1, 0.2, 0.3]) == 0.2
+    assert choose_rate(runs, SOFT, {}, "1", [0.1, 0.2, 0.3]) == 0.2
+    assert choose_rate(runs, SOFT, {"num_experts": 2}, "1", [0.1]) == 0.1
+    # Nor does the tested fold.
+    for record in runs:
+        record["test"] = 1.0 if record["settings"]["rate"] == 0.3 else 0.0
+    assert choose_rate(runs, SOFT, {}, "1", [0.1, 0.2, 0.3]) == 0.2
+    runs[0]["progress"]["validation"][-1] = 0.4
+    assert choose_rate(runs, SOFT, {}, "1", [0.1, 0.2], more_is_better=False) == 0.1
+
+
+def test_other_folds_take_the_rate_of_the_first():
+    runs = [made_up(SOFT, rate=rate, validation=score) for rate, score in ((0.1, 0.3), (0.2, 0.6))]
+    runs += [made_up(SOFT, "2", rate=rate, validation=score) for rate, score in ((0.1, 0.7), (0.2, 0.6))]
+    given = {"rate_folds": ["1"], "rates": {SOFT: [0.1, 0.2]}, "metric": "accuracy"}
+    assert [chosen_rate(runs, given, Run(SOFT, fold, None, 1)) for fold in "123"] == [0.2, 0.2, 0.2]
+    given["rate_folds"] = ["1", "2"]
+    assert [chosen_rate(runs, given, Run(SOFT, fold, None, 1)) for fold in "123"] == [0.2, 0.1, 0.2]

@@ -1,21 +1,21 @@
-"""The command that compares methods, and the runs that it leaves."""
+"""The command that carries out studies, and the runs that it leaves."""
 
 import copy
+import json
 
 import pytest
 from filelock import FileLock
-from made_up_runs import clips, write_clips
+from made_up_runs import clips, protocol, write_clips
 
-from examples.method_comparison import records, training, workers
-from examples.method_comparison.ablations import AXES, variants
-from examples.method_comparison.comparison import Comparison
-from examples.method_comparison.pictures import draw
+from examples.method_comparison import data, records, workers
+from examples.method_comparison.methods import METHODS, PROBE, SINGLE, SOFT, paper_budget
+from examples.method_comparison.models import Classes
 from examples.method_comparison.records import choose_rate
-from examples.method_comparison.report import results
-from examples.method_comparison.run import main, parse, plan, protocol_of
-from examples.method_comparison.training import METHODS, SINGLE, SOFT, Run
+from examples.method_comparison.run import main, parse, plan, protocol_of, study_of
+from examples.method_comparison.training import Run
+from peft_softmoa import SoftMoAConfig, describe_targets
 
-RATES = ["0.001", "0.01"]
+RATES = [0.001, 0.01]
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +24,34 @@ def clips_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def options(base_folder, clips_folder):
+def options(base_folder, clips_folder, tmp_path_factory):
     """A command line, with an output folder and other choices."""
+    cache = tmp_path_factory.mktemp("cache")
 
     def make(output, *more, **other):
         given = {
             "dataset": clips_folder,
             "model": base_folder,
             "output_dir": output,
+            "cache": cache,
             "epochs": 2,
             "batch_size": 4,
-            "budget_percent": 20,
+            "budget": 2000,
             "processes": 1,
             **other,
         }
-        rates = ["--rates", *RATES]
-        return [part for name, value in given.items() for part in (f"--{name}", str(value))] + rates + list(more)
+        rates = ["--rates", *map(str, RATES)]
+        return (
+            ["demo"]
+            + [part for name, value in given.items() for part in (f"--{name}", str(value))]
+            + rates
+            + list(more)
+        )
 
     return make
 
 
-TWO = ["--methods", "single-adapter", "soft-moa", "--folds", "1", "2", "--seeds", "0", "1"]
+TWO = ["--methods", "single-adapter", "soft-moa", "--folds", "1", "2", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def without_times(record):
     kept = copy.deepcopy(record)
     for name in ("environment", "step_seconds", "forward_1_seconds", "run_seconds"):
         del kept[name]
-    del kept["epochs"]["seconds"]
+    del kept["progress"]["seconds"]
     return kept
 
 
@@ -73,48 +80,45 @@ def by_name(folder):
     """The records of a folder's study, by the name of their run."""
     found = records.load(folder / "runs.jsonl")
     settings = [record["settings"] for record in found]
-    runs = [Run(*(each[name] for name in ("method", "fold", "rate", "seed"))) for each in settings]
+    runs = [
+        Run(*(each[name] for name in ("method", "fold", "rate", "seed")), tuple(each["options"].items()))
+        for each in settings
+    ]
     assert len(set(runs)) == len(runs)
     return {run.name: record for run, record in zip(runs, found)}
 
 
-def test_each_run_is_one_line(finished, found):
-    chosen = {
-        (method, fold): choose_rate(found, method, fold, [0.001, 0.01]) for method in (SINGLE, SOFT) for fold in "12"
-    }
-    expected = {Run(method, fold, float(rate), 0).name for method, fold in chosen for rate in RATES}
-    expected |= {Run(method, fold, rate, 1).name for (method, fold), rate in chosen.items()}
-    assert len(expected) == 12 and "soft-moa_fold-1_rate-0.001_seed-0" in expected
-    assert by_name(finished).keys() == expected and (finished / "runs.jsonl").read_text().count("\n") == 13
-    assert {path.name for path in finished.glob("*.png")} == {"accuracy.png", "epochs.png", "step-time.png"}
+def test_each_run_is_one_line(finished, found, base_folder):
+    expected = set()
+    for method in (SINGLE, SOFT):
+        # The first fold chooses for all.
+        rate = choose_rate(found, method, {}, "1", RATES)
+        expected |= {Run(method, "1", each, 0).name for each in RATES}
+        expected |= {Run(method, fold, rate, seed).name for fold, seed in (("2", 0), ("1", 1), ("2", 1))}
+    assert len(expected) == 10 and "soft-moa_fold-1_rate-0.001_seed-0" in expected
+    assert by_name(finished).keys() == expected and (finished / "runs.jsonl").read_text().count("\n") == 11
+    assert str(base_folder) not in (finished / "runs.jsonl").read_text()
 
 
 def test_what_a_record_holds(found):
     for record in found:
-        settings, epochs = record["settings"], record["epochs"]
-        assert settings["validation_fold"] == {"1": "2", "2": "3"}[settings["fold"]]
-        assert all(len(values) == 2 for values in epochs.values())
-        # Clips of the folder: six for each fold, the low ones first.
-        first = 6 * (int(settings["fold"]) - 1)
-        assert record["test_clips"] == list(range(first, first + 6))
-        truth = [1, 1, 1, 0, 0, 0]  # "high" is class 0
-        right = [one == other for one, other in zip(record["test_predictions"], truth)]
-        assert record["test_accuracy"] == sum(right) / 6
+        settings, progress = record["settings"], record["progress"]
+        assert all(len(values) == 2 for values in progress.values()) and progress["epoch"] == [1, 2]
+        assert 6 * record["test"] == pytest.approx(round(6 * record["test"]))
         assert 0.5 * settings["budget"] < record["parameters"] <= settings["budget"]
-        assert record["head_parameters"] == 2 * 32 + 32 * 2 + 2
+        assert record["head_parameters"] == 2 * 32 + 32 * 2 + 2 and record["training_clips"] == 6
         assert record["step_seconds"] > 0 and record["forward_1_seconds"] > 0 and record["memory_bytes"] > 0
         assert {"device", "threads", "torch", "processes"} <= record["environment"].keys()
         assert record["environment"]["threads"] == 1
-        experts = 7 if settings["method"] == SOFT else None
-        assert [block["experts"] for block in record.get("experts", ())] == ([7, 7] if experts else [])
+        assert ("routing" in record) == (settings["method"] == SOFT)
 
 
 def test_nothing_runs_twice(finished, options, monkeypatch, capsys):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.suffix != ".pt"}
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     monkeypatch.setattr(workers, "train", lambda *args: pytest.fail("ran again"))
-    monkeypatch.setattr(training, "ExtractFeatures", lambda *args, **kwargs: pytest.fail("extracted again"))
+    monkeypatch.setattr(data, "extract_features", lambda *args: pytest.fail("extracted again"))
     assert main(options(finished, *TWO)) == 0
-    assert "12 of 12 runs are there." in capsys.readouterr().out
+    assert "10 of 10 runs are there." in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -131,36 +135,42 @@ def test_a_run_that_was_cut_off_is_run_again_and_gives_the_same(finished, option
 
 
 def test_only_one_process_writes(finished, options, capsys):
-    with FileLock(finished / "cache" / "lock"):
+    with FileLock(finished / ".lock"):
         assert main(options(finished, *TWO)) == 2
     assert "runs.jsonl is being written by another process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, was, now", [("epochs", 2, 3), ("batch_size", 4, 5), ("budget_percent", None, 30)])
+@pytest.mark.parametrize("name, was, now", [("epochs", 2, 3), ("batch_size", 4, 5), ("budget", 2000, 3000)])
 def test_other_settings_are_refused_by_name(finished, options, capsys, name, was, now):
     assert main(options(finished, *TWO, **{name: now})) == 2
-    expected = "budget was " if name == "budget_percent" else f"{name} was {was} and is {now}"
-    assert expected in capsys.readouterr().err
+    assert f"{name} was {was} and is {now}" in capsys.readouterr().err
 
 
-def test_runs_of_a_gpu_are_not_added_to_those_of_a_cpu(found, options, tmp_path):
+def test_runs_of_a_gpu_are_not_added_to_those_of_a_cpu(found, options, base_folder, tmp_path):
     arguments = parse(options(tmp_path))
     arguments.device = "cuda"
-    protocol = protocol_of(arguments, clips())
+    given = protocol_of(arguments, study_of(arguments), clips(), Classes(str(base_folder), ["high", "low"]).load())
     with pytest.raises(ValueError, match="device was None and is 'cuda'"):
-        records.check_settings(records.common_settings(found[0]), protocol, "runs")
+        records.check_settings(records.common_settings(found[0]), given, "runs")
+
+
+def test_the_budget_is_the_papers(base_folder):
+    model = Classes(str(base_folder), ["high", "low"]).load()
+    # 7 experts of width 1 and 7 slots, in two layers.
+    assert paper_budget(model) == 2 * (7 * (32 + 1 + 32 + 32) + 32 * 7)
+    assert describe_targets(model, SoftMoAConfig(r=1)).parameters > paper_budget(model)
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(options, tmp_path, monkeypatch, capsys):
-    def fail(model, budget):
+    def fail(model, budget, **options):
         raise RuntimeError("no such method")
 
     monkeypatch.setitem(METHODS, SOFT, fail)
-    arguments = ["--methods", "single-adapter", "soft-moa", "--folds", "1", "--seeds", "0", "1"]
+    arguments = ["--methods", "single-adapter", "soft-moa", "--folds", "1", "--seeds", "2"]
     assert main(options(tmp_path, *arguments, epochs=1)) == 1
     printed = capsys.readouterr()
     assert "soft-moa_fold-1_rate-0.001_seed-0: RuntimeError: no such method" in printed.err
-    assert "Soft-MoA, fold 1, seed 1: no rate can be chosen" in printed.err
+    assert "soft-moa_fold-1_rate-0_seed-1: no rate can be chosen" in printed.err
     assert "3 of 6 runs are there." in printed.out
     assert {record["settings"]["method"] for record in records.load(tmp_path / "runs.jsonl")} == {SINGLE}
     assert "| single adapter | " in (tmp_path / "RESULTS.md").read_text()
@@ -168,100 +178,88 @@ def test_a_failed_run_is_reported_and_the_others_go_on(options, tmp_path, monkey
 
 def test_processes_give_the_same_records(options, tmp_path, finished):
     # Both rates of one method and fold, at the same time.
-    assert main(options(tmp_path, "--methods", "soft-moa", "--folds", "2", "--seeds", "0", processes=2)) == 0
+    assert main(options(tmp_path, "--methods", "soft-moa", "--folds", "1", "--seeds", "1", processes=2)) == 0
     others, here = by_name(tmp_path), by_name(finished)
-    assert others.keys() == {Run(SOFT, "2", float(rate), 0).name for rate in RATES}
+    assert others.keys() == {Run(SOFT, "1", rate, 0).name for rate in RATES}
     for name, record in others.items():
         assert without_times(record) == without_times(here[name])
 
 
 def test_the_order_of_runs(options, tmp_path):
-    arguments = parse(options(tmp_path, "--methods", "lora", "soft-moa"))
-    runs = plan(arguments, clips())
-    assert len(runs) == 2 * 3 * (2 + 2)
-    order = [(run.seed, run.fold, run.rate, run.method) for run in runs]
+    arguments = parse(options(tmp_path, "--methods", "lora", "soft-moa", "--seeds", "2"))
+    given = protocol(rates=dict.fromkeys(METHODS, RATES))
+    runs = plan(arguments, study_of(arguments), given)
     # All that choose a rate come first, and then one seed after the other.
-    assert order == [
-        *((0, fold, rate, method) for fold in "123" for rate in (0.001, 0.01) for method in ("LoRA", SOFT)),
-        *((seed, fold, None, method) for seed in (1, 2) for fold in "123" for method in ("LoRA", SOFT)),
+    assert [(run.seed, run.fold, run.rate, run.method) for run in runs] == [
+        *((0, "1", rate, method) for method in ("LoRA", SOFT) for rate in RATES),
+        *((0, fold, None, method) for fold in "23" for method in ("LoRA", SOFT)),
+        *((1, fold, None, method) for fold in "123" for method in ("LoRA", SOFT)),
     ]
     arguments.folds = ["4"]
     with pytest.raises(ValueError, match="--folds 4: the folds are 1, 2, 3"):
-        plan(arguments, clips())
+        plan(arguments, study_of(arguments), given)
+
+
+def test_what_cannot_be_made_is_skipped_and_said(options, tmp_path, capsys, monkeypatch):
+    arguments = parse(options(tmp_path, "--methods", "soft-moa", "conformer"))
+    monkeypatch.setattr("examples.method_comparison.run.why_not", lambda method, _: "why" if "C" in method else None)
+    runs = plan(arguments, study_of(arguments), protocol(rates=dict.fromkeys(METHODS, RATES)))
+    assert {run.method for run in runs} == {SOFT} and "Skipped: Conformer : why" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "give a --dataset"),
-        (["--dataset", "x", "--seeds", "1"], "--seeds needs 0"),
-        (["--dataset", "x", "--epochs", "0"], "--epochs must be positive, got 0"),
-        (["--dataset", "x", "--rates", "0.1", "-1"], "--rates must be positive"),
-        (["--dataset", "x", "--quick", "--ablations"], "exclude each other"),
-        (["--dataset", "x", "--ablations", "--methods", "lora"], "varies soft-moa only"),
-        (["--dataset", "x", "--model", "missing"], "has no model.safetensors"),
+        (["no-such-study"], "invalid choice"),
+        (["demo"], "give a --dataset, or set SOFTMOA_ESC10"),
+        (["demo", "--dataset", "x", "--epochs", "0"], "--epochs must be positive, got 0"),
+        (["demo", "--dataset", "x", "--rates", "0.1", "-1"], "--rates must be positive"),
+        (["demo", "--dataset", "x", "--speakers", "2", "0"], "--speakers must be positive"),
     ],
 )
-def test_bad_arguments(arguments, message, capsys):
+def test_bad_arguments(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("SOFTMOA_ESC10", raising=False)
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_the_quick_run_is_one_fold_one_seed_and_four_methods(options, tmp_path):
-    arguments = parse([*options(tmp_path, "--quick")])
-    runs = plan(arguments, clips())
-    assert len(runs) == 4 * len(RATES) and {(run.fold, run.seed) for run in runs} == {("1", 0)}
+def test_few_clips_and_speakers(options, tmp_path):
+    arguments = parse(options(tmp_path, "--methods", "lora", "--clips_per_class", "1", "2"))
+    study = study_of(arguments)
+    assert study.variants == [("LoRA", {"clips_per_class": number}) for number in (1, 2)]
+    assert study.axis == "clips_per_class"
+    arguments = parse(["commands", "--dataset", "x", "--speakers", "3", "--methods", "soft-moa"])
+    assert study_of(arguments).variants == [(SOFT, {"speakers": 3})]
 
 
-def test_the_choice_of_the_rate_does_not_see_the_tested_fold(found):
-    expected = {
-        (method, fold): choose_rate(found, method, fold, [0.001, 0.01]) for method in (SINGLE, SOFT) for fold in "12"
-    }
-    assert None not in expected.values()
-    altered = copy.deepcopy(found)
-    for record in altered:
-        # What was not chosen becomes perfect on the tested fold.
-        settings = record["settings"]
-        is_chosen = settings["rate"] == expected[settings["method"], settings["fold"]]
-        record["test_accuracy"], record["test_loss"] = (0.0, 9.0) if is_chosen else (1.0, 0.0)
-        record["test_predictions"] = [0] * 6
-    assert expected == {key: choose_rate(altered, *key, [0.001, 0.01]) for key in expected}
-    for record in altered:
-        settings = record["settings"]
-        is_chosen = settings["rate"] == expected[settings["method"], settings["fold"]]
-        record["epochs"]["validation_accuracy"][-1] = 0.0 if is_chosen else 1.0
-    opposite = {key: choose_rate(altered, *key, [0.001, 0.01]) for key in expected}
-    assert all(opposite[key] not in (None, expected[key]) for key in expected)
+def test_the_quick_study(options, tmp_path):
+    study = study_of(parse(["esc50", "--dataset", "x", "--quick"]))
+    assert len(study.variants) == 4 and {PROBE, SINGLE, SOFT} < set(dict(study.variants))
+    assert study.epochs == 2 and study.folds == 1 and all(len(each) == 1 for each in study.rates.values())
 
 
-def test_results_come_again_byte_for_byte(finished, found, tmp_path):
-    names = ["RESULTS.md", "accuracy.png", "epochs.png", "step-time.png"]
+def test_results_come_again_byte_for_byte(finished):
+    names = ["RESULTS.md", "results.png"]
     before = {name: (finished / name).read_bytes() for name in names}
-    assert main(["--report_only", "--output_dir", str(finished)]) == 0
+    assert main(["demo", "--report_only", "--output_dir", str(finished)]) == 0
     assert before == {name: (finished / name).read_bytes() for name in names}
-    assert draw(found, tmp_path) == names[1:]
-    assert before["RESULTS.md"].decode() == results(found, names)
-    assert all(before[name].startswith(b"\x89PNG") for name in names[1:])
 
 
 def test_without_records_there_is_no_report(tmp_path, capsys):
-    assert main(["--report_only", "--output_dir", str(tmp_path)]) == 2
+    assert main(["demo", "--report_only", "--output_dir", str(tmp_path)]) == 2
     assert "has no records" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_ablations(options, tmp_path):
-    arguments = options(tmp_path, "--ablations", "--folds", "1", epochs=1, budget_percent=60)
-    assert main(arguments) == 0
-    found = records.load(tmp_path / "runs.jsonl")
-    assert len(found) == len(RATES) + len(variants())
-    (rate,) = {record["settings"]["rate"] for record in found if record["settings"]["options"]}
-    assert rate == choose_rate(found, SOFT, "1", [0.001, 0.01])
-    text = (tmp_path / "RESULTS.md").read_text()
-    for axis in AXES:
-        assert f"### {axis.title[0].upper()}{axis.title[1:]}" in text
-        for label, each in axis.values.items():
-            assert f"\n| {label} | " in text
-            (record,) = Comparison(found).runs(SOFT, **each).values()
-            assert 0.4 * record["settings"]["budget"] < record["parameters"] <= record["settings"]["budget"]
-    assert "![ablations](ablations.png)" in text and (tmp_path / "ablations.png").exists()
+def test_times_are_taken_in_turn(finished, options, tmp_path):
+    (tmp_path / "runs.jsonl").write_bytes((finished / "runs.jsonl").read_bytes())
+    assert main(options(tmp_path, *TWO, "--time", "2")) == 0
+    found = json.loads((tmp_path / "times.json").read_text())
+    assert [each["method"] for each in found["methods"]] == [SINGLE, SOFT]
+    assert all(len(each[name]) == 2 for each in found["methods"] for name in ("step_seconds", "forward_1_seconds"))
+    assert "step of 4, ms" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_plan_runs_nothing(options, tmp_path, capsys):
+    assert main(options(tmp_path / "out", *TWO, "--plan")) == 0
+    assert "10 runs, within 2,000 parameters" in capsys.readouterr().out and not (tmp_path / "out").exists()
