@@ -10,7 +10,8 @@ from typing import Any, Optional, get_type_hints
 from peft import PeftConfig
 
 from .config import SoftMoAConfig
-from .fields import PATTERN_FIELDS, shorten
+from .dependent_fields import PATTERN_FIELDS
+from .fields import shorten
 
 # What is written out on a command line.
 LISTS: dict[str, Any] = {

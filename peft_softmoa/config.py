@@ -12,19 +12,8 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from .config_file import LoadedFrom, read_fields
-from .fields import (
-    ACTIVATION,
-    CAUSAL_FIELDS,
-    DEPENDENT_FIELDS,
-    Allocation,
-    ExpertType,
-    Modules,
-    Placement,
-    ProblemType,
-    Routing,
-    check_fields,
-    resolve_fields,
-)
+from .dependent_fields import ACTIVATION, mixture_options, resolve_fields
+from .fields import Allocation, ExpertType, Modules, Placement, ProblemType, Routing, check_fields
 from .registration import SOFTMOA
 
 
@@ -209,19 +198,7 @@ class SoftMoAConfig(PeftConfig):
 
     def mixture_options(self) -> dict[str, Any]:
         """The arguments of `method.Mixture` by name, but for its widths, the patch grid and order in time."""
-        options: dict[str, dict[str, Any]] = {"routing": {}, "expert_type": {}}
-        for name, value in self.resolved_fields().items():
-            if name != "patch_grid" and (value or name not in CAUSAL_FIELDS):
-                options[DEPENDENT_FIELDS[name][0]][name] = value
-        same = ("routing", "num_experts", "r", "expert_type", "num_channels", "channel_embedding")
-        # A Conformer has its own.
-        activation = {} if self.expert_type == "conformer" else {"activation": self.activation}
-        return {
-            **{name: getattr(self, name) for name in same},
-            "router_options": options["routing"],
-            "expert_options": {**options["expert_type"], **activation, "dropout": self.dropout},
-            "identity": self.init_weights,
-        }
+        return mixture_options(vars(self))
 
     def choices(self) -> dict[str, Any]:
         """The fields of this class by name, defaults put in, and `modules_to_save` as a set."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, Optional, Union, get_args
 
 from transformers.activations import ACT2FN
 
+from .dependent_fields import ACTIVATION, CAUSAL_FIELDS, DEPENDENT_FIELDS, NOT_LINEAR, PATTERN_FIELDS, resolve_fields
 from .expressions import (
     LARGEST_EXPRESSION,
     LARGEST_EXPRESSIONS,
@@ -39,46 +40,6 @@ LONGEST_CLIP = 60  # seconds; longer ones need a model that is made for them
 
 # The others have parameters of their own, which would be shared by all experts.
 ACTIVATIONS: tuple[str, ...] = tuple(sorted(set(ACT2FN) - {"prelu", "xielu"}))
-
-# Fields that belong to some choices of another field: that field, and their default for each of these choices.
-DEPENDENT_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "num_slots": ("routing", {"soft": 1}),
-    "normalize": ("routing", {"soft": False}),
-    "chunk_size": ("routing", {"soft": None}),
-    "forgetting": ("routing", {"soft": False}),
-    "top_k": ("routing", {"top_k": 2}),
-    "router_aux_loss_coef": ("routing", {"top_k": 0.01}),
-    "capacity_factor": ("routing", {"expert_choice": 1.0}),
-    "kernel_size": ("expert_type", {"convolution": 3, "conformer": 31}),
-    "patch_grid": ("expert_type", {"convolution": False, "conformer": False}),
-}
-# The activation of all experts but Conformers, which have their own.
-ACTIVATION = "gelu"
-
-# Fields that give single blocks a value of their own, and whose value that is.
-PATTERN_FIELDS = {"r_pattern": "r", "num_experts_pattern": "num_experts", "scaling_pattern": "scaling"}
-
-# Those that mean something only in order of time.
-CAUSAL_FIELDS = ("chunk_size", "forgetting")
-NOT_LINEAR = (
-    "a running average for each token is one of what `down` makes of tokens, and a Conformer normalises in front of it"
-)
-
-
-def resolve_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that belong to the choices made, with their defaults where they were left out.
-
-    Args:
-        values (mapping): all fields by name.
-
-    Returns:
-        dict[str, Any]: the values by the fields' names; the fields of other choices are not in it.
-    """
-    return {
-        name: defaults[values[choice]] if values[name] is None else values[name]
-        for name, (choice, defaults) in DEPENDENT_FIELDS.items()
-        if values[choice] in defaults
-    }
 
 
 def check_fields(values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls.caches import find_past
 from .calls.channels import Channels, check_channels
-from .calls.forward_pass import Call, CallKey, ForwardPass, ForwardPasses, in_backward
+from .calls.forward_pass import ForwardPasses, in_backward
 from .calls.masks import (
     CUMULATIVE_LENGTHS,
     Mask,
@@ -24,6 +24,7 @@ from .calls.masks import (
     token_mask,
     unpack,
 )
+from .calls.one_pass import Call, CallKey, ForwardPass
 from .method import Mixture
 from .method.past import Past
 from .targets.choice import Target
@@ -167,18 +168,16 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             cache = self.forward_passes.find_cache(self._call_key(adapter_name))
             given = self._find_mask(adapter_name, args, kwargs)
             is_packed = given is not None and given.name in CUMULATIVE_LENGTHS
-            found = self.forward_passes.find_channels()
-            channels = check_channels(found, mixture.num_channels, is_packed, in_backward())
+            channels = self.forward_passes.find_channels()
+            channels = check_channels(channels, mixture.num_channels, is_packed, in_backward())
             if given is not None and is_packed:
                 mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
-                cached = None if cache is None else cache.num_tokens
-                mask = token_mask(given, len(tokens), tokens.shape[1], cached)
-            past = None
+                mask = token_mask(given, len(tokens), tokens.shape[1], getattr(cache, "num_tokens", None))
+            past, key = None, (self.name, adapter_name)
             if mixture.reads_in_time:
-                stream, key = self.forward_passes.stream, (self.name, adapter_name)
-                past = find_past(stream, cache, key, is_packed=is_packed, training=self.training)
+                past = find_past(self.forward_passes.stream, cache, key, is_packed, self.training)
             if current.mixed_batch is None:
                 output = self._mix(current, adapter_name, hidden, tokens, mask, past, channels)
             else:

@@ -29,7 +29,7 @@ assert not new & {"av", "datasets", "evaluate", "matplotlib", "soundfile", "soxr
 
 # What is in one row does not import what is in the same row, apart from within a folder.
 RANKS = [
-    {"registration", "expressions", "method", "recipes", "quiet"},
+    {"registration", "dependent_fields", "expressions", "method", "recipes", "quiet"},
     {"calls", "fields"},
     {"config_file"},
     {"config"},

@@ -115,7 +115,6 @@ def find_past(
     stream: Optional[dict[BlockKey, Past]],
     cache: Optional[LayerCache],
     key: BlockKey,
-    *,
     is_packed: bool = False,
     training: bool = False,
 ) -> Optional[Past]:

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .caches import cache_index, find_cache
-from .forward_pass import MODEL, CallKey, ForwardPasses
+from .forward_pass import ForwardPasses
 from .masks import argument_names, find_mask, find_tokens, past_horizon
 from .mixed_batch import run_by_sample
+from .one_pass import MODEL, CallKey
 from .router_losses import add_router_losses, begin_router_losses
 
 

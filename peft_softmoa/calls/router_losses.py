@@ -12,7 +12,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .forward_pass import ForwardPass, ForwardPasses, find_passes
+from .forward_pass import ForwardPasses, find_passes
+from .one_pass import ForwardPass
 
 
 def router_aux_loss(

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from ..calls.forward_pass import Call, find_passes
+from ..calls.forward_pass import find_passes
+from ..calls.one_pass import Call
 from ..layer import SoftMoALayer, is_adapted
 from ..method.causal import CausalSoftRouter
 from ..method.routers import SoftRouter

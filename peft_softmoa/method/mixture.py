@@ -14,32 +14,11 @@ from torch import Tensor, nn
 
 from .causal import CausalSoftRouter
 from .channels import STANDARD_DEVIATION, apart, embed_channels, read_in_time, together
-from .conformer import ConformerExperts
-from .convolution import ConvolutionExperts
-from .experts import BottleneckExperts
+from .choices import CAUSAL_ROUTERS, EXPERTS, ROUTERS
 from .kernels import add_slots, without_autocast
 from .past import Past
-from .routers import DenseRouter, ExpertChoiceRouter, SoftRouter, TopKRouter
+from .routers import SoftRouter
 from .routing import in_full_precision
-
-# Which class makes each choice.
-ROUTERS: dict[str, type[SoftRouter] | type[DenseRouter]] = {
-    "soft": SoftRouter,
-    "dense": DenseRouter,
-    "top_k": TopKRouter,
-    "expert_choice": ExpertChoiceRouter,
-}
-# Where no token sees those after it. Expert choice is impossible there: which tokens an expert takes depends on all.
-CAUSAL_ROUTERS: dict[str, type[SoftRouter] | type[DenseRouter]] = {
-    "soft": CausalSoftRouter,
-    "dense": DenseRouter,
-    "top_k": TopKRouter,
-}
-EXPERTS: dict[str, type[BottleneckExperts]] = {
-    "bottleneck": BottleneckExperts,
-    "convolution": ConvolutionExperts,
-    "conformer": ConformerExperts,
-}
 
 
 class Mixture(nn.Module):
@@ -292,19 +271,6 @@ class Mixture(nn.Module):
 def _without_padding(tokens: Tensor, mask: Optional[Tensor]) -> Tensor:
     # A weight of zero is not enough: padded tokens may hold anything, and 0 · NaN is NaN.
     return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
-
-
-def mixes_tokens(routing: str, expert_type: str) -> bool:
-    """Whether what a mixture adds to a token depends on other tokens, and so on which of them are padded.
-
-    Args:
-        routing (str): a name from `ROUTERS`.
-        expert_type (str): a name from `EXPERTS`.
-
-    Returns:
-        bool: false if the output for each token depends on that token alone.
-    """
-    return ROUTERS[routing].mixes_tokens or EXPERTS[expert_type].mixes_tokens
 
 
 def parameter_shapes(in_features: int, out_features: int, **options: Any) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..config import SoftMoAConfig
-from ..fields import PATTERN_FIELDS, shorten
+from ..dependent_fields import PATTERN_FIELDS
+from ..fields import shorten
 from .pickles import are_allowed, refuse_pickle
 
 DTYPES = ("F64", "F32", "F16", "BF16")  # of an adapter's tensors

@@ -21,7 +21,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 
 from ..config import SoftMoAConfig
-from ..fields import CAUSAL_FIELDS
+from ..dependent_fields import CAUSAL_FIELDS
 from ..method.convolution import PatchGrid
 from ..method.mixture import parameter_shapes
 from ..registration import name_since_0_2

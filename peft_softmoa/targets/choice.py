@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from ..calls.forward_pass import MODEL
 from ..calls.masks import takes_mask
+from ..calls.one_pass import MODEL
 from ..config import SoftMoAConfig
-from ..method.mixture import mixes_tokens
+from ..method.choices import mixes_tokens
 from .layers import Layer, find_layers, find_module, is_linear, is_repeated
 from .order import is_causal
 from .patterns import LONGEST_EXPRESSION_SEARCH, matches

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..calls.masks import argument_names
 from ..config import SoftMoAConfig
-from ..fields import CAUSAL_FIELDS, NOT_LINEAR
-from ..method.mixture import CAUSAL_ROUTERS, EXPERTS
+from ..dependent_fields import CAUSAL_FIELDS, NOT_LINEAR
+from ..method.choices import CAUSAL_ROUTERS, EXPERTS
 from .architectures import architecture_of, looks_causal, parts_around
 from .layers import find_module, without_adapters
 

@@ -10,8 +10,9 @@ from typing import Any
 import regex
 
 from ..config import SoftMoAConfig
+from ..dependent_fields import PATTERN_FIELDS
 from ..expressions import LONGEST_NAME, is_path
-from ..fields import PATTERN_FIELDS, shorten
+from ..fields import shorten
 
 # Seconds that matching may take: an expression with one name, and expressions with all names.
 LONGEST_MATCH, LONGEST_EXPRESSION_SEARCH = 0.1, 0.4

@@ -15,7 +15,8 @@ from peft import get_peft_model
 from transformers import ASTForAudioClassification
 
 from peft_softmoa import SoftMoAConfig
-from peft_softmoa.calls.forward_pass import CallKey, find_passes, make_passes
+from peft_softmoa.calls.forward_pass import find_passes, make_passes
+from peft_softmoa.calls.one_pass import CallKey
 from peft_softmoa.inspection import record_routing
 
 # Of each of eight threads.
