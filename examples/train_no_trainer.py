@@ -158,7 +158,7 @@ def train(run: RunArguments, accelerator: Accelerator) -> dict[str, float]:
                 if run.task.mixup_alpha:
                     batch = mixup(batch, task.mixable(batch["labels"]), run.task.mixup_alpha)
                 if any(masks := (run.data.mask_frequencies, run.data.mask_frames)):
-                    batch["input_values"] = spec_augment(batch["input_values"], *masks)
+                    batch["input_values"] = spec_augment(batch["input_values"], *masks)  # spectrograms, as AST's
                 loss = compute_loss(model, batch, task)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

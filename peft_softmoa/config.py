@@ -117,7 +117,7 @@ class SoftMoAConfig(PeftConfig):
     r_pattern: Optional[dict[str, int]] = _option(
         None,
         "Other values of r for some blocks, as rank_pattern in LoraConfig: by names or endings of names of adapted "
-        "blocks, as describe_targets shows them, or by regular expressions.",
+        "blocks, or of the module in which one ends, or by regular expressions.",
         example='For example, {"layers.0.attention": 2} or {".*layers.(10|11).*": 12}.',
     )
     num_experts_pattern: Optional[dict[str, int]] = _option(None, "Other values of num_experts, in the same form.")

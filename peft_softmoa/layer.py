@@ -137,6 +137,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
         names = self.active_adapters if batch is None else dict.fromkeys(batch.adapter_names)
         active = [name for name in names if name in self.softmoa_mixture]
         active = [] if self.disable_adapters else active
+        if self.disable_adapters and self.forward_passes.stream is not None:
+            self.forward_passes.stream.check_off(self.name)
         tokens = find_tokens(args, kwargs)
         inputs = {
             name: self._check_tokens(name, tokens, args, kwargs)
@@ -175,9 +177,8 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
                 mask = token_mask(given, len(tokens), tokens.shape[1], getattr(cache, "num_tokens", None))
-            past, key = None, (self.name, adapter_name)
-            if mixture.reads_in_time:
-                past = find_past(self.forward_passes.stream, cache, key, is_packed, self.training)
+            stream, key = self.forward_passes.stream, (self.name, adapter_name)
+            past = find_past(mixture, key, stream, current.of_model, cache, is_packed, self.training)
             if current.mixed_batch is None:
                 output = self._mix(current, adapter_name, hidden, tokens, mask, past, channels)
             else:

@@ -300,15 +300,12 @@ def test_what_cannot_stream_says_so():
         stream_routing(nn.Linear(2, 2)),
     ):
         pass
-    whole = adapt(build("Wav2Vec2"))
-    with (
-        pytest.raises(ValueError, match=r"adapter 'default' in '.*' reads whole clips.*`causal=True`"),
-        stream_routing(whole),
-    ):
-        pass
+    whole, batch = adapt(build("Wav2Vec2")), FAMILIES["Wav2Vec2"].inputs([204])
+    with stream_routing(whole), pytest.raises(ValueError, match="adapter 'default' reads whole clips.*`causal=True`"):
+        whole(**batch)
     token_wise = adapt(build("Wav2Vec2"), routing="dense")
     with stream_routing(token_wise):
-        pass  # a token depends on no other
+        token_wise(**batch)  # a token depends on no other
     model = token_model()
     with stream_routing(model.train()), pytest.raises(ValueError, match="not for training.*`eval\\(\\)`"):
         model(torch.randn(1, 3, 9))
@@ -316,3 +313,57 @@ def test_what_cannot_stream_says_so():
     family = FAMILIES["Qwen2.5-Omni"]
     with stream_routing(packed), pytest.raises(ValueError, match="Packed samples are whole"):
         family.encode(packed, family.inputs([36, 56]))
+    decoder = gpt2()
+    with stream_routing(decoder), pytest.raises(ValueError, match="called with a cache.*`use_cache=False`"):
+        decoder(torch.tensor([[1, 4]]))  # it makes a cache of its own, each time
+
+
+@torch.no_grad()
+def test_rows_may_be_booleans():
+    model, tokens = token_model(), torch.randn(2, 12, 9)
+    whole = model(tokens)
+    with stream_routing(model) as stream:
+        model(tokens[:, :4])
+        stream.reset(torch.tensor([False, False]))
+        torch.testing.assert_close(model(tokens[:, 4:8]), whole[:, 4:8], **CLOSE)
+        stream.select([False, True])
+        torch.testing.assert_close(model(tokens[1:, 8:]), whole[1:, 8:], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["off", "another", "joined", "failed"])
+def test_a_piece_that_an_adapter_misses_is_an_error(how):
+    model, tokens = token_model(), torch.randn(2, 12, 9)
+    torch.manual_seed(2)
+    config = {"target_modules": ["1"], "causal": True, "init_weights": False}
+    model.add_adapter("other", SoftMoAConfig(**config))
+    model.eval()
+    whole = model(tokens)
+    message = "The adapter '.*' in 'layers.*' misses a piece of the stream"
+    with stream_routing(model) as stream:
+        model(tokens[:, :4])
+        before = stream.copy()
+        if how == "off":
+            with model.disable_adapter(), pytest.raises(ValueError, match=message):
+                model(tokens[:, 4:8])
+        elif how == "another":
+            model.set_adapter("other")
+            with pytest.raises(ValueError, match=message):
+                model(tokens[:, 4:8])
+        elif how == "joined":
+            model.base_model.set_adapter(["default", "other"])
+            with pytest.raises(ValueError, match=message):
+                model(tokens[:, 4:8])
+        else:
+            handle = model.base_model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(tokens[:, 4:8])
+            handle.remove()
+            with pytest.raises(ValueError, match=message):
+                model(tokens[:, 4:8])
+    model.set_adapter("default")
+    with stream_routing(model, before):
+        torch.testing.assert_close(model(tokens[:, 4:]), whole[:, 4:], **CLOSE)
+    stream.reset()
+    with stream_routing(model, stream):
+        torch.testing.assert_close(model(tokens), whole, **CLOSE)

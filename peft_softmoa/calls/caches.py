@@ -112,38 +112,54 @@ def find_cache(
 
 
 def find_past(
-    stream: Optional[dict[BlockKey, Past]],
-    cache: Optional[LayerCache],
+    mixture: Any,
     key: BlockKey,
-    is_packed: bool = False,
-    training: bool = False,
+    stream: Any,
+    piece: Any,
+    cache: Optional[LayerCache],
+    is_packed: bool,
+    training: bool,
 ) -> Optional[Past]:
     """What a mixture keeps of the tokens before those of a call, in the cache of the call or in a stream.
 
     Args:
-        stream (dict, optional): the stream.
-        cache (LayerCache, optional): the cache with which the layer around the mixture is called; it comes first.
-        key (BlockKey): the block and the adapter.
-        is_packed (bool): whether the samples are packed one after another: they cannot be gone on with. Default: False.
-        training (bool): whether the block is in training. Default: False.
+        mixture (Mixture): the mixture.
+        key (BlockKey): its block and its adapter.
+        stream (StreamState, optional): the stream.
+        piece (ForwardPass, optional): the pass of the model as a whole, as for `StreamState.past`.
+        cache (LayerCache, optional): the cache with which the layer around the mixture is called.
+        is_packed (bool): whether the samples are packed one after another: they cannot be gone on with.
+        training (bool): whether the block is in training.
 
     Returns:
-        Past, optional: to be read and gone on with; None if there is neither.
+        Past, optional: to be read and gone on with; None if there is neither, or no token depends on earlier ones.
 
     Raises:
-        ValueError: if the cache has tokens with which the mixture was not called, or a stream is packed or to train.
+        ValueError: if the cache has tokens with which the mixture was not called, or a stream is packed, is to train,
+            has a cache besides or has missed a piece, or if the mixture reads whole clips.
     """
+    if not mixture.reads_in_time:
+        if stream is not None and mixture.mixes_tokens:
+            raise ValueError(
+                f"The mixture of adapter '{key[1]}' reads whole clips, so that each piece of a stream would be a clip "
+                "of its own. Train an adapter with `causal=True` for streams."
+            )
+        return None
     if is_packed:
         if stream is not None or (cache is not None and cache.num_tokens != 0):
             raise ValueError("Packed samples are whole, and cannot go on from what came before. Give a padded batch.")
         return None
-    if cache is not None:
-        return cache.past(key)
     if stream is None:
-        return None
+        return None if cache is None else cache.past(key)
+    if cache is not None:
+        raise ValueError(
+            "In a stream, it is called with a cache, which is new for each piece or holds a state of its own. Call the "
+            "model with `use_cache=False`, or with its cache outside of `stream_routing`."
+        )
     if training:
         raise ValueError("Streams are not for training, in which blocks may run again. Call `eval()` first.")
-    return stream.setdefault(key, Past())
+    past: Past = stream.past(key, piece)
+    return past
 
 
 def _count_tokens(cache: Any, index: int) -> Optional[int]:
@@ -171,7 +187,8 @@ def _followed(kind: type) -> type:
 
     def reorder_cache(self: Any, beam_idx: Tensor) -> None:
         kind.reorder_cache(self, beam_idx)  # type: ignore[attr-defined]
-        _select(self, beam_idx)
+        for past in self.softmoa_pasts.values():
+            past.select(beam_idx)
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
         before = self.get_seq_length()
@@ -190,7 +207,8 @@ def _followed(kind: type) -> type:
 
     def batch_select_indices(self: Any, indices: Tensor) -> None:
         kind.batch_select_indices(self, indices)  # type: ignore[attr-defined]
-        _select(self, indices)
+        for past in self.softmoa_pasts.values():
+            past.select(torch.arange(past.batch or 0)[indices.cpu()])
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _new_followed, (kind,), vars(self)
@@ -199,8 +217,3 @@ def _followed(kind: type) -> type:
     own = {method.__name__: method for method in methods if hasattr(kind, method.__name__)}
     # Without `_layer_type`, or transformers would make such parts for every cache of that type.
     return type(kind.__name__, (kind,), {**own, "_layer_type": None})
-
-
-def _select(part: Any, rows: Tensor) -> None:
-    for past in part.softmoa_pasts.values():
-        past.select(torch.arange(past.batch or 0)[rows.cpu()])

@@ -157,14 +157,14 @@ class Folded:
         channels (Channels): the channels.
         adapter_name (str): the adapter whose hook has done it, and gives the clips back.
         head (nn.Module, optional): what makes the logits; None if nothing does.
-        is_even (bool): whether all channels of a clip are known to be equally long.
+        masks (list[Tensor]): masks of tokens, a row for each channel, `(B·C, T)`; that of a missing one is another's.
         averaged (Tensor, optional): the mean logits, as the head has given them; None before it has run.
     """
 
     channels: Channels
     adapter_name: str
     head: Optional[nn.Module]
-    is_even: bool
+    masks: list[Tensor]
     averaged: Optional[Tensor] = None
 
 

@@ -135,13 +135,13 @@ def _fold(
         return None
     given = {**dict(zip(reader.arguments, args)), **kwargs}
     channels = _read_channels(reader, given)
-    masks = [value for name, value in given.items() if isinstance(value, Tensor) and is_mask(name) and value.ndim == 3]
+    own = [name for name, value in given.items() if isinstance(value, Tensor) and is_mask(name) and value.ndim == 3]
     head = None if reader.head is None else getattr(model, reader.head)
-    current.folded = Folded(channels, reader.adapter_name, head, all(map(_is_even, masks)))
     if batch is not None:
         current.mixed_batch = batch._replace(beams=batch.beams * channels.count)
     rows = channels.rows()
     folded = {name: _fold_argument(reader, channels, rows, name, value) for name, value in given.items()}
+    current.folded = Folded(channels, reader.adapter_name, head, [folded[name] for name in own])
     return tuple(folded[name] for name, _ in zip(reader.arguments, args)), {
         name: folded[name] for name in kwargs if name != CHANNEL_MASK
     }
@@ -180,9 +180,10 @@ def _read_channels(reader: Reader, given: Mapping[str, Any]) -> Channels:
     return Channels(batch, count, present)
 
 
-def _is_even(mask: Tensor) -> bool:
-    """Whether a mask `(B, C, T)` is known to be the same for all channels of a clip."""
-    return not torch.compiler.is_compiling() and bool((mask == mask[:, :1]).all())
+def _is_even(channels: Channels, mask: Tensor) -> bool:
+    """Whether a mask `(B·C, T)` is known to be the same for all channels of a clip."""
+    by_channel = mask.unflatten(0, (channels.batch, channels.count))
+    return not torch.compiler.is_compiling() and bool((by_channel == by_channel[:, :1]).all())
 
 
 def _fold_argument(reader: Reader, channels: Channels, rows: Optional[Tensor], name: str, value: Any) -> Any:
@@ -215,7 +216,7 @@ def _average(passes: ForwardPasses, head: nn.Module, args: tuple[Any, ...], outp
     # In a mixed batch, a copy of the head that belongs to an adapter runs on some of the clips.
     if current.mixed_batch is not None and head is not folded.head:
         return output
-    if output.ndim > 2 and not folded.is_even:
+    if output.ndim > 2 and not all(_is_even(folded.channels, mask) for mask in folded.masks):
         raise ValueError(
             "The masks of a clip's channels differ, so that the mean over them is not that of the same frames. Give a "
             "mask (batch, time), for all channels."

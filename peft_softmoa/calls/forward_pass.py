@@ -15,12 +15,12 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from ..method.past import Past
-from .caches import BlockKey, LayerCache
+from .caches import LayerCache
 from .channels import Channels, only_channels
 from .masks import Mask
 from .mixed_batch import MixedBatch
 from .one_pass import MODEL, CallKey, ForwardPass, LayerCall, Recorder, RouterLoss
+from .stream_state import StreamState
 
 
 class ForwardPasses(threading.local):
@@ -36,7 +36,7 @@ class ForwardPasses(threading.local):
         self.open: list[ForwardPass] = []
         self.recorders: tuple[Recorder, ...] = ()
         self.router_loss = RouterLoss()
-        self.stream: Optional[dict[BlockKey, Past]] = None  # what mixtures keep from one pass to the next
+        self.stream: Optional[StreamState] = None  # what mixtures keep from one pass to the next
         # A mixed batch is for passes that are not within another one: how many were open when it began.
         self._mixed_batch: Optional[MixedBatch] = None
         self._depth = 0
@@ -219,11 +219,11 @@ class ForwardPasses(threading.local):
             self.recorders = before
 
     @contextmanager
-    def streaming(self, stream: dict[BlockKey, Past]) -> Iterator[None]:
+    def streaming(self, stream: StreamState) -> Iterator[None]:
         """A context in which the passes of this thread go on from one another.
 
         Args:
-            stream (dict): what mixtures keep, by block and adapter.
+            stream (StreamState): what mixtures keep.
         """
         before = self.stream
         self.stream = stream

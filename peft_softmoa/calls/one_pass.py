@@ -61,6 +61,11 @@ class ForwardPass:
         self.calls: dict[CallKey, LayerCall] = {}  # those that have begun and not ended
         self.folded: Optional[Folded] = None  # None: the clips have no channels
 
+    @property
+    def of_model(self) -> Optional[ForwardPass]:
+        """The pass itself, if it is one of the model as a whole."""
+        return self if any(key.layer == MODEL for key in self.calls) else None
+
 
 class RouterLoss:
     """The load-balancing loss of the latest pass in training, and whether anybody has added it to another."""

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Optional, Union
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..method.past import Past
-from .caches import BlockKey
 from .forward_pass import find_passes
+from .stream_state import StreamState
 
 Rows = Union[Tensor, Iterable[int]]
 
@@ -19,21 +20,25 @@ Rows = Union[Tensor, Iterable[int]]
 class RoutingStream:
     """What the mixtures of a model keep of a stream, or of a batch of streams, from one piece to the next.
 
-    It begins empty, and is of the model with which it is used first. Nothing in it has a gradient.
+    It begins empty. Nothing in it has a gradient.
     """
 
     def __init__(self) -> None:
-        self._pasts: list[dict[BlockKey, Past]] = []
+        self._states: list[StreamState] = []
 
     def reset(self, rows: Optional[Rows] = None) -> None:
         """Begin anew.
 
         Args:
-            rows (Tensor or iterable of int, optional): indices of the streams of the batch that do. Default: all, and
-                the next piece may have another number of them.
+            rows (Tensor or iterable of int, optional): indices of the streams of the batch that do, or a boolean for
+                each. Default: all, and the next piece may have another number of them.
         """
-        for past in self._all():
-            past.reset(None if rows is None else _indices(rows))
+        if rows is None:
+            for state in self._states:
+                state.__init__()  # type: ignore[misc]
+        else:
+            for past in self._all():
+                past.reset(_indices(rows))
 
     def select(self, rows: Rows) -> None:
         """Go on with some streams of the batch, in another order, also several times.
@@ -53,11 +58,11 @@ class RoutingStream:
     def copy(self) -> RoutingStream:
         """Another stream in the same state; each then goes on alone."""
         other = RoutingStream()
-        other._pasts = [{key: past.copy() for key, past in pasts.items()} for pasts in self._pasts]
+        other._states = [state.copy() for state in self._states]
         return other
 
     def _all(self) -> Iterator[Past]:
-        return (past for pasts in self._pasts for past in pasts.values())
+        return (past for state in self._states for past in state.pasts.values())
 
 
 @contextmanager
@@ -70,8 +75,9 @@ def stream_routing(model: nn.Module, stream: Optional[RoutingStream] = None) -> 
 
     Slots go on with their averages, and convolutions with the tokens before. So the mixtures give for the pieces what
     they give for the whole, as long as the base model does. Padding before or after the tokens of a piece is no part of
-    its stream: streams of one batch may begin and end apart. In a layer that is called with a cache, as in
-    `generate()`, the cache holds what belongs to its tokens, and no context is needed.
+    its stream: streams of one batch may begin and end apart. The context is of its thread: what another thread calls is
+    no part of the stream. A model that goes on from a cache, as in `generate()`, needs no context: the cache holds what
+    belongs to its tokens.
 
     Args:
         model (nn.Module): a model with adapters, in evaluation mode.
@@ -81,24 +87,18 @@ def stream_routing(model: nn.Module, stream: Optional[RoutingStream] = None) -> 
         RoutingStream: the stream, which can be reset, and gone on with later.
 
     Raises:
-        ValueError: if the model has no adapter, or one whose routing needs whole clips.
+        ValueError: if the model has no adapter. In the context, if an adapter reads whole clips or misses a piece.
     """
     found = find_passes(model)
     if not found:
         raise ValueError(
             f"`stream_routing` is for models with a Soft-MoA adapter, but {type(model).__name__} has none."
         )
-    for name, adapter, mixture in _active_mixtures(model):
-        if mixture.mixes_tokens and not mixture.causal:
-            raise ValueError(
-                f"The mixture of adapter '{adapter}' in '{name}' reads whole clips, so that each piece would be a "
-                "clip of its own. Train an adapter with `causal=True` for streams."
-            )
     stream = RoutingStream() if stream is None else stream
-    stream._pasts += [{} for _ in found[len(stream._pasts) :]]
+    stream._states += [StreamState() for _ in found[len(stream._states) :]]
     with ExitStack() as stack:
-        for passes, pasts in zip(found, stream._pasts):
-            stack.enter_context(passes.streaming(pasts))
+        for passes, state in zip(found, stream._states):
+            stack.enter_context(passes.streaming(state))
         yield stream
 
 
@@ -111,17 +111,16 @@ def reads_streams(model: nn.Module) -> bool:
     Returns:
         bool: true if some read the tokens in order of time, and none reads whole clips.
     """
-    mixing = [mixture for _, _, mixture in _active_mixtures(model) if mixture.mixes_tokens]
+    mixing = [
+        mixture
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for adapter, mixture in getattr(module, "softmoa_mixture", nn.ModuleDict()).items()
+        if adapter in module.active_adapters and mixture.mixes_tokens
+    ]
     return bool(mixing) and all(mixture.causal for mixture in mixing)
 
 
-def _active_mixtures(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """Name of the block, name of the adapter, and mixture."""
-    for name, module in model.named_modules():
-        for adapter, mixture in getattr(module, "softmoa_mixture", nn.ModuleDict()).items():
-            if adapter in module.active_adapters:
-                yield name, adapter, mixture
-
-
 def _indices(rows: Rows) -> Tensor:
-    return torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows), dtype=torch.long)
+    indices = torch.as_tensor(rows if isinstance(rows, Tensor) else list(rows))
+    return indices.nonzero().flatten() if indices.dtype == torch.bool else indices.long()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -34,7 +34,8 @@ def follow(
 
     Args:
         classifier (Classifier): the classifier.
-        pieces (iterable of np.ndarray): the samples as they come, `(samples,)` each, with full scale at 1.
+        pieces (iterable of np.ndarray): the samples as they come, floats with full scale at 1, `(samples,)` each or,
+            for an adapter with `num_channels`, `(C, samples)`.
         name (str): the stream, for results and errors. Default: `"stream"`.
         sampling_rate (int, optional): of the pieces, in Hz. Default: the one of the model.
         window_seconds (float, optional): length of a window, as for `Classifier.window`.
@@ -45,14 +46,22 @@ def follow(
         sample is there.
 
     Raises:
-        AudioError: if there are no samples, or some are not finite.
+        AudioError: if there are no samples, some are not finite, or a piece is of another shape or no floats.
         ValueError: if the windows are not allowed, as for `following_window`.
     """
     rate = classifier.sampling_rate
     length, step = following_window(classifier, window_seconds, overlap_seconds)
-    blocks = (np.asarray(piece, np.float32) for piece in pieces)
+    blocks = (_check_piece(classifier, name, piece) for piece in pieces)
     resampled = resample_blocks(name, blocks, sampling_rate or rate, rate)
     yield from classify_following(classifier, cut_windows(name, resampled, rate, length, step, classifier.min_samples))
+
+
+def _check_piece(classifier: Classifier, name: str, piece: Any) -> Samples:
+    samples = np.asarray(piece)
+    shape = "(samples,)" if classifier.channels == "mono" else "(channels, samples)"
+    if samples.dtype.kind != "f" or samples.ndim != (1 if classifier.channels == "mono" else 2):
+        raise AudioError(name, f"a piece must be floats of shape {shape}, got {samples.dtype} of shape {samples.shape}")
+    return samples.astype(np.float32)
 
 
 def following_window(
@@ -75,6 +84,11 @@ def following_window(
     length, step = classifier.window(seconds, overlap_seconds)
     if not reads_streams(classifier.model):
         return length, step
+    if any((getattr(module, "chunk_size", None) or 1) > 1 for module in classifier.model.modules()):
+        raise ValueError(
+            "An adapter with `chunk_size` does not go on from window to window, which may end within a chunk. Train it "
+            "with `causal=True` alone."
+        )
     if step < length:
         raise ValueError(
             f"`overlap` must be 0 for this adapter, got {overlap_seconds:.4g} s: its routing goes on from window to "

@@ -64,6 +64,8 @@ def stream_reading(records: Iterable[Record]) -> list[StreamReading]:
 def _join(block: str, adapter: str, pieces: list[Record]) -> StreamReading:
     ages, effective = [], []
     for piece in pieces:
+        if piece.channels != 1:
+            raise ValueError(f"What slots read over time is known for one channel, but clips have {piece.channels}.")
         if piece.age is None or piece.effective_tokens is None:
             raise ValueError(
                 f"The stream in the block '{block}' has tokens that were not recorded: record it from its first piece "

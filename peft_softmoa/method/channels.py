@@ -97,7 +97,8 @@ def read_in_time(
     before = None
     if past is not None:
         first, last = past.ends(logits.unflatten(1, (channels, -1))[:, 0], is_real)
-        past.check_chunks(router.chunk_size or 1, first, last)
+        if router.chunk_size is not None:
+            past.check_chunks(router.chunk_size, first, last)
         first, last = first * channels, (last + 1) * channels - 1
         before = past.running(first, rates)
     averages = running_average(values, in_time, real, rates, before)

@@ -196,7 +196,10 @@ class Past:
             ValueError: if it keeps no history.
         """
         if num_tokens and not self.history:
-            raise ValueError("It keeps no history, so that no tokens can be taken back.")
+            raise ValueError(
+                "Of caches that slide or have a fixed size, the adapter keeps only its latest state, so that no tokens "
+                "can be taken back, as guessed ones are. Generate without guesses, or with `use_cache=False`."
+            )
         self.num_tokens -= num_tokens
         self.num_recorded -= num_tokens
         self._map(lambda tensor: tensor[:, : tensor.shape[1] - num_tokens])

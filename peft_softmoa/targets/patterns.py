@@ -73,7 +73,8 @@ def block_configs(config: SoftMoAConfig, names: Iterable[str], must_match: bool 
                     f"{patterns[chosen[name]]}, and {shorten(pattern)}, which gives {patterns[pattern]}. Keep one."
                 )
             chosen[name] = pattern
-        unused = next((pattern for pattern in patterns if pattern not in chosen.values()), None)
+        used = set(chosen.values())
+        unused = next((pattern for pattern in patterns if pattern not in used), None)
         if unused is not None and must_match:
             raise ValueError(
                 f"`{field}` gives {shorten(unused)} the value {patterns[unused]}, but that matches none of the adapted "

@@ -82,8 +82,8 @@ def mask_channels(name: str, count: int, most: Optional[int]) -> npt.NDArray[np.
     if most is not None and count > most:
         raise AudioError(
             name,
-            f"it has {count} channels, more than the adapter reads (num_channels={most}): choose them with `channels`, "
-            f"such as {list(range(most))}",
+            f"it has {count} channels, more than the adapter reads (num_channels={most}): choose {most} of them with "
+            "`channels`, those that it was trained on",
         )
     return np.arange(most or count) < count
 

@@ -8,14 +8,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from ..calls.masks import is_mask
 from .tasks import Task
 
 
 class Collate:
     """Make a batch of samples: pad their features as the feature extractor does, and their labels as the task does.
 
-    Samples of several channels have a `channel_mask`, and so has the batch. Missing channels are zero, and their
-    attention mask is that of the clip's last channel, as attention to nothing is no number.
+    Samples of several channels have a `channel_mask`, and so has the batch. Missing channels are zero; an attention
+    mask holds for all channels of a clip.
 
     Args:
         feature_extractor (SequenceFeatureExtractor): the model's feature extractor.
@@ -63,6 +64,8 @@ class Collate:
         for name, value in batch.items():
             if value.is_floating_point():
                 batch[name] = value.masked_fill(~mask.view(*mask.shape, *[1] * (value.ndim - 2)), 0.0)
+        # All channels of a clip are equally long: one mask of tokens holds for them.
+        batch = {name: value[:, 0] if is_mask(name) else value for name, value in batch.items()}
         return {**batch, "channel_mask": mask}
 
 

@@ -219,7 +219,7 @@ class AudioTrainer(ResumableTrainer):
         if self.mask_frequencies or self.mask_frames:
             inputs = self._prepare_inputs(inputs)
             spectrograms = inputs.get("input_values")
-            if spectrograms is None:
+            if spectrograms is None or spectrograms.ndim != (4 if "channel_mask" in inputs else 3):
                 raise ValueError("SpecAugment is for models that read spectrograms as `input_values`, such as AST.")
             masked = spec_augment(spectrograms, self.mask_frequencies, self.mask_frames)
             inputs = {**inputs, "input_values": masked}

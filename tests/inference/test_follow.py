@@ -293,7 +293,7 @@ def test_lines_come_while_the_pipe_is_open(streaming_adapter, tmp_path):
         (["a.wav", "--follow", "--batch_size", "2"], "--batch_size is not for --follow"),
         (["a.wav", "--follow", "--idle_seconds", "-1"], "--idle_seconds must not be negative, got -1"),
         (["a.wav", "--idle_seconds", "1"], "--idle_seconds is for audio that comes in, with --follow"),
-        (["a.wav", "--follow", "--channels", "2"], "With --follow, raw PCM needs its --sampling_rate"),
+        (["a.wav", "--follow", "--num_channels", "2"], "With --follow, raw PCM needs its --sampling_rate"),
         (["a.wav", "--follow", "--sampling_rate", "0"], "--sampling_rate must be positive, got 0"),
         (["a.wav", "--follow", "--overlap", "50%"], "--overlap must be 0 for this adapter"),
     ],
@@ -314,3 +314,16 @@ def test_what_cannot_be_read(streaming_adapter, tmp_path, capsys, name, reason):
     written = capsys.readouterr()
     assert exit.value.code == 1 and not written.out
     assert f"peft-softmoa classify: {tmp_path / name}".rstrip("/") in written.err and reason in written.err
+
+
+@pytest.mark.parametrize(
+    ("piece", "found"),
+    [
+        (np.zeros((1024, 1), np.float32), r"float32 of shape \(1024, 1\)"),
+        (np.zeros(1024, np.int16), r"int16 of shape \(1024,\)"),
+    ],
+)
+def test_pieces_of_another_kind_are_an_error(streaming_adapter, piece, found):
+    classifier = load_classifier(str(streaming_adapter))
+    with pytest.raises(AudioError, match=rf"a piece must be floats of shape \(samples,\), got {found}"):
+        list(follow(classifier, [piece]))

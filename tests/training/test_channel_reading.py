@@ -1,6 +1,7 @@
 """Recordings with several channels: what is read of them, and what becomes of it."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from recordings import encode
 from transformers import (
     ASTFeatureExtractor,
     ClapFeatureExtractor,
+    ParakeetFeatureExtractor,
     SeamlessM4TFeatureExtractor,
     Speech2TextFeatureExtractor,
     Wav2Vec2FeatureExtractor,
@@ -201,8 +203,21 @@ def test_clap_cuts_all_channels_at_one_place():
 def test_what_removes_levels_is_refused():
     for extractor in EXTRACTORS.values():
         check_levels(extractor)
-    with pytest.raises(ValueError, match="^Speech2TextFeatureExtractor normalizes each channel by itself"):
-        check_levels(Speech2TextFeatureExtractor())
+    for extractor in (Speech2TextFeatureExtractor(), ParakeetFeatureExtractor()):
+        with pytest.raises(ValueError, match=f"^{type(extractor).__name__} normalizes each channel by itself"):
+            check_levels(extractor)
+
+
+@pytest.mark.parametrize(
+    ("norm", "bias", "warns"), [("group", False, True), ("layer", False, True), ("layer", True, False)]
+)
+def test_models_that_remove_levels_are_warned_of(norm, bias, warns):
+    model = Adapted(num_channels=2)
+    model.config = type("Config", (), {"feat_extract_norm": norm, "conv_bias": bias})()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert resolve_channels(None, model) == "all"
+    assert [("next to nothing of the differences in level" in str(each.message)) for each in caught] == [True] * warns
 
 
 class Adapted(torch.nn.Module):
@@ -260,8 +275,8 @@ def test_batches_pad_missing_channels(name):
         given = torch.as_tensor(samples[row][main][channel])
         assert torch.equal(values[: len(given)], given)
     if "attention_mask" in batch:
-        # Attention to nothing would be no number.
-        assert batch["attention_mask"].shape == batch[main].shape[:3] and batch["attention_mask"].any(-1).all()
+        # One for all channels of a clip.
+        assert batch["attention_mask"].shape == (2, batch[main].shape[2]) and batch["attention_mask"].any(-1).all()
     alike = Collate(extractor)([samples[0], samples[0]])
     assert alike["channel_mask"].tolist() == [[True] * 2] * 2 and alike[main].shape[:2] == (2, 2)
 

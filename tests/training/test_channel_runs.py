@@ -134,7 +134,8 @@ def test_a_stream_learns_the_channels_of_its_model(folder):
     stream.prepare(several)
     [alone] = stream
     assert alone["channel_mask"].tolist() == [True] and len(stream.extract.skipped) == 11
-    reason = "it has 2 channels, more than the adapter reads (num_channels=1): choose them with `channels`, such as [0]"
+    reason = "it has 2 channels, more than the adapter reads (num_channels=1): choose 1 of them with "
+    reason += "`channels`, those that it was trained on"
     assert {skipped.reason for skipped in stream.extract.skipped} == {reason}
 
 
