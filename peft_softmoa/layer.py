@@ -176,7 +176,7 @@ class SoftMoALayer(nn.Module, BaseTunerLayer):
                 mask, hidden, tokens = unpack(given.value, hidden.flatten(0, -2), tokens.flatten(0, -2))
             else:
                 hidden, tokens = _by_sample(hidden), _by_sample(tokens)
-                mask = token_mask(given, len(tokens), tokens.shape[1], getattr(cache, "num_tokens", None))
+                mask = token_mask(given, tokens.shape[0], tokens.shape[1], getattr(cache, "num_tokens", None))
             stream, key = self.forward_passes.stream, (self.name, adapter_name)
             past = find_past(mixture, key, stream, current.of_model, cache, is_packed, self.training)
             if current.mixed_batch is None:

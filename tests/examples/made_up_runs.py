@@ -7,6 +7,7 @@ from examples.method_comparison.data import Data
 
 PROTOCOL = {
     "study": "demo", "task": "audio-classification", "seconds": None, "epochs": 2, "epochs_of": {}, "batch_size": 4,
+    "groups": {},
     "clips_per_class": None, "validation_per_class": None, "test_per_class": None, "validate_every": 1, "trace": [],
     "metric": "accuracy",
     "model": "m", "model_parameters": 1000, "model_sha256": "0", "data": "d", "clips": 9, "classes": 2,

@@ -115,12 +115,3 @@ def test_committed_pages_are_those_of_the_committed_runs(folder, tmp_path):
     written = write_page(records.load(tmp_path / "runs.jsonl"), STUDIES[folder.name], tmp_path)
     assert written.read_text() == (folder / "RESULTS.md").read_text()
     assert "notes.md" in {path.name for path in folder.iterdir()}
-
-
-@needs_results
-def test_the_readme_has_the_table_of_the_first_comparison():
-    text = (RESULTS / "archive" / "RESULTS.md").read_text()
-    table = text.partition("## Accuracy\n\n")[2].partition("\n\n")[0]
-    readme = (RESULTS.parents[2] / "README.md").read_text()
-    assert table.count(" | 15 of 15 |") == 10 and table in readme
-    assert "(examples/method_comparison/results/archive/RESULTS.md)" in readme

@@ -315,7 +315,12 @@ def start(adapter, *options, **streams):
     command = [sys.executable, "-m", "peft_softmoa", "classify", adapter, *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.Popen(command, env=environment, **pipes)
+    return subprocess.Popen(command, env=environment, preexec_fn=obey_ctrl_c, **pipes)
+
+
+def obey_ctrl_c():
+    """A shell that runs the tests in the background lets them ignore it, and what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.timeout(900)  # starts a process
