@@ -229,3 +229,10 @@ def test_the_evidence_is_that_of_the_archived_comparison():
     quoted = README.partition("<!-- evidence")[2].partition("<!-- end of evidence -->")[0]
     own = [row.removesuffix(" |") for row in quoted.splitlines() if row.startswith("| ") and "---" not in row]
     assert len(own) > 1 and set(own[1:]) <= accuracies
+
+
+def test_the_evidence_of_two_ears_is_that_of_the_study():
+    study = (ROOT / "examples/method_comparison/results/binaural/RESULTS.md").read_text()
+    section = PAGES["evidence.md"].partition("## Two ears")[2].partition("\n## ")[0]
+    numbers = re.findall(r"[+-]?[\d.]+ ± [\d.]+", section)
+    assert len(numbers) == 14 and all(f"| {number} |" in study for number in numbers)

@@ -153,6 +153,7 @@ STUDIES: dict[str, Study] = {
         dataset="SOFTMOA_BINAURAL",
         label_column="direction",
         num_channels=2,
+        seeds=2,
         seconds=1.0,
         epochs=8,
         validate_every=8,
