@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any, Optional
+from weakref import ReferenceType, ref
 
 from ..method.past import Past
 from .caches import BlockKey
@@ -18,7 +19,7 @@ class StreamState:
 
     def __init__(self) -> None:
         self.pasts: dict[BlockKey, Past] = {}
-        self._piece: Any = None  # the pass in which the latest piece is read
+        self._piece: Optional[ReferenceType[Any]] = None  # the pass in which the latest piece is read
         self._begins = True
         self._read: set[BlockKey] = set()  # those that have read it
 
@@ -35,11 +36,11 @@ class StreamState:
         Raises:
             ValueError: if it, or another mixture, has missed a piece.
         """
-        if piece is not None and piece is not self._piece:
+        if piece is not None and (self._piece is None or piece is not self._piece()):
             missed = self.pasts.keys() - self._read
             if missed and self._piece is not None:
                 raise ValueError(self._explain(min(missed)))
-            self._piece, self._begins, self._read = piece, not self.pasts, set()
+            self._piece, self._begins, self._read = ref(piece), not self.pasts, set()
         if piece is not None and key not in self.pasts and not self._begins:
             raise ValueError(self._explain(key))
         self._read.add(key)
@@ -50,6 +51,11 @@ class StreamState:
         key: Optional[BlockKey] = next((each for each in self.pasts if each[0] == block), None)
         if key is not None:
             raise ValueError(self._explain(key))
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.pasts.clear()
+        self._piece, self._begins, self._read = None, True, set()
 
     def copy(self) -> StreamState:
         """Another one in the same state."""

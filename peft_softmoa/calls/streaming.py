@@ -35,7 +35,7 @@ class RoutingStream:
         """
         if rows is None:
             for state in self._states:
-                state.__init__()  # type: ignore[misc]
+                state.reset()
         else:
             for past in self._all():
                 past.reset(_indices(rows))

@@ -73,37 +73,62 @@ class CausalSoftRouter(SoftRouter):
         return soft_logits(tokens, self.slots, self.scale)
 
     def read(
-        self, logits: Tensor, projected: Tensor, mask: Optional[Tensor] = None, past: Optional[Past] = None
+        self,
+        logits: Tensor,
+        projected: Tensor,
+        mask: Optional[Tensor] = None,
+        past: Optional[Past] = None,
+        channels: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Average, for each token and slot, what an expert's `down` makes of the tokens that it sees.
 
+        With several channels d, a token reads all of them up to its own time, or to the end of its chunk of times:
+
+            read[c, t, s] = Σ_{d, u ≤ end(t)} w[d, u, s] g[d, u, ⌊s/P⌋],    w[d, u, s] ∝ e^(L[d, u, s] - λ[s]·(t - u))
+
+        Chunks begin with the first time at which a channel has a real token.
+
         Args:
-            logits (Tensor): L, `(B, T, S)`.
-            projected (Tensor): g, what `down` makes of them, `(B, T, N, R)`.
-            mask (Tensor, optional): `(B, T)` boolean, true for real tokens. Default: all are real.
+            logits (Tensor): L, `(B, C·T, S)`, channel by channel.
+            projected (Tensor): g, what `down` makes of them, `(B, C·T, N, R)`.
+            mask (Tensor, optional): `(B, C·T)` boolean, true for real tokens. Default: all are real.
             past (Past, optional): what came before these tokens; it goes on with them. Default: nothing.
+            channels (int): C. Default: 1.
 
         Returns:
-            tuple[Tensor, Tensor]: the averages, `(B, T, S, R)`, zero where no real token is seen, and the combine
-            weights, `(B, T, S)`.
+            tuple[Tensor, Tensor]: the averages, `(B, C·T, S, R)`, zero where no real token is seen, and the combine
+            weights, `(B, C·T, S)`.
 
         Raises:
             ValueError: if the tokens do not begin with a chunk.
         """
-        rates, chunk_size = self._rates(logits), self.chunk_size or 1
-        if past is None:
-            read = running_average(projected, logits, mask, rates).average
-        else:
-            first, last = past.ends(logits, mask)
+        combine, times = logits.softmax(dim=-1), logits.shape[1] // channels
+        rates, chunk_size, is_real = self._rates(logits), self.chunk_size or 1, mask
+        if channels > 1:
+            # The tokens of one time are a chunk that sees itself whole.
+            logits, projected = _time_by_time(logits, channels), _time_by_time(projected, channels)
+            mask = None if mask is None else _time_by_time(mask, channels)
+            is_real = None if mask is None else mask.unflatten(1, (times, channels)).any(dim=2)
+            if rates is not None:
+                # From one token to the next a C-th of a time passes; all tokens of a time are as old as its last one.
+                rates = rates / channels
+                lead = torch.arange(channels - 1, -1, -1, device=logits.device, dtype=logits.dtype)
+                logits = logits + (lead.unsqueeze(1) * rates).repeat(times, 1)
+        before = None
+        if past is not None:
+            first, last = past.ends(logits[:, ::channels], is_real)
             if chunk_size > 1:
                 past.check_chunks(chunk_size, first, last)
-            averages = running_average(projected, logits, mask, rates, past.running(first, rates))
-            past.keep_averages(averages, last)
-            read = averages.average
-        if chunk_size > 1:
-            ends = chunk_ends(chunk_size, logits.shape[1], mask).to(read.device)
+            before = past.running(first * channels, rates)
+        averages = running_average(projected, logits, mask, rates, before)
+        if past is not None:
+            past.keep_averages(averages, (last + 1) * channels - 1)
+        read = averages.average
+        if chunk_size > 1 or channels > 1:
+            ends = chunk_ends(chunk_size, times, is_real).to(read.device)
+            ends = ends if channels == 1 else (ends * channels + channels - 1).repeat_interleave(channels, dim=1)
             read = read.gather(1, ends[:, :, None, None].expand_as(read))
-        return read, logits.softmax(dim=-1)
+        return (read if channels == 1 else _channel_by_channel(read, channels)), combine
 
     def weights(self, tokens: Tensor, mask: Optional[Tensor] = None, channels: int = 1) -> tuple[Tensor, Tensor]:
         """Dispatch weights of what the last token reads, and combine weights.
@@ -183,3 +208,13 @@ class CausalSoftRouter(SoftRouter):
 
     def _rates(self, logits: Tensor) -> Optional[Tensor]:
         return None if self.forgetting is None else RATE * self.forgetting.to(logits.dtype).exp()
+
+
+def _time_by_time(tokens: Tensor, channels: int) -> Tensor:
+    """`(B, T·C, …)` from `(B, C·T, …)`."""
+    return tokens.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def _channel_by_channel(tokens: Tensor, channels: int) -> Tensor:
+    """`(B, C·T, …)` from `(B, T·C, …)`."""
+    return tokens.unflatten(1, (-1, channels)).transpose(1, 2).flatten(1, 2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .causal import CausalSoftRouter
-from .channels import STANDARD_DEVIATION, apart, embed_channels, read_in_time, together
+from .channels import STANDARD_DEVIATION, apart, embed_channels, together
 from .choices import CAUSAL_ROUTERS, EXPERTS, ROUTERS
 from .kernels import add_slots, without_autocast
 from .past import Past
@@ -253,7 +253,7 @@ class Mixture(nn.Module):
             projected, logits = self.experts.project_beside(tokens, router.slots)
         else:
             projected, logits = self.experts.project(tokens), router.logits(tokens)
-        return read_in_time(router, logits, projected, mask, channels, past)
+        return router.read(logits, projected, mask, past, channels)
 
     def _check(self, tokens: Tensor, mask: Optional[Tensor], added_to: Tensor) -> None:
         if added_to.shape != (*tokens.shape[:2], self.out_features):

@@ -106,7 +106,6 @@ def test_a_page_comes_again_byte_for_byte(tmp_path, axis):
 
 
 @needs_results
-@pytest.mark.skipif(not COMMITTED, reason="no study is committed yet")
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
 def test_committed_pages_are_those_of_the_committed_runs(folder, tmp_path):
     for name in ("runs.jsonl", "notes.md", "times.json"):

@@ -95,7 +95,7 @@ def test_tokens_are_taken_back(options):
     assert past.num_tokens == 29
     given = mix(tokens[:, 29:], mixture, past=past)
     assert relative_error(given, mix(tokens, mixture)[:, 29:]) < 1e-12
-    with pytest.raises(ValueError, match="keeps no history"):
+    with pytest.raises(ValueError, match="keeps only its latest state, so that no tokens can be taken back"):
         Past().crop(1)
     with pytest.raises(ValueError, match="`history` must be False"):
         Past(history=True)
