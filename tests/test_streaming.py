@@ -13,6 +13,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from peft_softmoa import RoutingStream, SoftMoAConfig, stream_routing
+from peft_softmoa.calls.caches import find_cache
 
 KINDS = [{}, {"forgetting": True, "num_slots": 2}, {"routing": "dense", "expert_type": "convolution"}]
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -208,6 +209,15 @@ def test_a_cache_that_another_adapter_has_filled_is_an_error():
         model(ids[:, :1], past_key_values=of_default)
     with model.disable_adapter():
         model(ids[:, :1], past_key_values=plain)
+
+
+def test_a_cache_of_an_unknown_kind_is_an_error():
+    """It may have tokens, and could not hold what mixtures keep."""
+    assert find_cache(0, ("tokens", "cache"), (None, None), {}) is None
+    with pytest.raises(ValueError, match="or which cannot hold its state"):
+        find_cache(0, ("tokens", "cache"), (None, object()), {}).past(("layer", "default"))
+    for empty in ((), DynamicCache()):
+        assert find_cache(0, (), (), {"past_key_values": empty}).past(("layer", "default")).num_tokens == 0
 
 
 class TokenModel(nn.Module):

@@ -163,7 +163,7 @@ def find_past(
 
 
 def _count_tokens(cache: Any, index: int) -> Optional[int]:
-    """How many tokens a cache has of a layer; None if it has some, and does not tell how many."""
+    """How many tokens a cache has of a layer; None if it may have some, and does not tell how many."""
     if isinstance(cache, (tuple, list)):  # keys and values of the layer
         return None if any(isinstance(each, Tensor) and each.numel() > 0 for each in cache) else 0
     for ask in ("get_seq_length", "has_previous_state"):
@@ -174,7 +174,7 @@ def _count_tokens(cache: Any, index: int) -> Optional[int]:
         if ask == "get_seq_length":
             return int(found)
         return None if found else 0
-    return 0
+    return None
 
 
 def _new_followed(kind: Any) -> Any:
