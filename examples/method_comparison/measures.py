@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from peft_softmoa.inspection import expert_report
 
 from ..benchmark.measure import memory_of, synchronize
 from .models import Apart
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def autocast(protocol: dict[str, Any]) -> torch.autocast:
+    """A context in which a model computes with a study's precision, on its device."""
+    precision = getattr(torch, protocol["precision"])
+    return torch.autocast(protocol.get("device", "cpu"), precision, enabled=precision != torch.float32)
 
 
 def costs(model: nn.Module, inputs: Tensor, targets: Tensor, times: int = 10) -> dict[str, float]:

@@ -26,7 +26,7 @@ from peft_softmoa.training import fingerprint_weights
 
 from . import records, timing
 from .data import Data, cached, load_data
-from .measures import one_thread
+from .measures import PRECISIONS, autocast, one_thread
 from .methods import METHODS, PROBE, SOFT, paper_budget, why_not
 from .models import TASKS, load_extractor, pooled_outputs
 from .pages import write_page
@@ -62,6 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="how many")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the computation; weights are in float32")
     parser.add_argument("--budget", type=int, help="parameters besides the head; those of the paper's Soft-MoA")
     parser.add_argument("--rates", nargs="+", type=float, help="the grid of all methods, instead of their own")
     parser.add_argument("--clips_per_class", nargs="+", type=int, help="training clips of each class")
@@ -109,7 +110,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
         kept = [each for each in study.variants if each in first]
         kept += [each for each in study.variants if each not in kept]
         study = replace(study, **QUICK, variants=kept[:QUICK_VARIANTS])
-    given = {name: getattr(arguments, name) for name in (*NUMBERS, "label_column", "model", "task")}
+    given = {name: getattr(arguments, name) for name in (*NUMBERS, "precision", "label_column", "model", "task")}
     study = replace(study, **{name: value for name, value in given.items() if value is not None})
     if arguments.epochs is not None:
         study = replace(study, epochs_of={})
@@ -146,7 +147,7 @@ def protocol_of(arguments: argparse.Namespace, study: Study, data: Data, model: 
         dict[str, Any]: the settings.
     """
     fields = {} if study.seconds is None else {"max_length_seconds": study.seconds}
-    shared = ["task", "seconds", "epochs", "epochs_of", "batch_size", "clips_per_class"]
+    shared = ["task", "seconds", "epochs", "epochs_of", "batch_size", "precision", "clips_per_class"]
     shared += ["validation_per_class", "test_per_class", "validate_every", "trace", "rates", "groups"]
     values = asdict(study)
     return {
@@ -167,7 +168,6 @@ def protocol_of(arguments: argparse.Namespace, study: Study, data: Data, model: 
         **OPTIMIZER,
         "schedule": "cosine to zero by step, without warm-up",
         "augmentation": "none",
-        "precision": "float32",
         # Without it, it is the CPU. Times of different devices are not to be mixed.
         **({} if arguments.device == "cpu" else {"device": arguments.device}),
     }
@@ -258,8 +258,8 @@ def carry_out(arguments: argparse.Namespace, study: Study) -> list[str]:
                 return []
             pooled = None
             if any(run.method == PROBE for run in runs) and study.num_channels is None and not arguments.quick:
-                pooled = f"{data.digest}-{protocol['model_sha256']}"
-                with one_thread():
+                pooled = "-".join([data.digest, protocol["model_sha256"], protocol["precision"]])
+                with one_thread(), autocast(protocol):
                     cached(arguments.cache, pooled, lambda: pooled_outputs(model, data.inputs))
             workers = Workers(arguments.processes, protocol, data, arguments.cache, pooled)
             return run_all(runs, workers, found, path, protocol)

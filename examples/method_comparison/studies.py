@@ -38,6 +38,7 @@ class Study:
         epochs (int): passes over the training clips.
         epochs_of (dict): other numbers of epochs, by method.
         batch_size (int): clips in a step.
+        precision (str): `"float32"`, or `"bfloat16"`: what torch.autocast computes in it, with weights in float32.
         clips_per_class (int, optional): how many training clips of each class are drawn. Default: all.
         validation_per_class (int, optional): the same of the validation fold.
         test_per_class (int, optional): the same of the tested fold.
@@ -66,6 +67,7 @@ class Study:
     epochs: int = 10
     epochs_of: dict[str, int] = field(default_factory=lambda: {PROBE: 60})
     batch_size: int = 16
+    precision: str = "float32"
     clips_per_class: Optional[int] = None
     validation_per_class: Optional[int] = None
     test_per_class: Optional[int] = None
@@ -94,8 +96,14 @@ def plain(methods: Any) -> list[tuple[str, Options]]:
     return [(method, {}) for method in methods]
 
 
-ESC50 = {"dataset": "SOFTMOA_ESC50", "seconds": 5.0}
-COMMANDS = {"dataset": "SOFTMOA_COMMANDS", "seconds": 1.0, "speaker_column": "speaker"}
+ESC50 = {"dataset": "SOFTMOA_ESC50", "seconds": 5.0, "precision": "bfloat16"}
+COMMANDS = {
+    "dataset": "SOFTMOA_COMMANDS",
+    "seconds": 1.0,
+    "speaker_column": "speaker",
+    "precision": "bfloat16",
+}
+TRACE = (0, 5, 10, 20, 50, 100, 200)
 BOTH = {"num_slots": 2, "placement": "both"}
 BINAURAL = [(SOFT, {"channels": way, **BOTH}) for way in ("mono", "apart", "joined")]
 
@@ -109,6 +117,7 @@ STUDIES: dict[str, Study] = {
         batch_size=8,
         validation_per_class=4,
         validate_every=2,
+        trace=TRACE,
         reference=EIGHT.index(SINGLE),
     ),
     # Eight clips of a class are in the study above.
@@ -196,8 +205,8 @@ STUDIES: dict[str, Study] = {
         batch_size=8,
         validation_per_class=4,
         validate_every=2,
-        trace=(0, 5, 10, 20, 50, 100, 200),
-        rates=dict(RATES) | {SOFT: [5e-3], SINGLE: [5e-3]},
+        folds=3,
+        trace=TRACE,
     ),
     "efficiency": Study(
         "Efficiency to convergence",

@@ -11,7 +11,7 @@ import torch
 from ..benchmark.measure import environment, in_turn, note
 from ..benchmark.report import markdown, times
 from .data import Data
-from .measures import now, one_thread
+from .measures import autocast, now, one_thread
 from .models import TASKS
 from .studies import label
 from .training import Run, channels_of, make_optimizer, prepare
@@ -46,14 +46,17 @@ def measure(runs: list[Run], protocol: dict[str, Any], data: Data, rounds: int, 
                 model: Any = model, inputs: Any = inputs, targets: Any = targets, optimizer: Any = optimizer
             ) -> None:
                 model.train()
-                model(inputs, labels=targets).loss.backward()
+                with autocast(protocol):
+                    loss = model(inputs, labels=targets).loss
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
             @torch.inference_mode()
             def forward(model: Any = model, inputs: Any = inputs, targets: Any = targets) -> None:
                 model.eval()
-                model(inputs[:1], labels=targets[:1])
+                with autocast(protocol):
+                    model(inputs[:1], labels=targets[:1])
 
             name = json.dumps([method, dict(options)])
             steps[name], forwards[name] = step, forward

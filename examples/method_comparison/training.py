@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -16,7 +15,7 @@ from transformers import get_cosine_schedule_with_warmup as cosine
 from peft_softmoa.quiet import quiet_loading
 
 from .data import Data
-from .measures import costs, now, one_thread, use_of_experts
+from .measures import autocast, costs, now, one_thread, use_of_experts
 from .methods import HEAD, METHODS, MIXTURES, PROBE, is_slots
 from .models import TASKS, Apart, Classes, Head
 
@@ -175,19 +174,24 @@ def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tenso
 
         def trace(step: int) -> None:
             if run.method in MIXTURES and MIXTURES[run.method]["num_experts"] > 1:
-                routing.append({"step": step, **use_of_experts(trained_model, inputs[traced])})
+                with autocast(protocol):
+                    routing.append({"step": step, **use_of_experts(trained_model, inputs[traced])})
 
         def step(clips: Tensor) -> float:
             targets = task.targets(data.labels[clips]).to(device)
-            output = trained_model(inputs[clips].to(device), labels=targets)
+            with autocast(protocol):
+                output = trained_model(inputs[clips].to(device), labels=targets)
             output.loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             # Without the load-balancing loss of top-k, so that all methods give the same.
-            return task.loss(output.logits.detach(), targets)
+            return task.loss(output.logits.detach().float(), targets)
 
-        evaluate = partial(_evaluate, task, trained_model, inputs, data)
+        def evaluate(clips: Tensor) -> tuple[float, float]:
+            with autocast(protocol):
+                return task.evaluate(trained_model, inputs[clips], data.labels[clips])
+
         progress: dict[str, list[Any]] = {}
         seconds: list[float] = []
         for epoch in range(1, epochs + 1):
@@ -207,6 +211,8 @@ def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tenso
                     progress.setdefault(name, []).append(each)
         trace(len(seconds))
         value, loss = evaluate(test)
+        with autocast(protocol):
+            cost = costs(trained_model, inputs[training[:size]], task.targets(data.labels[training[:size]]))
         record = {
             "settings": {
                 # Where the model lies is no setting.
@@ -222,7 +228,7 @@ def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tenso
             "test_loss": _finite(loss),
             # The last batch of an epoch may be smaller, and the first step warms up.
             "step_seconds": statistics.median(seconds),
-            **costs(trained_model, inputs[training[:size]], task.targets(data.labels[training[:size]])),
+            **cost,
         }
         if protocol["groups"]:
             record["test_group"] = task.group_accuracy(data.labels[test], protocol["groups"])
@@ -230,10 +236,6 @@ def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tenso
             record["routing"] = routing
     record["run_seconds"] = time.perf_counter() - started
     return record
-
-
-def _evaluate(task: Classes, model: nn.Module, inputs: Tensor, data: Data, clips: Tensor) -> tuple[float, float]:
-    return task.evaluate(model, inputs[clips], data.labels[clips])
 
 
 def channels_of(inputs: Tensor, channels: Optional[str]) -> Tensor:
