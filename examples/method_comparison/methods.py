@@ -169,7 +169,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 RATES = {
     **dict.fromkeys(METHODS, [1e-3, 5e-3]),
     PROBE: [1e-3, 5e-3, 2.5e-2],
-    FULL: [1e-4, 5e-4],
+    FULL: [5e-5, 2e-4],
 }
 # What `train_mixture` takes besides fields of SoftMoAConfig.
 ROUTER_OPTIONS = ("slot_std", "slot_unit", "temperature", "cosine_scale")

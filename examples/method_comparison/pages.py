@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional
 from ..benchmark.report import machine, markdown, times
 from .intervals import Estimate, by_fold, interval, paired, smallest_difference
 from .pictures import draw
-from .records import Record, chosen_rate
+from .records import Record, chosen_rate, of
 from .studies import Options, Study, label
 from .timing import TIMES, timing_table
 from .training import Run
@@ -72,6 +72,28 @@ def rows_of(found: list[Record], study: Study) -> list[Row]:
         if runs:
             rows.append(Row(method, options, dict(sorted(runs.items()))))
     return rows
+
+
+def traces_of(found: list[Record], rows: list[Row]) -> list[Row]:
+    """The rows whose use of experts was traced and, after each, its runs with rates that were not chosen.
+
+    Args:
+        found (list[Record]): the records of one study.
+        rows (list[Row]): from `rows_of`.
+
+    Returns:
+        list[Row]: rows whose options have the rate, if there are several.
+    """
+    traced = []
+    for row in rows:
+        rates: dict[float, dict[Key, Record]] = {}
+        for record in of(found, row.method, row.options):
+            if record.get("routing"):
+                given = record["settings"]
+                rates.setdefault(given["rate"], {})[given["fold"], given["seed"]] = record
+        for rate, runs in sorted(rates.items()):
+            traced.append(row._replace(options=row.options | {"rate": rate}, runs=runs))
+    return traced
 
 
 def reference_of(row: Row, rows: list[Row], study: Study) -> Optional[Row]:
@@ -167,13 +189,12 @@ def cost_table(rows: list[Row]) -> str:
 
 
 def routing_table(rows: list[Row]) -> str:
-    """How experts are used at the start that was traced and at the end: means of all blocks and runs."""
-    table = [
-        ["method", "step", "largest load, of an equal share", "experts, effective", "of", "tokens a slot reads, %"]
-    ]
+    """How experts are used at each step that was traced and at the end: means of all blocks and runs."""
+    heading = ["method", "step", "largest load, of an equal share", "experts, effective", "of"]
+    table = [[*heading, "tokens a slot reads, %", "runs"]]
     for row in rows:
-        traces = [record["routing"] for record in row.runs.values() if record.get("routing")]
-        for index in range(len(traces[0]) if traces else 0):
+        traces = [record["routing"] for record in row.runs.values()]
+        for index in range(len(traces[0])):
             entries = [trace[index] for trace in traces]
             means = {
                 name: statistics.fmean(sum((each[name] for each in entries), []))
@@ -189,6 +210,7 @@ def routing_table(rows: list[Row]) -> str:
                     f"{means['effective_experts']:.2f}",
                     str(number),
                     f"{100 * means['tokens_read'] / means['tokens']:.0f}",
+                    str(len(traces)),
                 ]
             )
     return markdown(table)
@@ -218,6 +240,11 @@ def protocol_text(protocol: dict[str, Any], study: Study) -> str:
     """What all runs have in common."""
     clips = "" if protocol["clips_per_class"] is None else f" with {protocol['clips_per_class']} clips of a class"
     others = "".join(f", {name} {each}" for name, each in protocol["epochs_of"].items())
+    if protocol.get("head_epochs"):
+        others += (
+            f". Before, for all but the linear probe, the head alone learns for {protocol['head_epochs']} epochs with "
+            f"a rate of {protocol['head_rate']:g} from what the pretrained model gives"
+        )
     seconds = "" if protocol["seconds"] is None else f", cut to {protocol['seconds']:g} s"
     method, options = study.variants[study.reference]
     given = protocol
@@ -280,8 +307,8 @@ def page(found: list[Record], study: Study, notes: str, timing: Optional[dict[st
         if protocol["metric"] == "accuracy" and protocol["data"] in ("esc50", "arabic-speech-commands"):
             text = "Published by Cappellazzo et al. (arXiv 2312.03694, Table 1), theirs, on AST with more training:"
             parts += [text, markdown(PUBLISHED)]
-        if any(record.get("routing") for row in rows for record in row.runs.values()):
-            parts += ["## Use of the experts", routing_table(rows)]
+        if traced := traces_of(found, rows):
+            parts += ["## Use of the experts", routing_table(traced)]
         parts += ["## Cost", cost_table(rows)]
     else:
         parts += ["No learning rate has been chosen yet, so there is no table."]

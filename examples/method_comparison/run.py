@@ -32,7 +32,7 @@ from .models import TASKS, load_extractor, pooled_outputs
 from .pages import write_page
 from .records import CHOICE_SEED
 from .studies import QUICK, QUICK_VARIANTS, STUDIES, Study
-from .training import OPTIMIZER, Run, method_options, slug
+from .training import HEAD_RATE, OPTIMIZER, Run, method_options, slug
 from .workers import Workers, be_quiet, run_all
 
 PROGRAM = "python -m examples.method_comparison"
@@ -168,6 +168,7 @@ def protocol_of(arguments: argparse.Namespace, study: Study, data: Data, model: 
         **OPTIMIZER,
         "schedule": "cosine to zero by step, without warm-up",
         "augmentation": "none",
+        **({"head_epochs": study.head_epochs, "head_rate": HEAD_RATE} if study.head_epochs else {}),
         # Without it, it is the CPU. Times of different devices are not to be mixed.
         **({} if arguments.device == "cpu" else {"device": arguments.device}),
     }
@@ -257,7 +258,8 @@ def carry_out(arguments: argparse.Namespace, study: Study) -> list[str]:
                 timing.measure(runs, protocol, data, arguments.time, arguments.output_dir)
                 return []
             pooled = None
-            if any(run.method == PROBE for run in runs) and study.num_channels is None and not arguments.quick:
+            probes = any(run.method == PROBE for run in runs) and study.num_channels is None and not arguments.quick
+            if probes or study.head_epochs:
                 pooled = "-".join([data.digest, protocol["model_sha256"], protocol["precision"]])
                 with one_thread(), autocast(protocol):
                     cached(arguments.cache, pooled, lambda: pooled_outputs(model, data.inputs))

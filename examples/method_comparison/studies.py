@@ -37,6 +37,8 @@ class Study:
         seeds (int): how many; the first chooses the learning rates.
         epochs (int): passes over the training clips.
         epochs_of (dict): other numbers of epochs, by method.
+        head_epochs (int): passes over the training clips in which the head is trained alone first, on what the
+            pretrained model gives, for all methods but the linear probe, which trains nothing else anyway.
         batch_size (int): clips in a step.
         precision (str): `"float32"`, or `"bfloat16"`: what torch.autocast computes in it, with weights in float32.
         clips_per_class (int, optional): how many training clips of each class are drawn. Default: all.
@@ -66,6 +68,7 @@ class Study:
     seeds: int = 1
     epochs: int = 10
     epochs_of: dict[str, int] = field(default_factory=lambda: {PROBE: 60})
+    head_epochs: int = 0
     batch_size: int = 16
     precision: str = "float32"
     clips_per_class: Optional[int] = None
@@ -113,7 +116,8 @@ STUDIES: dict[str, Study] = {
         plain(EIGHT),
         **ESC50,
         clips_per_class=8,
-        epochs=6,
+        epochs=4,
+        head_epochs=10,
         batch_size=8,
         validation_per_class=4,
         validate_every=2,
@@ -126,10 +130,11 @@ STUDIES: dict[str, Study] = {
         over(MAIN, "clips_per_class", (1, 2, 4)),
         **ESC50,
         folds=3,
-        epochs=12,
+        epochs=8,
+        head_epochs=10,
         batch_size=8,
         validation_per_class=4,
-        validate_every=12,
+        validate_every=8,
         reference=MAIN.index(SINGLE),
         axis="clips_per_class",
     ),
@@ -201,7 +206,8 @@ STUDIES: dict[str, Study] = {
         ],
         **ESC50,
         clips_per_class=8,
-        epochs=6,
+        epochs=4,
+        head_epochs=10,
         batch_size=8,
         validation_per_class=4,
         validate_every=2,
@@ -235,6 +241,7 @@ QUICK = {
     "folds": 1,
     "seeds": 1,
     "epochs": 2,
+    "head_epochs": 0,
     "epochs_of": {},
     "clips_per_class": 2,
     "validation_per_class": 1,

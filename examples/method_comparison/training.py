@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -26,6 +27,8 @@ DATA_OPTIONS = ("clips_per_class", "speakers", "channels")
 OPTIMIZER_OPTIONS = ("slots_rate", "decays_slots")
 CHANNELS = ("mono", "apart", "joined")
 TRACED_CLIPS = 40
+# With which a head is trained alone.
+HEAD_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,16 @@ def method_options(options: dict[str, Any]) -> dict[str, Any]:
     return own | ({"num_channels": 2} if options.get("channels") == "joined" else {})
 
 
-def prepare(run: Run, protocol: dict[str, Any], task: Classes) -> nn.Module:
+def prepare(
+    run: Run, protocol: dict[str, Any], task: Classes, first: Callable[[nn.Module], None] = lambda model: None
+) -> nn.Module:
     """The pretrained model, ready to train with a method, in which all but this is the same for all methods.
 
     Args:
         run (Run): the method, its options and the seed of the head and the adapter.
         protocol (dict): `budget` and `seconds` are read from it.
         task (Classes): loads the model.
+        first (callable): what is done to the pretrained model before the method changes it. Default: nothing.
 
     Returns:
         nn.Module: the model, on the CPU.
@@ -87,6 +93,7 @@ def prepare(run: Run, protocol: dict[str, Any], task: Classes) -> nn.Module:
         raise ValueError(f"{run.method} has no options, got {', '.join(own or options)}.")
     torch.manual_seed(run.seed)
     model = task.load()
+    first(model)
     if run.method in MIXTURES:
         own["max_length_seconds"] = task.seconds
     with quiet_loading():
@@ -131,6 +138,30 @@ def make_optimizer(model: nn.Module, rate: float, slots_rate: float = 1.0, decay
     )
 
 
+def fit_head(model: nn.Module, pooled: Tensor, labels: Tensor, size: int, epochs: int, seed: int) -> None:
+    """Train the head of a model alone, on what it reads of each clip.
+
+    Args:
+        model (nn.Module): the model, whose head is changed.
+        pooled (Tensor): `(clips, D)`.
+        labels (Tensor): `(clips,)` int64.
+        size (int): clips in a batch.
+        epochs (int): passes over the clips.
+        seed (int): of the order of the clips.
+    """
+    head, order = Head(model), torch.Generator().manual_seed(seed)
+    optimizer = make_optimizer(head, HEAD_RATE)
+    schedule = cosine(optimizer, 0, num_training_steps=epochs * math.ceil(len(labels) / size))
+    for _ in range(epochs):
+        for clips in torch.randperm(len(labels), generator=order).split(size):
+            head(pooled[clips], labels=labels[clips]).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    for name, module in head.named_children():
+        getattr(model, name).load_state_dict(module.state_dict())
+
+
 def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tensor] = None) -> dict[str, Any]:
     """Train, validate from time to time, and test after the last epoch.
 
@@ -141,7 +172,8 @@ def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tenso
         run (Run): what is trained, with its rate.
         protocol (dict): what all runs have in common, see `run.protocol_of`.
         data (Data): all clips.
-        pooled (Tensor, optional): `(clips, D)`, what the head reads, which is all that a linear probe needs.
+        pooled (Tensor, optional): `(clips, D)`, what the head reads, which is all that a linear probe needs, and a head
+            that is trained alone first.
 
     Returns:
         dict[str, Any]: the record, which JSON takes: `settings`, `parameters` and `head_parameters`, `progress`, lists
@@ -159,13 +191,19 @@ def train(run: Run, protocol: dict[str, Any], data: Data, pooled: Optional[Tenso
     torch.backends.cudnn.allow_tf32 = False  # float32 is what all else has
     with one_thread(), torch.random.fork_rng(devices=[]):
         task = TASKS[protocol["task"]](protocol["model_path"], data.label_names, protocol["seconds"])
-        model = prepare(run, protocol, task)
+        size, head_epochs = protocol["batch_size"], protocol.get("head_epochs", 0)
+
+        def first(model: nn.Module) -> None:
+            if head_epochs and run.method != PROBE:
+                fit_head(model, pooled[training], data.labels[training], size, head_epochs, run.seed)
+
+        model = prepare(run, protocol, task, first)
         uses_pooled = run.method == PROBE and pooled is not None
         inputs = pooled if uses_pooled else channels_of(data.inputs, options.get("channels"))
         trained_model = (Head(model) if uses_pooled else model).to(device)
         own = {name: options[name] for name in OPTIMIZER_OPTIONS if name in options}
         optimizer = make_optimizer(trained_model, run.rate, **own)
-        size, epochs = protocol["batch_size"], protocol["epochs_of"].get(run.method, protocol["epochs"])
+        epochs = protocol["epochs_of"].get(run.method, protocol["epochs"])
         schedule = cosine(optimizer, 0, num_training_steps=epochs * math.ceil(len(training) / size))
         order = torch.Generator().manual_seed(run.seed)
         trained = {name: each.numel() for name, each in trained_model.named_parameters() if each.requires_grad}

@@ -38,7 +38,8 @@ def test_the_tables():
     # t = 4.303 of two degrees of freedom, s = 1, and as many folds tested as trained on.
     assert "| Soft-MoA | 78 | 0.01 | 90.0 ± 5.0 | +10.0 ± 5.0 | 3 |" in lines
     assert "| LoRA | 78 | 0.01 | 70.0 | -10.0 | 1 |" in lines
-    assert "| Soft-MoA | 0 | 1.40 | 5.50 | 7 | 25 |" in lines and "| Soft-MoA | 9 | 3.50 | 5.50 | 7 | 25 |" in lines
+    assert "| Soft-MoA, rate=0.01 | 0 | 1.40 | 5.50 | 7 | 25 | 3 |" in lines
+    assert "| Soft-MoA, rate=0.01 | 9 | 3.50 | 5.50 | 7 | 25 | 3 |" in lines
     # (4.303 + 1.061) · √(1/3 + 1)
     assert "deviate by 1.0 points" in text and "is 6.2 points with 3 folds" in text
     assert "a processor, 1 thread on 2 cores, torch 2, transformers 5, peft 0, 2 runs at a time" in text

@@ -107,6 +107,22 @@ def prepared(base_folder, method, budget=4000, seed=0, **options):
     return model, {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def test_heads_are_trained_alone_first(base_folder, tmp_path):
+    data = load(write_clips(tmp_path), base_folder, tmp_path / "cache")
+    model = Classes(str(base_folder), data.label_names).load()
+    pooled = pooled_outputs(model, data.inputs)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    loss = Head(model)(pooled, labels=data.labels).loss.item()
+    training.fit_head(model, pooled, data.labels, size=4, epochs=300, seed=0)
+    assert Head(model)(pooled, labels=data.labels).loss.item() < 0.8 * loss
+    changed = {name for name, each in model.state_dict().items() if not each.equal(before[name])}
+    assert changed == {name for name in before if name.startswith("classifier.")}
+    # A run begins with such a head: without a step of its own, it is as good as that.
+    one = Run(SOFT, "1", 0.0, 0)
+    begun, fresh = (training.train(one, protocol(base_folder, head_epochs=epochs), data, pooled) for epochs in (300, 0))
+    assert begun["progress"]["loss"][0] < 0.95 * fresh["progress"]["loss"][0]
+
+
 KNOWN = [method for method in METHODS if method != "Conformer"]
 
 
