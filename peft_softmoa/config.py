@@ -54,6 +54,12 @@ class SoftMoAConfig(PeftConfig):
         "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. For "
         "routing 'soft'.",
     )
+    unit_slots: bool = _option(
+        False,
+        "Whether slot parameters have unit variance and are divided by √D in the logits (cosines are multiplied by it "
+        "instead), so that a step of Adam changes the logits √D times less, and experts stay in use at high learning "
+        "rates. For routing 'soft'.",
+    )
     causal: Optional[bool] = _option(
         None,
         "Whether no token sees the tokens after it: slots are averages of the tokens so far, and convolutions reach "

@@ -136,6 +136,12 @@ def expert_on_all(z, weights, valid=None, grid=None, causal=False):
     return apply(z, *weights, valid=valid, grid=grid, causal=causal)
 
 
+def slots_of(router):
+    """Φ, `(D, S)`, and the factor of cosines, or None, from the parameters of a router of slots."""
+    root = len(router.slots) ** 0.5 if router.unit_slots else 1.0
+    return router.slots / root, None if router.scale is None else router.scale * root
+
+
 def soft_mixture(x, slots, experts, mask=None, scale=None):
     """Output (B, T, D') for tokens x (B, T, D); `experts` is a list of N tuples of weights."""
     batch, num_tokens, _ = x.shape

@@ -22,6 +22,7 @@ def test_defaults_are_the_papers():
         "r": 6,
         "placement": "attention",
         "normalize": False,
+        "unit_slots": False,
         "activation": "gelu",
         "dropout": 0.0,
         "scaling": 1.0,
@@ -35,7 +36,7 @@ def test_every_field_has_its_help():
     own = {field.name for field in dataclasses.fields(SoftMoAConfig)} - {
         field.name for field in dataclasses.fields(PeftConfig)
     }
-    assert len(own) == 33
+    assert len(own) == 34
     for field in dataclasses.fields(SoftMoAConfig):
         assert field.metadata.get("help"), field.name
 

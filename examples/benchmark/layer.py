@@ -90,7 +90,7 @@ def _zeroed(tokens: Tensor, run: Callable[[], Tensor]) -> Tensor:
 
 def plainly(tokens: Tensor, router: nn.Module, experts: nn.Module) -> Tensor:
     """Soft-MoA with the backward pass that autograd makes of its formula."""
-    dispatch, combine = soft_routing(tokens, router.slots)
+    dispatch, combine = soft_routing(tokens, router.phi)
     return torch.baddbmm(tokens, combine, experts(dispatch.mT @ tokens))
 
 

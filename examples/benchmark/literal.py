@@ -43,7 +43,7 @@ class LiteralSoft(nn.Module):
     def __init__(self, router: nn.Module, experts: nn.Module) -> None:
         super().__init__()
         self.experts = as_modules(experts)
-        self.slots = nn.Parameter(router.slots.detach().unflatten(1, (len(self.experts), -1)).clone())
+        self.slots = nn.Parameter(router.phi.detach().unflatten(1, (len(self.experts), -1)).clone())
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits = torch.einsum("btd,dnp->btnp", tokens, self.slots)

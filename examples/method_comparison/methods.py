@@ -85,27 +85,17 @@ def train_lora(model: nn.Module, budget: int) -> nn.Module:
 
 
 def train_mixture(
-    model: nn.Module,
-    budget: int,
-    *,
-    slot_std: float = 1.0,
-    slot_unit: Optional[str] = None,
-    temperature: float = 1.0,
-    cosine_scale: Optional[float] = None,
-    **fields: Any,
+    model: nn.Module, budget: int, *, slot_std: float = 1.0, temperature: float = 1.0, **fields: Any
 ) -> nn.Module:
     """A mixture with the largest bottleneck within the budget.
 
-        Φ = factor · Φ',    factor = (D^-0.5 with slot_unit="std") / temperature
+        Φ = slots / temperature
 
     Args:
         model (nn.Module): the model.
         budget (int): the most parameters that may be trained apart from the head.
         slot_std (float): initial standard deviation of the slot parameters, in multiples of the package's. Default: 1.
-        slot_unit (str, optional): `"std"`: trained are slot parameters Φ' of unit variance, times D^-0.5 in the
-            forward pass, so that a step of Adam changes them by D^0.5 times less. Default: Φ itself.
         temperature (float): of the logits. Default: 1.
-        cosine_scale (float, optional): the learned scale's start, with `normalize=True`. Default: the package's.
         fields (Any): of SoftMoAConfig.
 
     Returns:
@@ -118,15 +108,10 @@ def train_mixture(
         if isinstance(module, ModulesToSaveWrapper):
             module.original_module.requires_grad_(False)
     for router in [module for module in model.modules() if isinstance(module, SoftRouter)]:
-        unit = router.slots.shape[0] ** -0.5 if slot_unit == "std" else 1.0
         with torch.no_grad():
-            router.slots *= slot_std / unit
-            if cosine_scale is not None:
-                if router.scale is None:
-                    raise ValueError("`cosine_scale` needs `normalize=True`.")
-                router.scale.fill_(cosine_scale)
-        if unit != 1.0 or temperature != 1.0:
-            parametrize.register_parametrization(router, "slots", Factor(unit / temperature), unsafe=True)
+            router.slots *= slot_std
+        if temperature != 1.0:
+            parametrize.register_parametrization(router, "slots", Factor(1 / temperature), unsafe=True)
     return model
 
 
@@ -172,7 +157,7 @@ RATES = {
     FULL: [5e-5, 2e-4],
 }
 # What `train_mixture` takes besides fields of SoftMoAConfig.
-ROUTER_OPTIONS = ("slot_std", "slot_unit", "temperature", "cosine_scale")
+ROUTER_OPTIONS = ("slot_std", "temperature")
 
 
 def why_not(method: str, options: dict[str, Any]) -> Optional[str]:

@@ -335,7 +335,7 @@ def write_page(found: list[Record], study: Study, folder: Path) -> Path:
     if rows:
         overlap = overlap_of(found[0]["settings"])
         numbers = [(row, interval(by_fold(row.values(percent)), overlap)) for row in rows]
-        draw(numbers, study.axis, found[0]["settings"]["metric"], folder / PICTURE)
+        draw(numbers, study.axis, found[0]["settings"]["metric"], traces_of(found, rows), folder / PICTURE)
     path = folder / PAGE
     path.write_text(page(found, study, notes, timing, bool(rows)), encoding="utf-8", newline="\n")
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Optional
@@ -11,22 +12,29 @@ from .intervals import Estimate
 # Of Okabe and Ito.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
 MARKERS = "osD^v<>PX*"
+LINES = ("-", "--", ":")
+# What is drawn over the steps, from an entry of a trace and the number of experts, as means of all blocks.
+USE: dict[str, Callable[[dict[str, Any], int], float]] = {
+    "largest load, of an equal share": lambda entry, experts: experts * fmean(entry["largest_load"]),
+    "tokens that a slot reads, % of all": lambda entry, _: 100 * fmean(entry["tokens_read"]) / fmean(entry["tokens"]),
+}
 
 
-def draw(numbers: list[tuple[Any, Estimate]], axis: Optional[str], metric: str, path: Path) -> None:
+def draw(numbers: list[tuple[Any, Estimate]], axis: Optional[str], metric: str, traces: list[Any], path: Path) -> None:
     """Draw the metric of each row with its interval and, if it was traced, the use of experts over the steps.
 
     Args:
         numbers (list of pairs): rows and what they have.
         axis (str, optional): the option that goes along; a line is drawn for all rows that have the others in common.
         metric (str): its name.
+        traces (list): from `pages.traces_of`; those with one step are not drawn.
         path (Path): of the PNG.
     """
     from matplotlib.figure import Figure
 
-    traced = [row for row, _ in numbers if any(len(each.get("routing", ())) > 1 for each in row.runs.values())]
-    panels = 2 if traced else 1
-    figure = Figure(figsize=(6.5 + 5 * (panels - 1), max(3.5, 0.4 * len(numbers) + 1)), layout="constrained")
+    traces = [row for row in traces if all(len(each["routing"]) > 1 for each in row.runs.values())]
+    panels = 1 + (len(USE) if traces else 0)
+    figure = Figure(figsize=(6.5 + 4.5 * (panels - 1), max(3.5, 0.4 * len(numbers) + 1)), layout="constrained")
     first, *others = figure.subplots(1, panels, squeeze=False)[0]
     label = f"{'word error rate' if metric == 'wer' else metric}, % (mean with 95% interval)"
     if axis is None:
@@ -58,17 +66,32 @@ def draw(numbers: list[tuple[Any, Estimate]], axis: Optional[str], metric: str, 
         first.set_ylabel(label)
         first.legend(fontsize=8)
     first.grid(alpha=0.3)
-    for panel in others:
-        for index, row in enumerate(traced):
-            traces = [record["routing"] for record in row.runs.values() if record.get("routing")]
-            steps = [entry["step"] for entry in traces[0]]
-            used = [
-                fmean(x for trace in traces for x in trace[place]["effective_experts"]) for place in range(len(steps))
-            ]
-            panel.plot(steps, used, label=row.label, color=COLORS[index % len(COLORS)], marker=MARKERS[index % 10])
-        panel.set_xlabel("step")
-        panel.set_ylabel("experts, effective number (mean of all blocks)")
-        panel.legend(fontsize=7)
-        panel.grid(alpha=0.3)
+    if traces:
+        _draw_traces(traces, others)
     # Neither date nor version, so that the same numbers give the same file.
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _draw_traces(traces: list[Any], panels: list[Any]) -> None:
+    """Draw what the experts do over the steps: a colour for each method, a kind of line for each learning rate."""
+    names = list(dict.fromkeys(without_rate(row) for row in traces))
+    rates = sorted({row.options["rate"] for row in traces})
+    for panel, (label, use) in zip(panels, USE.items(), strict=True):
+        for row in traces:
+            index, kind = names.index(without_rate(row)), LINES[rates.index(row.options["rate"]) % len(LINES)]
+            style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+            experts = row.options.get("num_experts", 7)
+            # For each step, the entries of all runs.
+            entries = list(zip(*(record["routing"] for record in row.runs.values()), strict=True))
+            values = [fmean(use(entry, experts) for entry in each) for each in entries]
+            panel.plot([each[0]["step"] for each in entries], values, kind, label=row.label, linewidth=1, **style)
+        panel.set_xscale("symlog", linthresh=5)
+        panel.set_xlabel("step")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    panels[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def without_rate(row: Any) -> str:
+    """The label of a row, whatever its learning rate."""
+    return row._replace(options={name: value for name, value in row.options.items() if name != "rate"}).label

@@ -195,13 +195,12 @@ STUDIES: dict[str, Study] = {
         [
             (SOFT, {}),
             (SOFT, {"slots_rate": 0.03}),
-            (SOFT, {"slots_rate": 0.2}),
-            (SOFT, {"slot_unit": "std"}),
+            (SOFT, {"unit_slots": True}),
             (SOFT, {"decays_slots": False}),
             (SOFT, {"temperature": 4.0}),
             (SOFT, {"slot_std": 4.0}),
             (SOFT, {"normalize": True}),
-            (SOFT, {"normalize": True, "cosine_scale": 19.6}),  # the root of Whisper tiny's width
+            (SOFT, {"normalize": True, "unit_slots": True}),
             (SINGLE, {}),
         ],
         **ESC50,

@@ -37,6 +37,7 @@ class CausalSoftRouter(SoftRouter):
         num_experts (int): N.
         num_slots (int): P, per expert. Default: 1.
         normalize (bool): whether the logits are scaled cosines. Default: False.
+        unit_slots (bool): whether the slot parameters have unit variance. Default: False.
         chunk_size (int, optional): number of tokens that see up to the last one of them. Default: each only itself and
             what was before.
         forgetting (bool): whether the weights of tokens fall with their age, at a rate λ = e^ρ / 100 that each slot
@@ -50,10 +51,11 @@ class CausalSoftRouter(SoftRouter):
         *,
         num_slots: int = 1,
         normalize: bool = False,
+        unit_slots: bool = False,
         chunk_size: Optional[int] = None,
         forgetting: bool = False,
     ) -> None:
-        super().__init__(in_features, num_experts, num_slots=num_slots, normalize=normalize)
+        super().__init__(in_features, num_experts, num_slots=num_slots, normalize=normalize, unit_slots=unit_slots)
         self.chunk_size = chunk_size
         self.forgetting = nn.Parameter(torch.zeros(num_experts * num_slots)) if forgetting else None
 
@@ -70,7 +72,7 @@ class CausalSoftRouter(SoftRouter):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """L of tokens `(B, T, D)`, `(B, T, S)` in float32 or float64."""
-        return soft_logits(tokens, self.slots, self.scale)
+        return soft_logits(tokens, self.phi, self.logit_scale)
 
     def read(
         self,

@@ -250,7 +250,7 @@ class Mixture(nn.Module):
         tokens = in_full_precision(tokens)
         router: CausalSoftRouter = self.router  # type: ignore[assignment]
         if router.scale is None:
-            projected, logits = self.experts.project_beside(tokens, router.slots)
+            projected, logits = self.experts.project_beside(tokens, router.phi)
         else:
             projected, logits = self.experts.project(tokens), router.logits(tokens)
         return router.read(logits, projected, mask, past, channels)

@@ -24,34 +24,70 @@ from .routing import (
 
 
 class SoftRouter(nn.Module):
-    """The slot parameters Φ of one mixture and, if it normalizes, the scale of its logits.
+    """The slot parameters of one mixture and, if it normalizes, the scale of its logits.
+
+    The slot parameters give Φ, of which the logits are made:
+
+        Φ = slots           drawn with standard deviation D^-0.5    or, with `unit_slots`,
+        Φ = slots / √D      drawn with standard deviation 1
+
+    Both begin alike. A step of Adam, whose size does not depend on that of a parameter, changes the second Φ √D times
+    less. Scaled cosines begin with a scale of one or, with `unit_slots`, √D.
 
     Args:
         in_features (int): D.
         num_experts (int): N.
         num_slots (int): P, per expert. Default: 1.
         normalize (bool): whether the logits are scaled cosines. Default: False.
+        unit_slots (bool): whether the slot parameters have unit variance. Default: False.
 
     Source: arXiv 2308.00951, section 2.1.
     """
 
     mixes_tokens = True
 
-    def __init__(self, in_features: int, num_experts: int, *, num_slots: int = 1, normalize: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_experts: int,
+        *,
+        num_slots: int = 1,
+        normalize: bool = False,
+        unit_slots: bool = False,
+    ) -> None:
         super().__init__()
+        self.unit_slots = unit_slots
         self.slots = nn.Parameter(torch.empty(in_features, num_experts * num_slots))
         self.scale = nn.Parameter(torch.empty(1)) if normalize else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw Φ with standard deviation D^-0.5, which gives unit logits for unit tokens; the scale starts at one."""
-        nn.init.normal_(self.slots, std=1 / math.sqrt(self.slots.shape[0]))
+        nn.init.normal_(self.slots, std=1.0 if self.unit_slots else 1 / self.root)
         if self.scale is not None:
             nn.init.ones_(self.scale)
 
     def extra_repr(self) -> str:
-        """Sizes, for `print`."""
-        return f"in_features={self.slots.shape[0]}, slots={self.slots.shape[1]}, normalize={self.scale is not None}"
+        """Sizes and choices, for `print`."""
+        return (
+            f"in_features={self.slots.shape[0]}, slots={self.slots.shape[1]}, normalize={self.scale is not None}, "
+            f"unit_slots={self.unit_slots}"
+        )
+
+    @property
+    def root(self) -> float:
+        """√D."""
+        return math.sqrt(self.slots.shape[0])
+
+    @property
+    def phi(self) -> Tensor:
+        """Φ, `(D, S)`."""
+        return self.slots / self.root if self.unit_slots else self.slots
+
+    @property
+    def logit_scale(self) -> Optional[Tensor]:
+        """By what cosines are multiplied, `(1,)`; None if the logits are no cosines."""
+        return self.scale if self.scale is None or not self.unit_slots else self.scale * self.root
 
     def forward(self, tokens: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
         """Average the tokens for each slot, and weigh the slots for each token.
@@ -66,7 +102,7 @@ class SoftRouter(nn.Module):
             tuple[Tensor, Tensor]: X̃, `(B, S, D)`, and the combine weights, `(B, S, T)`, in float32 or float64.
         """
         if self.scale is None:
-            slots, _, combine = read_slots(tokens, self.slots, mask)
+            slots, _, combine = read_slots(tokens, self.phi, mask)
             return slots, combine
         dispatch, combine = self.weights(tokens, mask)
         return dispatch.mT @ in_full_precision(tokens), combine.mT
@@ -81,7 +117,7 @@ class SoftRouter(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: both `(B, T, S)`, in float32 or float64.
         """
-        return soft_routing(in_full_precision(tokens), self.slots, mask, self.scale)
+        return soft_routing(in_full_precision(tokens), self.phi, mask, self.logit_scale)
 
 
 class DenseRouter(nn.Module):

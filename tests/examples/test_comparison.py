@@ -62,7 +62,7 @@ def test_studies_are_data(name):
 
 
 def test_what_the_package_does_not_have_is_skipped_with_the_reason():
-    assert why_not(SOFT, {"num_slots": 2, "slot_unit": "std"}) is None and why_not("LoRA", {}) is None
+    assert why_not(SOFT, {"num_slots": 2, "slot_std": 2.0}) is None and why_not("LoRA", {}) is None
     assert "no_such_field" in why_not(SOFT, {"no_such_field": 1})
     assert "`expert_type`" in why_not(SOFT, {"expert_type": "no such form"})
     assert method_options(dict.fromkeys((*DATA_OPTIONS, *OPTIMIZER_OPTIONS, "budget", "num_slots"), 1)) == {

@@ -247,23 +247,14 @@ def routers(model):
 
 
 def test_parametrisations_of_the_slots(base_folder):
-    plain, wide, unit, cold = (
-        routers(prepared(base_folder, SOFT, **options)[0])
-        for options in ({}, {"slot_std": 4.0}, {"slot_unit": "std"}, {"temperature": 4.0})
+    plain, wide, cold = (
+        routers(prepared(base_folder, SOFT, **options)[0]) for options in ({}, {"slot_std": 4.0}, {"temperature": 4.0})
     )
     assert len(plain) == 2
-    for one, four, other, quarter in zip(plain, wide, unit, cold):
-        assert torch.equal(4 * one.slots, four.slots) and one.slots.std().item() == pytest.approx(32**-0.5, rel=0.2)
-        # The same forward pass, of parameters of unit variance.
-        torch.testing.assert_close(other.slots, one.slots)
-        torch.testing.assert_close(other.parametrizations.slots.original, one.slots * 32**0.5)
-        assert torch.equal(one.slots / 4, quarter.slots)
-    model, trained = prepared(base_folder, SOFT, slot_unit="std")
+    for one, four, quarter in zip(plain, wide, cold):
+        assert torch.equal(4 * one.slots, four.slots) and torch.equal(one.slots / 4, quarter.slots)
+    model, trained = prepared(base_folder, SOFT, temperature=4.0)
     assert sum(map(is_slots, trained)) == 2
-    (cosine, _) = routers(prepared(base_folder, SOFT, normalize=True, cosine_scale=5.0)[0])
-    assert cosine.scale.item() == 5.0
-    with pytest.raises(ValueError, match="needs `normalize=True`"):
-        prepared(base_folder, SOFT, cosine_scale=5.0)
 
 
 def test_a_step_moves_slots_by_their_own_rate(base_folder):
@@ -287,7 +278,7 @@ def test_a_step_moves_slots_by_their_own_rate(base_folder):
     plain = moved(decays_slots=False)
     assert plain == pytest.approx(0.01, rel=1e-3)
     assert moved(slots_rate=0.1, decays_slots=False) == pytest.approx(0.001, rel=1e-3)
-    assert moved(slot_unit="std", decays_slots=False) == pytest.approx(0.01 * 32**-0.5, rel=1e-3)
+    assert moved(unit_slots=True, decays_slots=False) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("method, spared", [("BitFit", "all"), (LORA, "none"), (SOFT, "biases")])

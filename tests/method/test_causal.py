@@ -18,6 +18,8 @@ DENSE_CONVOLUTION = {"routing": "dense"} | CONVOLUTION
 KINDS = [
     SOFT,
     SOFT | {"normalize": True, "num_slots": 2},
+    SOFT | {"unit_slots": True},
+    SOFT | {"unit_slots": True, "normalize": True},
     SOFT | {"forgetting": True},
     SOFT | {"chunk_size": 3},
     SOFT | CONVOLUTION | {"num_slots": 3, "forgetting": True, "chunk_size": 2},
@@ -62,7 +64,8 @@ def expected_output(x, mixture, options, mask=None):
     if options["routing"] == "soft":
         rates = None if router.forgetting is None else router.forgetting.exp() / 100
         chunk_size = options.get("chunk_size", 1)
-        return oracle.causal_soft_mixture(x, router.slots, weights, mask, router.scale, chunk_size, rates)
+        slots, scale = oracle.slots_of(router)
+        return oracle.causal_soft_mixture(x, slots, weights, mask, scale, chunk_size, rates)
     gates = oracle.gates(x, router.weight, router.bias)
     if options["routing"] == "top_k":
         gates, _ = oracle.top_k_weights(gates, 2)

@@ -75,14 +75,16 @@ def expected_output(x, mixture, options, mask=None, grid=None):
     router, causal = mixture.router, options.get("causal", False)
     tokens = oracle.with_channels(x, mixture.channel_embedding, mask)
     flat_mask = None if mask is None else mask.flatten(1)
+    if options["routing"] == "soft":
+        slots, scale = oracle.slots_of(router)
     if options["routing"] == "soft" and causal:
         rates = None if router.forgetting is None else router.forgetting.exp() / 100
         return oracle.causal_soft_mixture_of_channels(
-            tokens.unflatten(1, x.shape[1:3]), router.slots, weights, mask, router.scale,
+            tokens.unflatten(1, x.shape[1:3]), slots, weights, mask, scale,
             options.get("chunk_size", 1), rates,
         ), None  # fmt: skip
     if options["routing"] == "soft":
-        output = oracle.soft_mixture(tokens, router.slots, weights, flat_mask, router.scale)
+        output = oracle.soft_mixture(tokens, slots, weights, flat_mask, scale)
         return output.unflatten(1, x.shape[1:3]), None
     loss = None
     if options.get("num_experts") == 1:

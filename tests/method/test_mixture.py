@@ -20,6 +20,8 @@ CONFORMER = {"expert_type": "conformer", "kernel_size": 3}
 ROUTINGS = [
     SOFT,
     SOFT | {"normalize": True, "num_slots": 2},
+    SOFT | {"unit_slots": True},
+    SOFT | {"unit_slots": True, "normalize": True},
     DENSE,
     DENSE | {"num_experts": 1},
     TOP_K,
@@ -71,7 +73,8 @@ def expected_output(x, mixture, options, mask=None, grid=None):
     x = x if mask is None else x * mask.unsqueeze(-1)
     weights = oracle.weights_of(mixture.experts, options.get("expert_type", "bottleneck"))
     if options["routing"] == "soft":
-        return oracle.soft_mixture(x, mixture.router.slots, weights, mask, mixture.router.scale), None
+        slots, scale = oracle.slots_of(mixture.router)
+        return oracle.soft_mixture(x, slots, weights, mask, scale), None
     if options.get("num_experts") == 1:
         return oracle.token_mixture(x, x.new_ones(*x.shape[:2], 1), weights, mask, grid), None
     gates = oracle.gates(x, mixture.router.weight, mixture.router.bias)

@@ -136,14 +136,32 @@ def test_load_balancing_loss_of_nothing_is_zero(shape):
         assert load_balancing_loss(gates, gates.topk(2).indices, mask) == 0
 
 
-def test_fresh_slots_give_unit_logits_for_unit_tokens():
+@pytest.mark.parametrize("unit_slots", [False, True])
+def test_fresh_slots_give_unit_logits_for_unit_tokens(unit_slots):
     torch.manual_seed(0)
-    router = SoftRouter(1024, 40, num_slots=2, normalize=True)
-    assert router.slots.std().item() == pytest.approx(1024**-0.5, rel=0.02)
-    assert router.slots.mean().abs() < 0.01 * 1024**-0.5
-    logits = torch.randn(500, 1024) @ router.slots
+    router = SoftRouter(1024, 40, num_slots=2, normalize=True, unit_slots=unit_slots)
+    assert router.slots.std().item() == pytest.approx(1.0 if unit_slots else 1024**-0.5, rel=0.02)
+    assert router.phi.std().item() == pytest.approx(1024**-0.5, rel=0.02)
+    assert router.phi.mean().abs() < 0.01 * 1024**-0.5
+    logits = torch.randn(500, 1024) @ router.phi
     assert logits.std().item() == pytest.approx(1.0, rel=0.05)
-    assert router.scale.tolist() == [1.0]
+    assert router.scale.tolist() == [1.0] and router.logit_scale.tolist() == [32.0 if unit_slots else 1.0]
+
+
+def test_steps_of_adam_move_unit_slots_less():
+    """Both routers begin alike, and a step changes the logits of one √D times less."""
+    routers = [SoftRouter(64, 3, unit_slots=unit_slots) for unit_slots in (False, True)]
+    with torch.no_grad():
+        routers[1].slots.copy_(8 * routers[0].slots)
+    tokens, moved = torch.randn(2, 9, 64), []
+    for router in routers:
+        before = router.phi.detach().clone()
+        optimizer = torch.optim.Adam(router.parameters(), lr=1e-3)
+        read, _ = router(tokens)
+        read.square().sum().backward()
+        optimizer.step()
+        moved.append((router.phi - before).abs().median().item())
+    assert moved[0] == pytest.approx(1e-3, rel=0.01) and moved[1] == pytest.approx(1e-3 / 8, rel=0.01)
 
 
 def test_fresh_routers_of_tokens_are_drawn_as_linear_layers():
