@@ -45,7 +45,9 @@ class Clip(NamedTuple):
     frequencies: Optional[np.ndarray] = None  # (bins,), the centre of each bin in Hz, increasing
 
 
-def plot_reading(reading: ReadingMap, clip: Clip, title: str) -> Figure:
+def plot_reading(
+    reading: ReadingMap, clip: Clip, title: str, *, expert: Optional[int] = None, width: float = 9.2
+) -> Figure:
     """Draw where in a clip the slots of a block read, as a multiple of a uniform reading.
 
         map[f, t] = shares[f, t] / what a slot that reads all tokens alike has at f, t
@@ -56,43 +58,54 @@ def plot_reading(reading: ReadingMap, clip: Clip, title: str) -> Figure:
         reading (ReadingMap): what `reading_map` gives.
         clip (Clip): the clip.
         title (str): what the picture shows, such as the block's name.
+        expert (int, optional): the one expert whose slots are drawn, in the colours that they have among all. Default:
+            all of them.
+        width (float): width in inches, of which margins take 1.5. Default: 9.2.
 
     Returns:
         Figure: for patches the spectrogram, and below it a map for each slot, blank where no patch reaches; else the
         waveform, and below it a map with a row for each slot.
 
     Raises:
-        ValueError: if tokens are patches, and the clip has no spectrogram.
+        ValueError: if tokens are patches, and the clip has no spectrogram, or if there is no such expert.
     """
+    num_experts, num_slots = reading.shares.shape[:2]
+    if expert is not None and not 0 <= expert < num_experts:
+        raise ValueError(f"`expert` must be from 0 to {num_experts - 1}, got {expert}.")
+    shown = slice(None) if expert is None else slice(expert * num_slots, (expert + 1) * num_slots)
     if reading.shares.shape[2] == 1:
-        return _plot_sequence(reading, clip, title)
+        return _plot_sequence(reading, clip, title, shown, width)
     if clip.spectrogram is None:
         raise ValueError(f"The block '{reading.block}' reads patches: their picture needs the spectrogram of the clip.")
-    return _plot_patches(reading, clip, clip.spectrogram, title)
+    return _plot_patches(reading, clip, clip.spectrogram, title, shown, width)
 
 
-def _plot_patches(reading: ReadingMap, clip: Clip, spectrogram: np.ndarray, title: str) -> Figure:
+def _plot_patches(
+    reading: ReadingMap, clip: Clip, spectrogram: np.ndarray, title: str, shown: slice, full_width: float
+) -> Figure:
     bins, frames = spectrogram.shape
     uniform = reading.uniform.numpy()
     shares = reading.shares.flatten(0, 1).numpy()
     maps = np.ma.masked_invalid(np.divide(shares, uniform, out=np.full_like(shares, np.nan), where=uniform > 0))
-    names, elsewhere = slot_names(*reading.shares.shape[:2]), reading.elsewhere.flatten().tolist()
+    norm = scale(float(maps.max()), 1)
+    maps, shares, names = maps[shown], shares[shown], slot_names(*reading.shares.shape[:2])[shown]
+    elsewhere = reading.elsewhere.flatten()[shown].tolist()
     columns = next((count for count, most in ((1, 1), (2, 8), (3, 18), (4, 32)) if len(maps) <= most), 5)
     rows = math.ceil(len(maps) / columns)
     height = {1: 1.5, 2: 1.2, 3: 1.05, 4: 0.95, 5: 0.8}[columns]
     # Positions are in inches: the automatic layout of matplotlib takes many seconds for tens of panels.
-    left, right, gap, heading = 0.62, 8.35, 0.14, 0.24 if columns < 4 else 0.21
+    left, right, gap, heading = 0.62, full_width - 0.85, 0.14, 0.24 if columns < 4 else 0.21
     width = (right - left - gap * (columns - 1)) / columns
     total = 2.35 + rows * (height + heading) + 0.42
-    figure = Figure(figsize=(9.2, total), facecolor="white")
+    figure = Figure(figsize=(full_width, total), facecolor="white")
 
     def place(x: float, y: float, width: float, height: float) -> Axes:
-        return figure.add_axes((x / 9.2, 1 - (y + height) / total, width / 9.2, height / total))
+        return figure.add_axes((x / full_width, 1 - (y + height) / total, width / full_width, height / total))
 
     extent = (0, clip.seconds, -0.5, bins - 0.5)
     second = clip.seconds / frames
     reached = (0, maps.shape[2] * second, -0.5, maps.shape[1] - 0.5)
-    figure.text(0.1 / 9.2, 1 - 0.1 / total, shorten(title, 100), fontsize=LARGE + 1, va="top", **LITERAL)
+    figure.text(0.1 / full_width, 1 - 0.1 / total, shorten(title, 100), fontsize=LARGE + 1, va="top", **LITERAL)
     top = place(left, 0.58, right - left, 1.4)
     picture = top.imshow(spectrogram, cmap="gray", aspect="auto", origin="lower", extent=extent)
     top.set_title(f"{shorten(clip.name, 60)}: spectrogram", fontsize=LARGE, loc="left", pad=4, **LITERAL)
@@ -104,7 +117,6 @@ def _plot_patches(reading: ReadingMap, clip: Clip, spectrogram: np.ndarray, titl
         top.text(end, bins - 1, " end of the clip", fontsize=SMALL, color="black", va="top")
     bar = figure.colorbar(picture, cax=place(right + 0.12, 0.58, 0.13, 1.4))
     label_bar(bar, "level (no unit)")
-    norm = scale(float(maps.max()), 1)
     for index, (values, name) in enumerate(zip(maps, names)):
         row, column = divmod(index, columns)
         axes = place(left + column * (width + gap), 2.35 + heading + row * (height + heading), width, height)
@@ -127,7 +139,7 @@ def _plot_patches(reading: ReadingMap, clip: Clip, spectrogram: np.ndarray, titl
     return figure
 
 
-def _plot_sequence(reading: ReadingMap, clip: Clip, title: str) -> Figure:
+def _plot_sequence(reading: ReadingMap, clip: Clip, title: str, shown: slice, width: float) -> Figure:
     shares = reading.shares.flatten(0, 1).squeeze(1).numpy()
     # Means of neighbours, if there are more tokens than pixels: smoothing by matplotlib would mix slots.
     num_tokens = shares.shape[1]
@@ -136,10 +148,11 @@ def _plot_sequence(reading: ReadingMap, clip: Clip, title: str) -> Figure:
     equal = np.add.reduceat(reading.uniform.numpy(), starts, axis=1)
     sums = np.add.reduceat(shares, starts, axis=1)
     maps = np.ma.masked_invalid(np.divide(sums, equal, out=np.full_like(sums, np.nan), where=equal > 0))
-    names = slot_names(*reading.shares.shape[:2])
+    norm = scale(float(maps.max()), 1)
+    maps, names = maps[shown], slot_names(*reading.shares.shape[:2])[shown]
     height = min(max(9 / len(maps), 0.14), 0.3)
     lower = max(height * len(maps), 1.2)
-    figure = new_figure(9.2, 2.6 + lower)
+    figure = new_figure(width, 2.6 + lower)
     top, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, lower])
     times, low, high = _envelope(clip.samples, clip.sampling_rate)
     top.fill_between(times, low, high, color="0.25", linewidth=0.3)
@@ -151,7 +164,6 @@ def _plot_sequence(reading: ReadingMap, clip: Clip, title: str) -> Figure:
         axes.axvline(end, color="white", linewidth=1, linestyle="--")
     top.set_ylabel("amplitude\n(full scale 1)", fontsize=MEDIUM)
     top.set_title(f"{shorten(clip.name, 60)}: waveform", fontsize=LARGE, loc="left", **LITERAL)
-    norm = scale(float(maps.max()), 1)
     extent = (0, clip.seconds * len(starts) * size / num_tokens, len(maps) - 0.5, -0.5)
     image = axes.imshow(maps, norm=norm, cmap="viridis", aspect="auto", extent=extent, interpolation="nearest")
     axes.set_yticks(range(len(maps)), names)

@@ -265,9 +265,9 @@ def test_places_between_patches_are_blank():
     assert figure.axes[2].get_ylabel() == "bin"
 
 
-@pytest.mark.parametrize("num_experts", [1, 9, 64])
-def test_panels_do_not_overlap(num_experts):
-    figure = plot_reading(with_one_hot_patch(0, 0, num_experts=num_experts), PATCHES, "layer.0.mlp")
+@pytest.mark.parametrize(("num_experts", "width"), [(1, 9.2), (9, 9.2), (64, 9.2), (1, 5), (7, 5)])
+def test_panels_do_not_overlap(num_experts, width):
+    figure = plot_reading(with_one_hot_patch(0, 0, num_experts=num_experts), PATCHES, "layer.0.mlp", width=width)
     panels = [axes for axes in figure.axes if axes.get_title("left").startswith("expert")]
     assert len(panels) == num_experts
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -278,6 +278,33 @@ def test_panels_do_not_overlap(num_experts):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
     norms = {axes.images[0].norm for axes in panels}
     assert len(norms) == 1
+
+
+def test_one_expert_is_drawn_as_among_all():
+    dispatch = torch.rand(1214, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 9
+    reading = reading_map(record(dispatch / dispatch.sum(0)), GRID)
+    every = plot_reading(reading, PATCHES, "layer.0.mlp").axes[2:8]
+    one = plot_reading(reading, PATCHES, "layer.0.mlp", expert=1).axes[2:4]
+    for axes, same in zip(one, every[2:4], strict=True):
+        assert axes.get_title("left") == same.get_title("left") and axes.get_title("right") == same.get_title("right")
+        [image], [wanted] = axes.images, same.images
+        assert np.array_equal(image.get_array(), wanted.get_array())
+        # The greatest value of all experts, not of this one.
+        assert image.norm.vmax == wanted.norm.vmax
+    assert one[0].get_title("left") == "expert 1, slot 0"
+    for expert in (-1, 3):
+        with pytest.raises(ValueError, match=f"`expert` must be from 0 to 2, got {expert}"):
+            plot_reading(reading, PATCHES, "layer.0.mlp", expert=expert)
+
+
+def test_one_expert_in_time_is_drawn_as_among_all():
+    dispatch = torch.full((50, 3, 2), 0.5 / 49, dtype=torch.float64)
+    dispatch[30, 0] = dispatch[20, 2, 1] = 0.5
+    reading = reading_map(record(dispatch))
+    every, one = (plot_reading(reading, WAVE, "layer.0.mlp", expert=expert).axes[1] for expert in (None, 2))
+    assert labels(one.get_yticklabels()) == ["expert 2, slot 0", "expert 2, slot 1"]
+    assert np.array_equal(one.images[0].get_array(), every.images[0].get_array()[4:])
+    assert one.images[0].norm.vmax == every.images[0].norm.vmax
 
 
 def test_slots_that_read_nothing_say_so():
