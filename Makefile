@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz quantization models onnx help-pages docs dist conformance pythons newest oldest peft-main bench bench-quick check format clean
+.PHONY: demo test fuzz quantization models onnx help-pages notebooks docs dist conformance pythons newest oldest peft-main bench bench-quick check format clean
 
 demo: .venv/installed
 	$(BIN)/peft-softmoa demo
@@ -32,6 +32,10 @@ onnx: .venv/installed
 # Writes the pages that `peft-softmoa --help` shows without loading torch, after a change of the options.
 help-pages: .venv/installed
 	$(BIN)/python -m pytest -q --help-pages tests/commands/test_help_pages.py
+
+# Runs the notebooks, and writes their outputs into them, after a change of their code.
+notebooks: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --notebooks tests/examples/test_notebooks.py
 
 # The site, in site/. A link that leads nowhere, a page that no menu names and a docstring that cannot be read are errors.
 docs: .venv/installed

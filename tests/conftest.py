@@ -35,6 +35,7 @@ needs_results = pytest.mark.skipif(
 
 def pytest_addoption(parser):
     parser.addoption("--help-pages", action="store_true", help="write the stored pages of the command's help")
+    parser.addoption("--notebooks", action="store_true", help="write the outputs of the notebooks from a run")
     parser.addoption("--models-table", action="store_true", help="write the table of models from the outcome")
 
 

@@ -200,7 +200,8 @@ def test_the_address_of_the_repository_is_one():
     mkdocs = ROOT / "mkdocs.yml"
     if mkdocs.exists():
         assert f"repo_url: {repository}\n" in mkdocs.read_text() and f"site_url: {site}\n" in mkdocs.read_text()
-    for page, text in PAGES.items():
+    notebooks = {path.name: path.read_text() for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
+    for page, text in {**PAGES, **notebooks}.items():
         for url in re.findall(r"https://github\.com/peft-softmoa[^)\s`\"]*", text):
             assert url.startswith(repository), (page, url)
         for url in re.findall(r"https://peft-softmoa\.github\.io[^)\s`\"]*", text):
