@@ -54,11 +54,10 @@ class SoftMoAConfig(PeftConfig):
         "Whether the routing logits use L2-normalised tokens and slot parameters, times one learned scale. For "
         "routing 'soft'.",
     )
-    unit_slots: Optional[bool] = _option(
-        None,
+    unit_slots: bool = _option(
+        False,
         "Whether slot parameters have unit variance and are divided by √D in the logits (cosines are multiplied by it "
-        "instead), so that a step of Adam changes the logits √D times less, and experts stay in use at high learning "
-        "rates. For routing 'soft', there True by default, and False in adapters of earlier versions.",
+        "instead), so that a step of Adam changes the logits √D times less: routing stays nearer to where it begins. For routing 'soft'.",
     )
     causal: Optional[bool] = _option(
         None,
@@ -188,9 +187,6 @@ class SoftMoAConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        # Configs in files say which version of PEFT wrote them; without this field, they are of earlier versions.
-        if self.unit_slots is None:
-            self.unit_slots = self.peft_version is None or self.routing != "soft"
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SOFTMOA
         self._loaded_from: Optional[LoadedFrom] = None

@@ -9,7 +9,7 @@ from typing import Any
 DEPENDENT_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "num_slots": ("routing", {"soft": 1}),
     "normalize": ("routing", {"soft": False}),
-    "unit_slots": ("routing", {"soft": True}),
+    "unit_slots": ("routing", {"soft": False}),
     "chunk_size": ("routing", {"soft": None}),
     "forgetting": ("routing", {"soft": False}),
     "top_k": ("routing", {"top_k": 2}),

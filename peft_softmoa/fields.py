@@ -54,9 +54,7 @@ def check_fields(values: Mapping[str, Any]) -> None:
     for name, (allowed, is_allowed) in RULES.items():
         _require(values, name, allowed, is_allowed(values[name]))
     for name, (choice, defaults) in DEPENDENT_FIELDS.items():
-        # A switch that is where it is by default counts as left out.
-        switches = [each for each in defaults.values() if isinstance(each, bool)]
-        left_out = values[name] is None or any(values[name] is each for each in switches)
+        left_out = values[name] is None or (False in defaults.values() and values[name] is False)
         wanted = " or ".join(map(repr, defaults))
         allowed = f"left out unless {choice}={wanted} (here {choice}='{values[choice]}')"
         _require(values, name, allowed, values[choice] in defaults or left_out)
@@ -225,7 +223,15 @@ RULES: dict[str, Rule] = {
     "auto_mapping": ("None or a dictionary of strings", _is_flat),
     **dict.fromkeys(
         (
-            *("inference_mode", "normalize", "forgetting", "patch_grid", "channel_embedding", "train_norms"),
+            *(
+                "inference_mode",
+                "normalize",
+                "unit_slots",
+                "forgetting",
+                "patch_grid",
+                "channel_embedding",
+                "train_norms",
+            ),
             "init_weights",
         ),
         _SWITCH,
@@ -234,9 +240,7 @@ RULES: dict[str, Rule] = {
         f"None or an integer from 1 to {MOST_CHANNELS:,}",
         lambda value: value is None or (is_size(value) and value <= MOST_CHANNELS),
     ),
-    **dict.fromkeys(
-        ("causal", "unit_slots"), ("True, False or None", lambda value: value is None or isinstance(value, bool))
-    ),
+    "causal": ("True, False or None", lambda value: value is None or isinstance(value, bool)),
     **{
         name: (f"one of {', '.join(map(str, options))}", options.__contains__)
         for name, options in (

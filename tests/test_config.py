@@ -22,7 +22,7 @@ def test_defaults_are_the_papers():
         "r": 6,
         "placement": "attention",
         "normalize": False,
-        "unit_slots": True,
+        "unit_slots": False,
         "activation": "gelu",
         "dropout": 0.0,
         "scaling": 1.0,

@@ -51,7 +51,7 @@ def test_placement_chooses_and_the_config_says_what(tiny_ast, placement, blocks)
 ROUTINGS = [
     {},
     {"normalize": True, "num_slots": 2},
-    {"unit_slots": False},
+    {"unit_slots": True},
     {"routing": "dense"},
     {"routing": "dense", "num_experts": 1},
     {"routing": "top_k"},

@@ -278,7 +278,7 @@ def test_a_step_moves_slots_by_their_own_rate(base_folder):
     plain = moved(decays_slots=False)
     assert plain == pytest.approx(0.01, rel=1e-3)
     assert moved(slots_rate=0.1, decays_slots=False) == pytest.approx(0.001, rel=1e-3)
-    assert moved(unit_slots=False, decays_slots=False) == pytest.approx(0.01, rel=1e-3)
+    assert moved(unit_slots=True, decays_slots=False) == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize("method, spared", [("BitFit", "all"), (LORA, "none"), (SOFT, "biases")])

@@ -21,8 +21,8 @@ KINDS = [
     SOFT | {"forgetting": True},
     SOFT | {"chunk_size": 3},
     SOFT | CONVOLUTION | {"num_slots": 3, "forgetting": True, "chunk_size": 2},
-    SOFT | {"unit_slots": False},
-    SOFT | {"unit_slots": False, "normalize": True},
+    SOFT | {"unit_slots": True},
+    SOFT | {"unit_slots": True, "normalize": True},
 ]
 TOKEN_WISE = [DENSE_CONVOLUTION, DENSE_CONVOLUTION | {"kernel_size": 5}, {"routing": "top_k"} | CONVOLUTION]
 TOKEN_WISE += [{"routing": "dense"} | CONFORMER, {"routing": "top_k"} | CONFORMER | {"kernel_size": 31, "r": 1}]

@@ -28,8 +28,8 @@ ROUTINGS = [
     CHOICE,
     CHOICE | {"capacity_factor": 0.5},
     CHOICE | {"capacity_factor": 2.2},
-    SOFT | {"unit_slots": False},
-    SOFT | {"unit_slots": False, "normalize": True},
+    SOFT | {"unit_slots": True},
+    SOFT | {"unit_slots": True, "normalize": True},
 ]
 EXPERTS = [
     {},
@@ -110,7 +110,7 @@ def test_agrees_with_the_reference_code(path):
     data = {name: torch.from_numpy(array) for name, array in np.load(path).items()}
     soft = "slots" in data
     num_experts, width, r = data["down_weight"].shape
-    options = {"num_slots": data["slots"].shape[2], "unit_slots": False} if soft else DENSE
+    options = {"num_slots": data["slots"].shape[2]} if soft else DENSE
     mixture = make(width, num_experts=num_experts, r=r, **options)
     assert soft or (mixture.router.weight is None) == (num_experts == 1)
     if soft:
