@@ -427,6 +427,20 @@ def test_maps_are_seen(visit, page_path, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_frequencies_are_read_beside_a_single_expert(visit, page_path, scheme):
+    """By their pixels: the labels are copies of those of the spectrogram, whose style is not asked for so easily."""
+    page = visit(page_path, color_scheme=scheme)
+    page.get_by_label("1", exact=True).check()
+    shot = page.locator(".block.shown .map:visible").screenshot()
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(shot)).convert("L"), int)
+    # At 30% from the bottom, where the paper has no shade yet.
+    middle = round(0.7 * len(pixels))
+    label = pixels[middle - 8 : middle + 8, 4:45]  # the playhead is at the border
+    paper = np.median(pixels[middle - 30 : middle - 12, :20])
+    assert (paper > 128) == (scheme == "light") and abs(label - paper).max() > 120
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(visit, page_path, scheme):
     page = visit(page_path, color_scheme=scheme)
     contrast, where = page.evaluate(LEAST_CONTRAST)
