@@ -246,6 +246,8 @@ def test_a_model_of_sequences(clip, tmp_path):
     assert all(0 < peak["seconds"] < 0.5 and peak["hertz"] is None for peak in found["blocks"][0]["peaks"])
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('class="map"') == 7 and "Log-mel spectrogram" in page and "What the model reads" not in page
+    # What is not trained adds nothing.
+    assert "Experts that add nothing" in page and "<code>num_experts</code>" in page
 
 
 def test_all_of_an_mp3_without_its_length_is_read(tmp_path):
