@@ -57,7 +57,8 @@ class SoftMoAConfig(PeftConfig):
     unit_slots: bool = _option(
         False,
         "Whether slot parameters have unit variance and are divided by √D in the logits (cosines are multiplied by it "
-        "instead), so that a step of Adam changes the logits √D times less: routing stays nearer to where it begins. For routing 'soft'.",
+        "instead), so that a step of Adam changes the logits √D times less, and routing stays nearer to where it "
+        "begins. For routing 'soft'.",
     )
     causal: Optional[bool] = _option(
         None,

@@ -201,6 +201,15 @@ def browser():
         browser.close()
 
 
+def wait_until(page, expression):
+    """Wait until an expression of a page is true. The page's policy does not let playwright's own way wait in there."""
+    for _ in range(1000):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"It never became true that {expression}")
+
+
 @pytest.fixture
 def visit(browser):
     """Opens a page; at the end of the test there must have been neither messages nor requests beyond the file."""

@@ -75,8 +75,9 @@ def test_the_method_knows_neither_peft_nor_models():
 def test_imports_within_inspection_point_one_way():
     rank = {name: index for index, name in enumerate(
         [
-            "metrics", "records", "blocks", "maps", "streams", "report", "callback", "figures", "clip_plots",
-            "stream_plots", "plots", "page", "clips", "sections", "inspect_adapter",
+            "metrics", "records", "blocks", "confusion", "findings", "maps", "streams", "report", "callback",
+            "figures", "clip_plots", "stream_plots", "plots", "page", "spectrograms", "clips", "clip_view", "sections",
+            "inspect_adapter",
         ]
     )}  # fmt: skip
     for name, position in rank.items():

@@ -2,6 +2,8 @@
 
 from .blocks import BlockReport
 from .callback import ExpertUtilizationCallback
+from .confusion import Confusion
+from .findings import Finding
 from .maps import ReadingMap, reading_map
 from .metrics import (
     class_information,
@@ -16,11 +18,12 @@ from .metrics import (
     slot_similarity,
 )
 from .records import Record, find_layers, record_routing
-from .report import ExpertReport, Finding, expert_report
+from .report import ExpertReport, expert_report
 from .streams import StreamReading, stream_reading
 
 __all__ = [
     "BlockReport",
+    "Confusion",
     "ExpertReport",
     "ExpertUtilizationCallback",
     "Finding",

@@ -40,7 +40,7 @@ class Clip(NamedTuple):
     name: str
     samples: np.ndarray  # (samples,) float32
     sampling_rate: int  # in Hz
-    spectrogram: Optional[np.ndarray]  # (bins, frames) that a model of patches reads, or none
+    spectrogram: Optional[np.ndarray]  # (bins, frames): what a model of patches reads; others need none
     seconds: float  # what the model's input spans in time, with its padding
     frequencies: Optional[np.ndarray] = None  # (bins,), the centre of each bin in Hz, increasing
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 from ..inference.scores import scores_of
 from ..method import PatchGrid
@@ -25,9 +24,7 @@ from ..training.inputs import cast_inputs
 from .clip_plots import Clip
 from .maps import ReadingMap, reading_map
 from .records import Record, record_routing
-
-# Spectrograms of models that read patches are those of Kaldi: from 20 Hz on, with a frame every ten milliseconds.
-LOWEST_FREQUENCY, FRAME_SECONDS = 20.0, 0.01
+from .spectrograms import FRAME_SECONDS, log_mel, mel_frequencies, own_spectrogram
 
 
 class ClipReading(NamedTuple):
@@ -41,6 +38,7 @@ class ClipReading(NamedTuple):
     maps: tuple[Optional[ReadingMap], ...]  # one for each record, or none
     without_map: tuple[str, ...]  # why blocks have no map
     prediction: Optional[str]  # the most likely class, if the model is a classifier
+    reads_spectrogram: bool = True  # whether the spectrogram of the clip is what the model reads
 
 
 def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds: Optional[float] = None) -> ClipReading:
@@ -79,14 +77,15 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
     elsewhere = _blocks_without_place(model, records)
     maps = [None if record.block in elsewhere else reading_map(record, grid) for record in records]
     values = inputs[feature_extractor.model_input_names[0]][0]
-    clip = Clip(
-        shared_name(audio),
-        samples,
-        rate,
-        values.T.numpy() if grid else None,
-        len(values) * FRAME_SECONDS if grid else filled / rate if filled else seconds,
-        mel_frequencies(values.shape[1], rate) if grid else None,
-    )
+    own: Optional[tuple[np.ndarray, np.ndarray]]
+    if grid:
+        span = len(values) * FRAME_SECONDS
+        own = values.T.numpy(), mel_frequencies(values.shape[1], rate)
+    else:
+        span = filled / rate if filled else seconds
+        own = own_spectrogram(feature_extractor, values.numpy())
+    spectrogram, frequencies = own or log_mel(samples, rate, span)
+    clip = Clip(shared_name(audio), samples, rate, spectrogram, span, frequencies)
     return ClipReading(
         clip,
         max(0.0 if "://" in audio else audio_seconds(audio), seconds),
@@ -96,6 +95,7 @@ def read_clip(model: PeftModel, feature_extractor: Any, audio: str, max_seconds:
         tuple(maps),
         tuple(elsewhere.values()),
         _predicted_class(model, output),
+        own is not None,
     )
 
 
@@ -154,20 +154,6 @@ def _blocks_without_place(model: PeftModel, records: list[Record]) -> dict[str, 
         # A layer may itself be a block. A module in no layer, such as a projection in front of them, is no decoder.
         if not f"{record.block}.".startswith(tuple(encoder)) and any(map(str.isdigit, record.block.split(".")))
     }
-
-
-def mel_frequencies(bins: int, sampling_rate: int) -> np.ndarray:
-    """Centres of the bins of a mel spectrogram.
-
-    Args:
-        bins (int): number of bins.
-        sampling_rate (int): sampling rate of the clip, in Hz.
-
-    Returns:
-        np.ndarray: `(bins,)`, in Hz.
-    """
-    low, high = (hertz_to_mel(frequency, mel_scale="kaldi") for frequency in (LOWEST_FREQUENCY, sampling_rate / 2))
-    return np.asarray(mel_to_hertz(np.linspace(low, high, bins + 2)[1:-1], mel_scale="kaldi"))
 
 
 def _predicted_class(model: PeftModel, output: Any) -> Optional[str]:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import numpy as np
 
 try:
+    import PIL.Image
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.colorbar import Colorbar
@@ -28,6 +29,7 @@ __all__ = [
     "LARGE",
     "LITERAL",
     "MEDIUM",
+    "PIL",
     "SMALL",
     "Axes",
     "Figure",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -25,10 +24,20 @@ from ..training.options import DataOptions
 from ..training.rows import name_some
 from ..training.source import open_source
 from ..training.tasks import SingleLabel, find_task
-from .clips import FRAME_SECONDS, ClipReading, prepare_batches, read_clip, shared_name
-from .page import write_page
-from .report import expert_report
-from .sections import class_sections, find_peaks, load_section, metrics_section, reading_section
+from .clip_view import clip_view, find_peaks
+from .clips import ClipReading, prepare_batches, read_clip, shared_name
+from .page import Section, write_page
+from .plots import plot_classes, plot_load, plot_reading, png
+from .report import ExpertReport, expert_report
+from .sections import (
+    accuracy_sections,
+    blocks_of_classes,
+    class_sections,
+    load_section,
+    metrics_section,
+    problems_of,
+)
+from .spectrograms import FRAME_SECONDS
 
 # The label column is `label`, if there is one, and the adapter is for one class a clip.
 DEFAULT_OPTIONS = DataOptions(label_column=None, max_length_seconds=30.0)
@@ -123,22 +132,17 @@ def inspect_adapter(
         notes.append("These are numbers of one clip. A dataset shows what holds for the adapter in general.")
     if report.no_classes_reason:
         notes.append(f"There is nothing about classes: {report.no_classes_reason}.")
-    sections = [load_section(report), *class_sections(report)]
-    sound = None
+    if report.no_confusion_reason:
+        notes.append(f"There is no accuracy: {report.no_confusion_reason}.")
     if reading is not None:
         facts["Clip"] = f"{reading.clip.name}, {reading.duration:.2f} s"
         if reading.prediction:
             facts["The model says"] = reading.prediction
         notes += _clip_notes(reading)
-        sections.append(reading_section(report, reading))
-        sound = _wav(reading)
-    sections.append(metrics_section(report))
-
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for section in sections:
-        for picture in section.pictures:
-            (folder / f"{_file_name(picture.title)}.png").write_bytes(picture.png)
+    for title, picture in _draw(report, reading):
+        (folder / f"{_file_name(title)}.png").write_bytes(picture)
     found = {"facts": facts, "left_out": notes, **report.to_dict()}
     if reading is not None:
         found["clip"] = _clip_to_dict(reading)
@@ -148,12 +152,17 @@ def inspect_adapter(
         page,
         title="What the experts do",
         summary=report.summary,
-        findings=[finding.text for finding in report.findings],
-        facts=facts,
-        sections=sections,
-        notes=notes,
-        audio=sound,
-        audio_label="The clip, as far as it is read",
+        subtitle=f"{adapter_name} on {base_name}",
+        clip=None if reading is None else clip_view(report, reading),
+        problems=problems_of(report),
+        sections=[
+            *accuracy_sections(report),
+            load_section(report),
+            *class_sections(report),
+            metrics_section(report),
+            Section("What was looked at", facts=facts),
+            *([Section("What is left out", sentences=notes)] if notes else []),
+        ],
     )
     return page
 
@@ -216,13 +225,16 @@ def _clip_notes(reading: ClipReading) -> list[str]:
     return notes
 
 
-def _wav(reading: ClipReading) -> bytes:
-    import soundfile
-
-    file, clip = io.BytesIO(), reading.clip
-    samples = clip.samples[: round(clip.seconds * clip.sampling_rate)]
-    soundfile.write(file, samples, clip.sampling_rate, format="WAV", subtype="PCM_16")
-    return file.getvalue()
+def _draw(report: ExpertReport, reading: Optional[ClipReading]) -> Iterator[tuple[str, bytes]]:
+    """The pictures as PNG files, for other pages than ours, with their titles."""
+    yield "Load of the experts", png(plot_load(report))
+    for block in blocks_of_classes(report):
+        yield f"Classes in {report.names[block.block, block.adapter]}", png(plot_classes(report, block))
+    found = [] if reading is None else [each for each in reading.maps if each is not None]
+    for each in tqdm(found, desc="Drawing the clip", unit=" blocks", delay=1, leave=False, disable=None):
+        assert reading is not None
+        name = report.names[each.block, each.adapter]
+        yield f"Reading of {name}", png(plot_reading(each, reading.clip, name))
 
 
 def _file_name(title: str) -> str:

@@ -1,30 +1,127 @@
-"""A report as one HTML file that needs no other, no script and no network."""
+"""A report as one HTML file that needs no other and no network."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import os
-import struct
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-# Pixels of a picture for each of the page's: pictures have 150 to the inch, pages 96.
-DENSITY = 150 / 96
-# Number of findings that are shown at first.
-MAX_FINDINGS = 10
-STYLE = Path(__file__).with_name("report.css")
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+TEMPLATE = Path(__file__).with_name("template")
+# Width of the cells of a matrix in pixels, for at most so many columns; narrower ones have no text. What is usual fits
+# on a phone of 390 pixels.
+CELLS, NARROW = {5: 40, 8: 31, 16: 25}, 15
+# Width of the characters of a matrix in pixels, in the widest of the usual fonts; that of the reader is not known.
+CHARACTERS = {**dict.fromkeys("fijlrtI.,:;'|!()[]/- ", 5.0), **dict.fromkeys("mwMW@%—…", 12.0)}
 
 
-class Picture(NamedTuple):
-    """A picture and its texts."""
+class Problem(NamedTuple):
+    """Problems of one kind, and what may be done about them."""
 
     title: str
-    png: bytes
-    alt: str  # what it shows, for readers who cannot see it
-    caption: str  # how to read it, in a sentence
+    texts: Sequence[str]
+    advice: str  # names of options are between backticks
+
+
+class Tick(NamedTuple):
+    """A tick of an axis."""
+
+    at: float  # where, in % of the axis
+    label: str
+
+
+class Image(NamedTuple):
+    """A picture in shades, which the page colours."""
+
+    source: str  # a grey PNG file as a data URL, white for the most
+    width: float = 100.0  # how much of the axes it covers, from the lower left corner on, in %
+    height: float = 100.0
+
+
+class SlotMap(NamedTuple):
+    """Where in the clip a slot reads."""
+
+    expert: int
+    name: str
+    notes: Sequence[str]
+    image: Image
+    alt: str
+
+
+class BlockMaps(NamedTuple):
+    """Where in the clip the slots of a block read."""
+
+    name: str
+    maps: Sequence[SlotMap]
+    scale: Sequence[Tick]  # what the shades mean
+
+
+class ClipView(NamedTuple):
+    """A clip to listen to, and where in it the slots read."""
+
+    name: str
+    says: str  # what the model says, in a sentence, or nothing
+    sound: bytes  # a WAV file
+    seconds: float  # what the maps span in time
+    end: Optional[float]  # where the clip ends, in %, if it is padded
+    kind: str  # what the spectrogram is
+    spectrogram: Image
+    times: Sequence[Tick]
+    frequencies: Sequence[Tick]  # from the bottom
+    has_frequencies: bool  # whether the maps have them, too
+    text: str  # how to read the maps
+    blocks: Sequence[BlockMaps]
+
+    @property
+    def num_experts(self) -> int:
+        """The greatest number of experts of a block."""
+        return max((each.expert + 1 for block in self.blocks for each in block.maps), default=0)
+
+
+class Matrix(NamedTuple):
+    """A matrix of shaded cells."""
+
+    title: str
+    alt: str
+    caption: str
+    row_label: str
+    column_label: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    # Shade from 0 to 1 and text of each cell; blank where there is nothing to show, which is not zero.
+    cells: Sequence[Sequence[Optional[tuple[float, str]]]]
+    marked: Sequence[tuple[int, int]] = ()  # cells with a border, by row and column
+
+    @property
+    def cell(self) -> int:
+        """Width of a cell in pixels."""
+        return next((width for most, width in CELLS.items() if len(self.columns) <= most), NARROW)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether cells have room for their texts."""
+        return self.cell > NARROW
+
+    @property
+    def left(self) -> int:
+        """Room for the names of rows, in pixels."""
+        return _width([*self.rows, f"{self.row_label} ↓"]) + 8
+
+    @property
+    def top(self) -> int:
+        """Room for the names of columns, in pixels; they are upright if they are longer than the cells are wide."""
+        return 20 + (_width(self.columns) + 4 if self.is_upright else 18)
+
+    @property
+    def is_upright(self) -> bool:
+        """Whether the names of columns stand upright."""
+        return _width(self.columns) > self.cell
 
 
 class Table(NamedTuple):
@@ -39,11 +136,12 @@ class Section(NamedTuple):
     """A part of the page."""
 
     title: str
-    text: str
-    pictures: Sequence[Picture] = ()
+    text: str = ""
+    figure: str = ""  # a number that stands out
+    sentences: Sequence[str] = ()
+    matrices: Sequence[Matrix] = ()
     table: Optional[Table] = None
-    # Label of a fold that hides pictures and table until a reader opens it, such as "12 blocks". Default: no fold.
-    folded: Optional[str] = None
+    facts: Optional[Mapping[str, str]] = None
 
 
 def write_page(
@@ -51,131 +149,81 @@ def write_page(
     *,
     title: str,
     summary: str,
-    findings: Sequence[str] = (),
-    facts: Optional[Mapping[str, str]] = None,
+    subtitle: str = "",
+    clip: Optional[ClipView] = None,
+    problems: Sequence[Problem] = (),
     sections: Sequence[Section] = (),
-    notes: Sequence[str] = (),
-    audio: Optional[bytes] = None,
-    audio_label: str = "The clip",
 ) -> None:
-    """Write a report as one HTML file. It contains everything, and it loads and runs nothing.
+    """Write a report as one HTML file. It contains everything, and loads nothing; a policy keeps it to its own script.
 
     Args:
         path (str or PathLike): the file.
         title (str): heading of the page.
         summary (str): the result in one or two sentences.
-        findings (sequence of str): what stands out, a sentence each.
-        facts (mapping, optional): what was inspected, such as the adapter's name, by its label.
-        sections (sequence of Section): the figures and tables.
-        notes (sequence of str): what is left out, and why.
-        audio (bytes, optional): a WAV file to listen to.
-        audio_label (str): label of the audio. Default: `"The clip"`.
+        subtitle (str): what is reported on. Default: nothing.
+        clip (ClipView, optional): the clip, with which the page opens.
+        problems (sequence of Problem): what comes next, with the summary.
+        sections (sequence of Section): the rest.
     """
-    parts = []
-    if findings:
-        parts.append(("What stands out", _findings(findings)))
-    if facts:
-        rows = "\n".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
-        parts.append(("What was looked at", f"<dl>\n{rows}\n</dl>"))
-    if audio is not None:
-        label = _text(audio_label)
-        player = f'<audio controls preload="metadata" aria-label="{label}" src="{_data("audio/wav", audio)}"></audio>'
-        parts.append(("Listen", f"<figure>\n{player}\n<figcaption>{label}</figcaption>\n</figure>"))
-    parts += [(section.title, _section(section)) for section in sections]
-    if notes:
-        parts.append(("What is left out", f'<ul class="findings">\n{_items(notes)}\n</ul>'))
-    links = "\n".join(f'<li><a href="#part-{n}">{_text(name)}</a></li>' for n, (name, _) in enumerate(parts, 1))
-    navigation = f'<nav aria-label="Contents">\n<ul>\n{links}\n</ul>\n</nav>' if len(parts) > 1 else ""
-    body = "\n".join(
-        f'<section aria-labelledby="part-{n}">\n<h2 id="part-{n}">{_text(name)}</h2>\n{content}\n</section>'
-        for n, (name, content) in enumerate(parts, 1)
+    # Encoded as browsers read them, from which they compute the hash.
+    style, script = ((TEMPLATE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        "media-src data:; base-uri 'none'; form-action 'none'"
     )
-    style = STYLE.read_text()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; media-src data:; base-uri 'none'"
-    document = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_text(title)}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the report</a>
-<header>
-<h1>{_text(title)}</h1>
-<p class="summary">{_text(summary)}</p>
-{navigation}
-</header>
-<main id="main" tabindex="-1">
-{body}
-</main>
-</body>
-</html>
-"""
+    environment = Environment(
+        autoescape=True,
+        loader=FileSystemLoader(TEMPLATE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(code=_code, wav=lambda content: data_url("audio/wav", content))
+    document = environment.get_template("page.html").render(
+        policy=policy,
+        style=Markup(style),
+        script=Markup(script),
+        title=title,
+        summary=summary,
+        subtitle=subtitle,
+        clip=clip,
+        problems=problems,
+        sections=sections,
+    )
     # File names may contain lone surrogates, which UTF-8 cannot encode.
     Path(path).write_bytes(document.encode("utf-8", "replace"))
 
 
-def _findings(findings: Sequence[str]) -> str:
-    shown = f'<ul class="findings">\n{_items(findings[:MAX_FINDINGS])}\n</ul>'
-    more = findings[MAX_FINDINGS:]
-    if not more:
-        return shown
-    rest = f'<ul class="findings">\n{_items(more)}\n</ul>'
-    return f"{shown}\n<details>\n<summary>{len(more)} more</summary>\n{rest}\n</details>"
+def data_url(kind: str, content: bytes) -> str:
+    """Write a file as a URL that contains it.
 
+    Args:
+        kind (str): its media type.
+        content (bytes): the file.
 
-def _section(section: Section) -> str:
-    parts = [_picture(picture) for picture in section.pictures]
-    if section.table is not None:
-        parts.append(_table(section.table))
-    content = "\n".join(parts)
-    if section.folded is not None:
-        content = f"<details>\n<summary>{_text(section.folded)}</summary>\n{content}\n</details>"
-    return f"<p>{_text(section.text)}</p>\n{content}"
-
-
-def _picture(picture: Picture) -> str:
-    width, height = (round(size / DENSITY) for size in struct.unpack(">II", picture.png[16:24]))
-    source = f'src="{_data("image/png", picture.png)}" width="{width}" height="{height}"'
-    return f"""<h3>{_text(picture.title)}</h3>
-<figure>
-<img alt="{_text(picture.alt)}" {source}>
-<figcaption>{_text(picture.caption)}</figcaption>
-</figure>"""
-
-
-def _table(table: Table) -> str:
-    header = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.header)
-    rows = "\n".join(
-        f'<tr><th scope="row">{_text(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in table.rows
-    )
-    # Readers without a mouse can scroll the element that has the focus.
-    return f"""<div class="scroll" role="region" tabindex="0" aria-label="{_text(table.caption)}">
-<table>
-<caption>{_text(table.caption)}</caption>
-<thead><tr>{header}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</div>"""
-
-
-def _items(texts: Sequence[str]) -> str:
-    return "\n".join(f"<li>{_text(text)}</li>" for text in texts)
-
-
-def _data(kind: str, content: bytes) -> str:
+    Returns:
+        str: the URL.
+    """
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _text(text: str) -> str:
-    """Safe as text and between quotes."""
-    return html.escape(text, quote=True)
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _code(text: str) -> Markup:
+    """What is between backticks, as code."""
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else escape(part)
+        for index, part in enumerate(text.split("`"))
+    )
+
+
+def _width(names: Sequence[str]) -> int:
+    return round(max((sum(map(_character_width, name)) for name in names), default=0))
+
+
+def _character_width(character: str) -> float:
+    if unicodedata.east_asian_width(character) in "WF":
+        return 12.0
+    return CHARACTERS.get(character, 9.0 if character.isupper() else 7.6)

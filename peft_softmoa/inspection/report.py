@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Optional
+from typing import Any, Optional
 
 import torch
 from accelerate.utils import send_to_device
@@ -13,21 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .blocks import BlockReport, Statistics
+from .confusion import Confusion, Predictions
+from .findings import Finding, find_preferences, find_problems
 from .records import record_routing
-
-# An expert prefers a class if its load there is this many times its mean load in other classes, over at least this many
-# clips.
-PREFERENCE, PREFERENCE_CLIPS = 2.0, 5
-
-
-class Finding(NamedTuple):
-    """A notable fact about one or more experts."""
-
-    kind: Literal["silent", "idle", "similar", "uniform", "class"]
-    block: str  # name of the block in the base model
-    adapter: str
-    experts: tuple[int, ...]  # from 0
-    text: str
 
 
 @dataclass(frozen=True)
@@ -39,12 +27,16 @@ class ExpertReport:
         num_clips (int): number of clips.
         label_names (tuple[str, ...], optional): names of the classes.
         no_classes_reason (str, optional): why there is nothing about classes. Default: there is.
+        confusion (Confusion, optional): which class the model takes clips for.
+        no_confusion_reason (str, optional): why there are classes and no such numbers. Default: there are.
     """
 
     blocks: tuple[BlockReport, ...]
     num_clips: int
     label_names: Optional[tuple[str, ...]] = None
     no_classes_reason: Optional[str] = None
+    confusion: Optional[Confusion] = None
+    no_confusion_reason: Optional[str] = None
 
     @property
     def names(self) -> dict[tuple[str, str], str]:
@@ -59,7 +51,13 @@ class ExpertReport:
     @property
     def findings(self) -> list[Finding]:
         """Notable facts: the problems of all blocks, then the classes that experts prefer, strongest first."""
-        return [finding for block in self.blocks for finding in self._problems_of(block)] + self._preferences()
+        return self.problems + find_preferences(self.blocks, self.names, self.label_names or ())
+
+    @property
+    def problems(self) -> list[Finding]:
+        """Experts of little use, in the order of the blocks."""
+        names = self.names
+        return [finding for block in self.blocks for finding in find_problems(block, names[block.block, block.adapter])]
 
     @property
     def summary(self) -> str:
@@ -68,7 +66,7 @@ class ExpertReport:
         if all(block.num_experts == 1 for block in self.blocks):
             return "Each block has one expert, which reads all tokens."
         numbers = [block.scalars["effective_number"] / block.num_experts for block in self.blocks]
-        problems = {(each.block, each.kind) for block in self.blocks for each in self._problems_of(block)}
+        problems = {(each.block, each.kind) for each in self.problems}
         over = "one clip" if self.num_clips == 1 else f"{self.num_clips} clips"
         text = (
             f"Over {over}, the load is spread as it would be over {sum(numbers) / count:.0%} of the experts, all equal "
@@ -92,6 +90,10 @@ class ExpertReport:
             "label_names": self.label_names,
             "no_classes_reason": self.no_classes_reason,
             "summary": self.summary,
+            "accuracy": None if self.confusion is None else self.confusion.accuracy,
+            "confusion": None if self.confusion is None else self.confusion.counts.tolist(),
+            "output_names": None if self.confusion is None else self.confusion.output_names,
+            "no_confusion_reason": self.no_confusion_reason,
             "findings": [finding._asdict() for finding in self.findings],
             "blocks": [
                 {
@@ -115,65 +117,6 @@ class ExpertReport:
             ],
         }
 
-    def _problems_of(self, block: BlockReport) -> list[Finding]:
-        name, number = self.names[block.block, block.adapter], block.num_experts
-        if number == 1:
-            return []
-        found: list[Finding] = []
-
-        def say(kind: Any, experts: Sequence[int], text: str) -> None:
-            found.append(Finding(kind, block.block, block.adapter, tuple(experts), f"{name}: {text}"))
-
-        if not block.output_share.any():
-            say("silent", range(number), "no expert adds anything.")
-            return found
-        if block.silent:
-            shares = ", ".join(f"{block.output_share[expert].item():.1%}" for expert in block.silent)
-            say(
-                "silent", block.silent, f"{_say(block.silent, 'adds', 'add')} next to nothing ({shares} of the output)."
-            )
-        if block.idle:
-            shares = ", ".join(f"{block.load[expert].item():.1%}" for expert in block.idle)
-            equal = f"equal were {1 / number:.1%}"
-            say("idle", block.idle, f"{_say(block.idle, 'is', 'are')} idle ({shares} of the load; {equal}).")
-        for group in block.similar:
-            similarity = block.expert_similarity[list(group)][:, list(group)].min().item()
-            same = "read the same tokens" if block.has_slots else "have the same weights for all tokens"
-            say("similar", group, f"{_say(group, same, same)} (similarity {similarity:.2f}).")
-        spare = len(block.idle) + sum(len(group) - 1 for group in block.similar)
-        if spare:
-            found[-1] = found[-1]._replace(text=f"{found[-1].text} {number - spare} of {number} would do.")
-        if block.uniform:
-            share = block.effective_tokens[block.uniform].mean().item() / block.num_tokens
-            say(
-                "uniform",
-                block.uniform,
-                f"{_say(block.uniform, 'reads', 'read')} all tokens nearly alike (as if {share:.0%} of them).",
-            )
-        return found
-
-    def _preferences(self) -> list[Finding]:
-        found = []
-        for block in self.blocks:
-            if block.class_loads is None or block.class_clips is None or self.label_names is None:
-                continue
-            present = torch.nonzero(block.class_clips).flatten().tolist()
-            for expert in set(range(block.num_experts)) - set(block.idle):
-                loads = block.class_loads[present, expert]
-                if len(present) < 2:
-                    continue
-                label = present[int(loads.argmax())]
-                load = loads.max().item()
-                others = (loads.sum().item() - load) / (len(present) - 1)
-                if block.class_clips[label] >= PREFERENCE_CLIPS and load >= PREFERENCE * others:
-                    text = (
-                        f"{self.names[block.block, block.adapter]}: expert {expert} prefers the class "
-                        f"'{self.label_names[label]}', with {load:.0%} of the load in its {block.class_clips[label]} "
-                        f"clips and {others:.0%} in those of other classes."
-                    )
-                    found.append((others / load, Finding("class", block.block, block.adapter, (expert,), text)))
-        return [finding for _, finding in sorted(found, key=lambda pair: pair[0])]
-
 
 def expert_report(
     model: nn.Module,
@@ -187,7 +130,7 @@ def expert_report(
     Args:
         model (nn.Module): a model with Soft-MoA adapters; it is evaluated, without gradients.
         dataloader (iterable of mappings): batches of the model's inputs. With `labels`, `(B,)` integer, the report
-            says which experts the classes use.
+            says which experts the classes use and, of a model of these classes, which class it takes clips for.
         label_names (sequence of str, optional): names of the classes. Default: those of the model's config.
         show_progress (bool): whether to show a progress bar. Default: True.
 
@@ -203,6 +146,7 @@ def expert_report(
         label_names = [id2label[index] for index in sorted(id2label)]
     device = next(model.parameters()).device
     statistics: dict[tuple[str, str], Statistics] = {}
+    predictions = Predictions(model, label_names)
     no_classes_reason = None
     num_clips = 0
     was_training = model.training
@@ -223,7 +167,9 @@ def expert_report(
                 unused = () if no_classes_reason else ("labels",)
                 labels = None if no_classes_reason else labels
                 inputs = {name: value for name, value in batch.items() if name not in unused}
-                model(**send_to_device(inputs, device))
+                output = model(**send_to_device(inputs, device))
+                if labels is not None:
+                    predictions.update(output, labels)
                 num_clips += len(next(value for value in batch.values() if isinstance(value, Tensor)))
                 for record in records:
                     key = (record.block, record.adapter)
@@ -248,6 +194,8 @@ def expert_report(
         num_clips,
         None if no_classes_reason else tuple(label_names),
         no_classes_reason,
+        None if no_classes_reason else predictions.result(),
+        None if no_classes_reason else predictions.why_none,
     )
 
 
@@ -285,10 +233,3 @@ def _why_no_classes(labels: Any, num_classes: int) -> Optional[str]:
             "dataset's classes as `label_names`."
         )
     return None
-
-
-def _say(experts: Sequence[int], singular: str, plural: str) -> str:
-    """Experts as the subject of a verb."""
-    if len(experts) == 1:
-        return f"expert {experts[0]} {singular}"
-    return f"experts {', '.join(map(str, experts[:-1]))} and {experts[-1]} {plural}"

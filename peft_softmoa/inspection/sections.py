@@ -1,21 +1,100 @@
-"""The sections of the report of `inspect_adapter`."""
+"""The parts of the report of `inspect_adapter` that are about a dataset."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Optional
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
-from .clips import FRAME_SECONDS, ClipReading
-from .maps import ReadingMap
-from .page import Picture, Section, Table
-from .plots import plot_classes, plot_load, plot_reading, png
+from .blocks import BlockReport
+from .confusion import Confusion
+from .figures import shorten
+from .findings import ADVICE
+from .page import Matrix, Problem, Section, Table
 from .report import ExpertReport
 
 # Number of blocks whose classes the page shows: those that tell most of the class. The JSON file has all.
 CLASS_PICTURES = 3
+# Greatest number of classes in a matrix of confusion.
+MAX_CLASSES = 60
+# Longest name in a matrix, in characters.
+LONGEST = 22
+
+
+def problems_of(report: ExpertReport) -> list[Problem]:
+    """The problems by their kind, with advice.
+
+    Args:
+        report (ExpertReport): the report.
+
+    Returns:
+        list[Problem]: one for each kind that occurs.
+    """
+    texts: dict[str, list[str]] = {}
+    for finding in report.problems:
+        texts.setdefault(finding.kind, []).append(finding.text)
+    return [Problem(title, texts[kind], advice) for kind, (title, advice) in ADVICE.items() if kind in texts]
+
+
+def accuracy_sections(report: ExpertReport) -> list[Section]:
+    """The section about accuracy and confusion.
+
+    Args:
+        report (ExpertReport): the report.
+
+    Returns:
+        list[Section]: a section, or none without labels.
+    """
+    confusion = report.confusion
+    if confusion is None:
+        return []
+    correct, clips = int(confusion.correct.sum()), int(confusion.counts.sum())
+    mistakes = [
+        f"{true} is taken for {taken} in {count} of {number} clips" for true, taken, count, number in confusion.mistakes
+    ]
+    text = f"{correct} of {clips} clips are taken for what they are."
+    if mistakes:
+        text += " The mistakes, the most frequent first:"
+    matrix = _confusion_matrix(confusion)
+    return [
+        Section(
+            "Accuracy and confusion",
+            text,
+            f"{confusion.accuracy:.1%}",
+            mistakes,
+            [] if matrix is None else [matrix],
+        )
+    ]
+
+
+def _confusion_matrix(confusion: Confusion) -> Optional[Matrix]:
+    """Of the classes that have clips, or that clips are taken for."""
+    counts = confusion.counts.numpy()
+    totals = counts.sum(1)
+    rows = [row for row in range(len(counts)) if totals[row]]
+    named = [confusion.output_names.index(confusion.label_names[row]) for row in rows]
+    # In the order of the rows, and then what is no class of the dataset.
+    columns = [*named, *(each for each in np.flatnonzero(counts.sum(0)).tolist() if each not in named)]
+    if len(columns) > MAX_CLASSES:
+        return None
+    return Matrix(
+        "Confusion",
+        "; ".join(
+            f"{confusion.label_names[row]}: {counts[row, column]} of {totals[row]} right"
+            for row, column in zip(rows, named)
+        ),
+        "Each row is a class, and says how many of its clips the model takes for each class; the diagonal is right.",
+        "true class",
+        "what the model says",
+        [shorten(confusion.label_names[row], LONGEST) for row in rows],
+        [shorten(confusion.output_names[column], LONGEST) for column in columns],
+        [
+            [(count / totals[row], str(count) if count else "") for count in counts[row, columns].tolist()]
+            for row in rows
+        ],
+        [(index, index) for index in range(len(rows))],
+    )
 
 
 def load_section(report: ExpertReport) -> Section:
@@ -25,23 +104,28 @@ def load_section(report: ExpertReport) -> Section:
         report (ExpertReport): the report.
 
     Returns:
-        Section: a picture with all blocks.
+        Section: a matrix with all blocks.
     """
-    loads = "; ".join(
-        f"{report.names[block.block, block.adapter]}: {', '.join(f'{share:.0%}' for share in block.load.tolist())}"
-        for block in report.blocks
-    )
-    picture = Picture(
-        "Load of the experts",
-        png(plot_load(report)),
-        f"A matrix of blocks and experts. {loads}.",
-        "Each row is an adapted block and adds up to 100%: how much of what the tokens get comes from each expert.",
+    most = max(block.num_experts for block in report.blocks)
+    names = [report.names[block.block, block.adapter] for block in report.blocks]
+    loads = [block.load.tolist() for block in report.blocks]
+    matrix = Matrix(
+        "Load of the experts, in %",
+        "; ".join(f"{name}: {', '.join(f'{share:.0%}' for share in load)}" for name, load in zip(names, loads)),
+        "Each row is an adapted block, the first to run on top, and adds up to 100%: how much of what the tokens get "
+        "comes from each expert. "
+        f"Equal shares are {_equal_shares(report.blocks)}.",
+        "block",
+        "expert",
+        [shorten(name, LONGEST) for name in names],
+        [str(expert) for expert in range(most)],
+        _percent([load + [None] * (most - len(load)) for load in loads], report.blocks),
     )
     text = (
         "An expert that hardly any token reads is idle. If all have the same share, all are used; how alike is what "
         "they read is another question, which their similarity answers. None of this says how alike their outputs are."
     )
-    return Section("Who is used", text, [picture])
+    return Section("Who is used", text, matrices=[matrix])
 
 
 def class_sections(report: ExpertReport) -> list[Section]:
@@ -51,64 +135,49 @@ def class_sections(report: ExpertReport) -> list[Section]:
         report (ExpertReport): the report.
 
     Returns:
-        list[Section]: a section with pictures of the blocks that tell most of the class; empty without classes.
+        list[Section]: a section with matrices of the blocks that tell most of the class; empty without classes.
     """
-    blocks = [block for block in report.blocks if block.class_loads is not None and block.num_experts > 1]
-    blocks = sorted(blocks, key=lambda block: -block.scalars["class_information"])[:CLASS_PICTURES]
-    if not blocks:
+    blocks = blocks_of_classes(report)
+    if not blocks or report.label_names is None:
         return []
-    pictures = [
-        Picture(
-            f"Classes in {report.names[block.block, block.adapter]}",
-            png(plot_classes(report, block)),
-            f"A matrix of classes and experts for the block {block.block}. The expert that a token reads tells "
-            f"{block.scalars['class_information']:.3f} bits of the class.",
-            "Each row is a class and adds up to 100%: from which experts the tokens of its clips get their outputs.",
+    rows = [shorten(name, LONGEST) for name in report.label_names]
+    matrices = []
+    for block in blocks:
+        assert block.class_loads is not None
+        loads = [each if any(each) else [None] * block.num_experts for each in block.class_loads.tolist()]
+        name = report.names[block.block, block.adapter]
+        matrices.append(
+            Matrix(
+                f"{name}, in %",
+                f"The expert that a token reads tells {block.scalars['class_information']:.3f} bits of the class.",
+                f"{block.scalars['class_information']:.2f} bits of the class. Each row adds up to 100%.",
+                "class",
+                "expert",
+                rows,
+                [str(expert) for expert in range(block.num_experts)],
+                _percent(loads, [block]),
+            )
         )
-        for block in blocks
-    ]
     text = (
-        "If rows differ, experts have specialised on classes. Shown are the blocks whose experts tell most of the "
-        "class, by their mutual information; over few clips of a class, chance makes some of it."
+        "How much of what the tokens of a class get comes from each expert. If rows differ, experts have specialised "
+        "on classes. Shown are the blocks whose experts tell most of the class, by their mutual information; over few "
+        "clips of a class, chance makes some of it."
     )
-    return [Section("Which expert for which class", text, pictures)]
+    preferences = [finding.text for finding in report.findings if finding.kind == "class"]
+    return [Section("Which expert for which class", text, sentences=preferences, matrices=matrices)]
 
 
-def reading_section(report: ExpertReport, reading: ClipReading) -> Section:
-    """The section about where in a clip the slots read.
+def blocks_of_classes(report: ExpertReport) -> list[BlockReport]:
+    """Choose the blocks whose experts tell most of the class.
 
     Args:
-        report (ExpertReport): the report, which names the blocks.
-        reading (ClipReading): what the blocks did with the clip.
+        report (ExpertReport): the report.
 
     Returns:
-        Section: a picture of each block that has a map.
+        list[BlockReport]: the blocks, the most telling first; empty without classes.
     """
-    pictures = []
-    caption = "Bright is where a slot reads more than one that reads all tokens alike."
-    if reading.grid:
-        caption += " Elsewhere are tokens without a place, such as class tokens."
-    maps = list(zip(reading.records, reading.maps))
-    for record, found in tqdm(maps, desc="Drawing the clip", unit=" blocks", delay=1, leave=False, disable=None):
-        if found is not None:
-            name = report.names[record.block, record.adapter]
-            peaks = "; ".join(_describe_peak(peak) for peak in find_peaks(found, reading))
-            pictures.append(
-                Picture(
-                    f"Reading of {name}",
-                    png(plot_reading(found, reading.clip, name)),
-                    f"Maps of the clip for each slot of {name}. {peaks}.",
-                    caption,
-                )
-            )
-    text = (
-        "A slot is a weighted average of tokens, and this is where in the clip its weights lie."
-        if reading.grid
-        else "A slot is a weighted average of tokens. Tokens are laid evenly over the time of the clip; what one of "
-        "them has seen of its neighbours is not shown."
-    )
-    folded = f"{len(pictures)} blocks" if len(pictures) > 1 else None
-    return Section("Where in the clip they read", text, pictures, folded=folded)
+    blocks = [block for block in report.blocks if block.class_loads is not None and block.num_experts > 1]
+    return sorted(blocks, key=lambda block: -block.scalars["class_information"])[:CLASS_PICTURES]
 
 
 def metrics_section(report: ExpertReport) -> Section:
@@ -131,45 +200,19 @@ def metrics_section(report: ExpertReport) -> Section:
         "share; the effective number says how many equal ones would be as diverse. Effective tokens are from how many "
         "tokens a slot reads, similarities are cosines, and the class information is in bits."
     )
-    return Section("In numbers", text, table=table, folded=f"{len(rows)} blocks")
+    return Section("In numbers", text, table=table)
 
 
-def find_peaks(found: ReadingMap, reading: ClipReading) -> list[dict[str, Any]]:
-    """Find where each slot reads most, as a multiple of a uniform reading.
-
-    Args:
-        found (ReadingMap): where the slots of a block read.
-        reading (ClipReading): the clip.
-
-    Returns:
-        list[dict]: for each slot the `expert` and the `slot`, the `seconds` and, for patches, the `hertz` at the middle
-        of what it reads most, and the share that it reads `elsewhere`.
-    """
-    peaks = []
-    clip, (experts, slots, bins, length) = reading.clip, found.shares.shape
-    step = FRAME_SECONDS if reading.grid and bins > 1 else clip.seconds / length
-    # As in the pictures: a place does not count more because more patches cover it.
-    multiples = (found.shares / found.uniform).nan_to_num(0.0, 0.0, 0.0)
-    for expert in range(experts):
-        for slot in range(slots):
-            # The middle of the patch, or of the part that no other patch covers.
-            best = torch.nonzero(multiples[expert, slot] >= multiples[expert, slot].max() * (1 - 1e-9)).double()
-            place, time = best.median(0).values.tolist() if bins == 1 else best.mean(0).tolist()
-            hertz = None
-            if clip.frequencies is not None and bins > 1:
-                hertz = float(np.interp(place, np.arange(len(clip.frequencies)), clip.frequencies))
-            peaks.append(
-                {
-                    "expert": expert,
-                    "slot": slot,
-                    "seconds": (time + 0.5) * step,
-                    "hertz": hertz,
-                    "elsewhere": found.elsewhere[expert, slot].item(),
-                }
-            )
-    return peaks
+def _equal_shares(blocks: Sequence[BlockReport]) -> str:
+    sizes = sorted({block.num_experts for block in blocks})
+    if len(sizes) == 1:
+        return f"{100 / sizes[0]:.3g}%"
+    return ", ".join(f"{100 / size:.3g}% among {size}" for size in sizes)
 
 
-def _describe_peak(peak: dict[str, Any]) -> str:
-    where = f"{peak['seconds']:.2f} s" + (f", {peak['hertz']:.0f} Hz" if peak["hertz"] is not None else "")
-    return f"expert {peak['expert']}, slot {peak['slot']} most at {where}"
+def _percent(
+    shares: Sequence[Sequence[Optional[float]]], blocks: Sequence[BlockReport]
+) -> list[list[Optional[tuple[float, str]]]]:
+    """Cells of shares in %; the shades never end near an equal share, so that small differences do not stand out."""
+    top = max([share or 0 for row in shares for share in row] + [2 / min(block.num_experts for block in blocks)])
+    return [[None if share is None else (share / min(top, 1), f"{100 * share:.0f}") for share in row] for row in shares]

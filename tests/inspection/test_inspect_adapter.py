@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import FRAMES, MEL_BINS, SAMPLING_RATE, tiny_ast_config, write_tone
+from conftest import FRAMES, MEL_BINS, SAMPLING_RATE, tiny_ast_config, wait_until, write_tone
 from families import FAMILIES
 from peft import LoraConfig, get_peft_model
 from recordings import encode, signal
@@ -18,10 +18,11 @@ from transformers import ASTFeatureExtractor, ASTForAudioClassification
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.cli import main
 from peft_softmoa.inspection import Record, expert_report, reading_map
-from peft_softmoa.inspection.clips import ClipReading, mel_frequencies, shared_name
+from peft_softmoa.inspection.clip_view import find_peaks
+from peft_softmoa.inspection.clips import ClipReading, shared_name
 from peft_softmoa.inspection.inspect_adapter import inspect_adapter
 from peft_softmoa.inspection.plots import Clip
-from peft_softmoa.inspection.sections import find_peaks
+from peft_softmoa.inspection.spectrograms import mel_frequencies
 from peft_softmoa.targets.architectures import find_patch_grid
 from peft_softmoa.training import DataOptions, ExtractFeatures, decode_audio
 
@@ -54,7 +55,8 @@ def test_a_clip_and_a_dataset(adapter, tones_folder, clip, tmp_path, capsys):
     assert capsys.readouterr().out == f"The report is in {folder / 'report.html'}\n"
     found = report_of(folder)
     assert found["num_clips"] == 8 and found["label_names"] == ["high", "low"]
-    [note] = found["left_out"]
+    [no_accuracy, note] = found["left_out"]
+    assert no_accuracy == "There is no accuracy: the model has no class 'high'." and found["accuracy"] is None
     assert note.startswith("The clip is filled up with silence to the 0.64 s that the model takes, and has no mask: ")
     assert sorted(path.name for path in folder.glob("*.png")) == [
         "classes-in-layers.0.attention.png", "classes-in-layers.1.attention.png", "load-of-the-experts.png",
@@ -62,7 +64,9 @@ def test_a_clip_and_a_dataset(adapter, tones_folder, clip, tmp_path, capsys):
     ]  # fmt: skip
     page = (folder / "report.html").read_text()
     assert str(tmp_path) not in page and found["facts"]["Adapter"] == adapter.name
-    assert page.count("<img") == 5 and page.count("<audio") == 1 and found["summary"] in page
+    # A spectrogram, and a map of each of three experts in two blocks; a matrix of loads, and two of classes.
+    assert page.count('class="map"') == 7 and page.count('class="matrix"') == 3
+    assert page.count("<audio") == 1 and found["summary"] in page and "%</p>" not in page
 
     # The numbers are those of the loaded adapter.
     model = transformers.AutoModelForAudioClassification.from_pretrained(adapter)
@@ -92,15 +96,51 @@ def test_a_clip_and_a_dataset(adapter, tones_folder, clip, tmp_path, capsys):
 def test_a_browser_shows_the_report(adapter, tones_folder, clip, tmp_path, visit):
     page = visit(
         inspect_adapter(str(adapter), tmp_path / "out", audio=str(clip), dataset=str(tones_folder)),
-        viewport={"width": 360, "height": 640},
+        viewport={"width": 390, "height": 844},
     )
     page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true })")
-    page.wait_for_function("[...document.images].every((image) => image.complete)")
-    widths = page.evaluate("[...document.images].map((image) => image.naturalWidth)")
-    assert len(widths) == 5 and min(widths) > 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    page.wait_for_function("document.querySelector('audio').readyState >= 1")
+    assert page.locator(".map:visible").count() == 4 and page.locator(".matrix").count() == 3
+    page.locator("select").select_option(label="layers.1.attention")
+    page.get_by_label("2", exact=True).check()
+    shown = page.locator(".block .map:visible")
+    assert shown.count() == 1 and shown.locator("title").text_content() == "Expert 2 in layers.1.attention"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    wait_until(page, "document.querySelector('audio').readyState >= 1")
     assert page.evaluate("document.querySelector('audio').duration") == pytest.approx(0.5, abs=0.01)
+
+
+def test_accuracy_and_confusion_come_first_of_the_numbers(tones_folder, tmp_path, visit):
+    names = {0: "low", 1: "high"}  # in another order than in the dataset
+    config = tiny_ast_config(num_labels=2, id2label=names, label2id={name: index for index, name in names.items()})
+    adapter = save(
+        ASTForAudioClassification, config, tmp_path, ASTFeatureExtractor(max_length=FRAMES, num_mel_bins=MEL_BINS)
+    )
+    path = inspect_adapter(adapter, tmp_path / "out", dataset=str(tones_folder))
+    found = report_of(tmp_path / "out")
+    model = transformers.AutoModelForAudioClassification.from_pretrained(adapter)
+    extract = ASTFeatureExtractor.from_pretrained(tmp_path / "base")
+    with open(tones_folder / "metadata.csv") as file:
+        rows = list(csv.DictReader(file))
+    clips = [decode_audio(tones_folder / row["file_name"], SAMPLING_RATE) for row in rows]
+    with torch.no_grad():
+        taken = model(**extract(clips, sampling_rate=SAMPLING_RATE, return_tensors="pt")).logits.argmax(-1).tolist()
+    pairs = [(row["label"], names[index]) for row, index in zip(rows, taken)]
+    assert found["label_names"] == ["high", "low"] and found["output_names"] == ["low", "high"]
+    assert found["confusion"] == [[pairs.count((true, says)) for says in ("low", "high")] for true in ("high", "low")]
+    accuracy = sum(true == says for true, says in pairs) / len(pairs)
+    assert found["accuracy"] == pytest.approx(accuracy) and found["no_confusion_reason"] is None
+    page = visit(path)
+    assert page.locator("h2").all_text_contents()[:3] == [
+        "Problems and advice",
+        "Accuracy and confusion",
+        "Who is used",
+    ]
+    assert page.locator(".figure").text_content() == f"{accuracy:.1%}"
+    # Columns in the order of the rows: what is right is on the diagonal.
+    assert page.locator(".matrix").first.locator("desc").text_content() == "; ".join(
+        f"{name}: {pairs.count((name, name))} of {sum(true == name for true, _ in pairs)} right"
+        for name in ("high", "low")
+    )
 
 
 def test_a_clip_alone(adapter, clip, tmp_path):
@@ -175,7 +215,12 @@ def test_names_with_html_are_text(adapter, tmp_path):
     clip = tmp_path / "<b onclick=alert(1)> & $.wav"
     write_tone(clip)
     page = inspect_adapter(str(adapter), tmp_path / "out", dataset=str(data), audio=str(clip)).read_text()
-    assert "<script" not in page and "<b onclick" not in page and "<img src=x" not in page
+    assert (
+        page.count("<script") == 1
+        and "alert('x')" not in page
+        and "<b onclick" not in page
+        and "<img src=x" not in page
+    )
     assert "&lt;b onclick=alert(1)&gt; &amp; $.wav" in page
     assert evil in report_of(tmp_path / "out")["label_names"]
 
@@ -199,6 +244,10 @@ def test_a_model_of_sequences(clip, tmp_path):
     found = report_of(tmp_path / "out")["clip"]
     assert found["seconds"] == 0.5 and len(found["blocks"][0]["peaks"]) == 3
     assert all(0 < peak["seconds"] < 0.5 and peak["hertz"] is None for peak in found["blocks"][0]["peaks"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('class="map"') == 7 and "Log-mel spectrogram" in page and "What the model reads" not in page
+    # What is not trained adds nothing.
+    assert "Experts that add nothing" in page and "<code>num_experts</code>" in page
 
 
 def test_all_of_an_mp3_without_its_length_is_read(tmp_path):
