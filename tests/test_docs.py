@@ -221,19 +221,22 @@ def test_the_readme_is_a_door():
         assert path.startswith("examples/") or (ROOT / path).exists(), path
 
 
-def test_the_evidence_is_that_of_the_archived_comparison():
-    rows = (ROOT / "examples/method_comparison/results/archive/RESULTS.md").read_text().splitlines()
-    table = [row for row in PAGES["evidence.md"].splitlines() if row.endswith(" of 15 |")]
-    assert len(table) == 10 and set(table) <= set(rows)
-    # The README quotes some of its rows, without two columns.
-    accuracies = {" | ".join(cells[:1] + cells[2:4]) for cells in (row.split(" | ") for row in table)}
+RESULT = re.compile(r"examples/method_comparison/results/([\w-]+)/RESULTS\.md")
+NUMBER = re.compile(r"[+-]?[\d.]+ ± [\d.]+")
+
+
+def is_quoted(text, study):
+    """Whether all numbers with an interval in a text are cells of the page of a study."""
+    page = (ROOT / "examples/method_comparison/results" / study / "RESULTS.md").read_text()
+    numbers = NUMBER.findall(text)
+    return len(numbers) > 5 and all(f"| {number} |" in page for number in numbers)
+
+
+def test_the_evidence_is_that_of_the_studies():
+    sections = [part for part in PAGES["evidence.md"].split("\n## ") if RESULT.search(part)]
+    studies = [RESULT.search(part).group(1) for part in sections]
+    committed = {path.parent.name for path in (ROOT / "examples/method_comparison/results").glob("*/RESULTS.md")}
+    assert set(studies) == committed, "a section for each study"
+    assert all(is_quoted(part, study) for part, study in zip(sections, studies, strict=True))
     quoted = README.partition("<!-- evidence")[2].partition("<!-- end of evidence -->")[0]
-    own = [row.removesuffix(" |") for row in quoted.splitlines() if row.startswith("| ") and "---" not in row]
-    assert len(own) > 1 and set(own[1:]) <= accuracies
-
-
-def test_the_evidence_of_two_ears_is_that_of_the_study():
-    study = (ROOT / "examples/method_comparison/results/binaural/RESULTS.md").read_text()
-    section = PAGES["evidence.md"].partition("## Two ears")[2].partition("\n## ")[0]
-    numbers = re.findall(r"[+-]?[\d.]+ ± [\d.]+", section)
-    assert len(numbers) == 14 and all(f"| {number} |" in study for number in numbers)
+    assert is_quoted(quoted, RESULT.search(quoted).group(1))

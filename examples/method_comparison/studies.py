@@ -157,7 +157,10 @@ STUDIES: dict[str, Study] = {
     ),
     "recognition": Study(
         "Whisper as a recogniser of foreign words",
-        over((LORA, SINGLE, SOFT, "Conformer"), "budget", (45_000, 86_100, 260_000)),
+        [
+            *over((LORA, SINGLE, SOFT, "Conformer"), "budget", (45_000, 86_100, 260_000)),
+            (SOFT, {"budget": 86_100, "unit_slots": True}),
+        ],
         **COMMANDS,
         task="speech-seq2seq",
         folds=3,

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from conftest import SAMPLING_RATE
 from peft import get_peft_model
-from transformers import WhisperForConditionalGeneration, pipeline
+from transformers import GenerationConfig, WhisperForConditionalGeneration, pipeline
 
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.commands.train import main
@@ -92,7 +92,16 @@ def test_clips_that_are_longer_than_whisper_reads(words_folder, tmp_path):
     for name, seconds in (("long", 31), ("short", 1)):  # of silence, of which there is little to say
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(seconds * SAMPLING_RATE, np.float32), SAMPLING_RATE)
     (tmp_path / "metadata.csv").write_text("file_name,text\nlong.wav,yes no\nshort.wav,yes\n")
-    base = WhisperForConditionalGeneration.from_pretrained(os.environ["SOFTMOA_WHISPER"], dtype=torch.float32)
+    # Silence makes it write until it may write no more, at each of several temperatures.
+    whisper = tmp_path / "whisper"
+    whisper.mkdir()
+    for path in Path(os.environ["SOFTMOA_WHISPER"]).resolve().iterdir():
+        (whisper / path.name).symlink_to(path)
+    generation = GenerationConfig.from_pretrained(whisper)
+    (whisper / "generation_config.json").unlink()
+    generation.max_length = 16
+    generation.save_pretrained(whisper)
+    base = WhisperForConditionalGeneration.from_pretrained(whisper, dtype=torch.float32)
     get_peft_model(base, SoftMoAConfig()).save_pretrained(tmp_path / "adapter")
     arguments = str(tmp_path / "adapter"), str(tmp_path), "train"
     assert evaluate_adapter(*arguments)["num_clips"] == 1

@@ -31,6 +31,7 @@ from transformers import (
 from peft_softmoa import SoftMoAConfig
 from peft_softmoa.cli import main
 from peft_softmoa.inference.export import describe_rest, export_adapter
+from peft_softmoa.inference.loading import load_tokenizer
 from peft_softmoa.inference.tracing import PACKAGES, ExportError, compare, make_batches
 
 LABELS = ["cat", "dog", "owl"]
@@ -102,8 +103,13 @@ def run(folder, inputs, output="logits"):
         ("Wav2Vec2", {"placement": "both", "problem_type": "multi_label_classification"}),
         ("Wav2Vec2", {"routing": "dense"}),
         ("AST", {"routing": "dense", "num_experts": 1, "expert_type": "conformer", "patch_grid": True}),
-        ("Wav2Vec2", {"routing": "dense", "expert_type": "conformer", "num_experts_pattern": {".*0.*": 2}}),
-        ("Wav2Vec2", {"r_pattern": {".*0.*": 2}, "scaling_pattern": {".*1.*": 2.0}}),
+        (
+            "Wav2Vec2",
+            {
+                **{"routing": "dense", "expert_type": "conformer", "num_experts_pattern": {".*0.*": 2}},
+                **{"r_pattern": {".*0.*": 2}, "scaling_pattern": {".*1.*": 2.0}},
+            },
+        ),
         ("Whisper", {"half": True}),
         ("frames", {}),
         ("CTC", {}),
@@ -209,8 +215,8 @@ def test_a_tokenizer_of_the_base_model_is_of_its_revision(tmp_path, monkeypatch,
         raise OSError("there is none")
 
     monkeypatch.setattr("peft_softmoa.inference.loading.AutoTokenizer.from_pretrained", from_pretrained)
-    base = {"base_model": str(tmp_path / "base")} if moved else {}
-    export_adapter(tmp_path / "adapter", tmp_path / "onnx", show_progress=False, revision="other", **base)
+    base = str(tmp_path / "base") if moved else None
+    assert load_tokenizer(str(tmp_path / "adapter"), "other", base) is None
     assert asked == [(str(tmp_path / "adapter"), "other"), (str(tmp_path / "base"), None if moved else "one")]
 
 

@@ -9,7 +9,7 @@ from peft_softmoa.inference.export import export_adapter
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("AST", {"num_channels": 2}), ("CTC", {"num_channels": 3, "placement": "both"})],
+    [("AST", {"num_channels": 2}), ("CTC", {"num_channels": 3})],
 )
 def test_the_file_says_what_pytorch_says(kind, fields, tmp_path):
     model, channels = save_adapter(tmp_path, kind, **fields), fields["num_channels"]
