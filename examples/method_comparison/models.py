@@ -154,6 +154,14 @@ def pooled_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([each.mean(1) if each.ndim == 3 else each for each in kept])
 
 
+def backbone_of(model: nn.Module) -> nn.Module:
+    """A model without its head, which is drawn anew at each load. Some classifiers have no module of that kind."""
+    base: nn.Module = model.base_model
+    if base is not model:
+        return base
+    return nn.ModuleDict({name: module for name, module in model.named_children() if name not in HEAD})
+
+
 def head_of(model: nn.Module) -> list[nn.Module]:
     """The modules of a classifier's head, in their order."""
     return [getattr(model, name) for name in HEAD if hasattr(model, name)]

@@ -28,7 +28,7 @@ from . import records, timing
 from .data import Data, cached, load_data
 from .measures import PRECISIONS, autocast, one_thread
 from .methods import METHODS, PROBE, SOFT, paper_budget, why_not
-from .models import TASKS, load_extractor, pooled_outputs
+from .models import TASKS, backbone_of, load_extractor, pooled_outputs
 from .pages import write_page
 from .records import CHOICE_SEED
 from .studies import QUICK, QUICK_VARIANTS, STUDIES, Study
@@ -149,14 +149,14 @@ def protocol_of(arguments: argparse.Namespace, study: Study, data: Data, model: 
     fields = {} if study.seconds is None else {"max_length_seconds": study.seconds}
     shared = ["task", "seconds", "epochs", "epochs_of", "batch_size", "precision", "clips_per_class"]
     shared += ["validation_per_class", "test_per_class", "validate_every", "trace", "rates", "groups"]
-    values = asdict(study)
+    values, backbone = asdict(study), backbone_of(model)
     return {
         "study": arguments.study,
         **{name: values[name] for name in shared},
         "metric": TASKS[study.task].metric,
         "model": Path(study.model).name if Path(study.model).exists() else study.model,
-        "model_parameters": sum(each.numel() for each in model.base_model.parameters()),
-        "model_sha256": fingerprint_weights(model.base_model.requires_grad_(False))[:16],
+        "model_parameters": sum(each.numel() for each in backbone.parameters()),
+        "model_sha256": fingerprint_weights(backbone.requires_grad_(False))[:16],
         "data": Path(arguments.dataset).name if Path(arguments.dataset).exists() else arguments.dataset,
         "data_sha256": data.digest,
         "clips": len(data.labels),

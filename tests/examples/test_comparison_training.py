@@ -20,7 +20,7 @@ from examples.method_comparison.models import Apart, Classes, Head, pooled_outpu
 from examples.method_comparison.studies import Study
 from examples.method_comparison.training import Run, make_optimizer, prepare
 from peft_softmoa.method.routers import SoftRouter
-from peft_softmoa.training import AudioError
+from peft_softmoa.training import AudioError, fingerprint_weights
 
 STUDY = Study("made up", [], speaker_column="speaker")
 
@@ -105,6 +105,22 @@ def prepared(base_folder, method, budget=4000, seed=0, **options):
     task = Classes(str(base_folder), ["high", "low"])
     model = prepare(Run(method, "1", 0.01, seed, tuple(options.items())), protocol(budget=budget), task)
     return model, {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_the_backbone_is_the_same_at_each_load(base_folder, tmp_path):
+    """Also of classifiers that are their own base model, such as Whisper's."""
+    config = WhisperConfig(
+        **dict.fromkeys(("d_model", "encoder_ffn_dim"), 16), num_mel_bins=8, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, max_source_positions=8, vocab_size=20, pad_token_id=0, classifier_proj_size=4,
+    )  # fmt: skip
+    WhisperForAudioClassification(config).save_pretrained(tmp_path)
+    for folder in (tmp_path, base_folder):
+        found = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            model = Classes(str(folder), ["a", "b", "c"]).load()
+            found.append(fingerprint_weights(models.backbone_of(model).requires_grad_(False)))
+        assert found[0] == found[1], folder
 
 
 def test_heads_are_trained_alone_first(base_folder, tmp_path):
