@@ -226,9 +226,9 @@ NUMBER = re.compile(r"[+-]?[\d.]+ ± [\d.]+")
 
 
 def is_quoted(text, study):
-    """Whether all numbers with an interval in a text are cells of the page of a study."""
+    """Whether all numbers with an interval in the tables of a text are cells of the page of a study."""
     page = (ROOT / "examples/method_comparison/results" / study / "RESULTS.md").read_text()
-    numbers = NUMBER.findall(text)
+    numbers = [number for line in text.splitlines() if line.startswith("|") for number in NUMBER.findall(line)]
     return len(numbers) > 5 and all(f"| {number} |" in page for number in numbers)
 
 
