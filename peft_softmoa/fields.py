@@ -223,16 +223,8 @@ RULES: dict[str, Rule] = {
     "auto_mapping": ("None or a dictionary of strings", _is_flat),
     **dict.fromkeys(
         (
-            *(
-                "inference_mode",
-                "normalize",
-                "unit_slots",
-                "forgetting",
-                "patch_grid",
-                "channel_embedding",
-                "train_norms",
-            ),
-            "init_weights",
+            *("inference_mode", "normalize", "unit_slots", "forgetting", "patch_grid", "channel_embedding"),
+            *("train_norms", "init_weights"),
         ),
         _SWITCH,
     ),

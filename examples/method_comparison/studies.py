@@ -13,7 +13,7 @@ from .methods import FULL, LORA, METHODS, PROBE, RATES, SINGLE, SOFT
 
 WHISPER = os.environ.get("SOFTMOA_WHISPER", "openai/whisper-tiny.en")
 MAIN = (LORA, SINGLE, SOFT, "Soft-MoA, P=2")
-EIGHT = (PROBE, FULL, *MAIN, "Dense-MoA", "convolution", "Conformer")
+COMPARED = (PROBE, FULL, *MAIN, "Dense-MoA", "convolution", "Conformer")
 Options = dict[str, Any]
 
 
@@ -123,17 +123,21 @@ BINAURAL = [(SOFT, {"channels": way, **BOTH}) for way in ("mono", "apart", "join
 STUDIES: dict[str, Study] = {
     "esc50": Study(
         "ESC-50 on Whisper tiny.en",
-        plain(EIGHT),
+        plain(COMPARED),
         **ESC50,
         epochs=3,
         head_epochs=10,
         batch_size=8,
         validate_every=3,
         trace=TRACE,
-        reference=EIGHT.index(SINGLE),
+        reference=COMPARED.index(SINGLE),
     ),
     "esc50-eight-clips": Study(
-        "ESC-50 with eight clips of each class", plain(EIGHT), **EIGHT_CLIPS, trace=TRACE, reference=EIGHT.index(SINGLE)
+        "ESC-50 with eight clips of each class",
+        plain(COMPARED),
+        **EIGHT_CLIPS,
+        trace=TRACE,
+        reference=COMPARED.index(SINGLE),
     ),
     "esc50-few-shot": Study(
         "ESC-50 with few clips of each class",
@@ -225,13 +229,13 @@ STUDIES: dict[str, Study] = {
     ),
     "efficiency": Study(
         "Efficiency to convergence",
-        plain(EIGHT),
+        plain(COMPARED),
         **COMMANDS,
         clips_per_class=12,
         epochs=15,
         validation_per_class=6,
         folds=2,
-        reference=EIGHT.index(SINGLE),
+        reference=COMPARED.index(SINGLE),
     ),
     "demo": Study(
         "Methods on the backbone of the demo",

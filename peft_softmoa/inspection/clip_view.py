@@ -70,7 +70,7 @@ def clip_view(report: ExpertReport, reading: ClipReading) -> ClipView:
         bool(reading.grid),
         text,
         [
-            _block_maps(report.names[record.block, record.adapter], found, reading)
+            _block_maps(report.names[record.block, record.adapter], found, reading, bins)
             for record, found in zip(reading.records, reading.maps)
             if found is not None
         ],
@@ -91,13 +91,13 @@ def time_ticks(seconds: float) -> list[Tick]:
     return [Tick(100 * n * step / seconds, f"{n * step:.10g}") for n in range(int(seconds / step + 1e-9) + 1)]
 
 
-def _block_maps(name: str, found: ReadingMap, reading: ClipReading) -> BlockMaps:
+def _block_maps(name: str, found: ReadingMap, reading: ClipReading, spectrogram_bins: int) -> BlockMaps:
     experts, slots, bins, length = found.shares.shape
     uniform = found.uniform.numpy()
     rows, columns = (int(np.flatnonzero(uniform.any(axis))[-1]) + 1 for axis in (1, 0))
     if reading.grid is not None and bins > 1:
         width = 100 * columns * FRAME_SECONDS / reading.clip.seconds
-        height = 100 * rows / len(reading.clip.frequencies)  # type: ignore[arg-type]
+        height = 100 * rows / spectrogram_bins
         across, up = _places(reading.grid)
     else:
         width, height, across, up = 100 * columns / length, 100.0, 1, 1
