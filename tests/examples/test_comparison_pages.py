@@ -46,6 +46,19 @@ def test_the_tables():
     assert "![results](results.png)" in text and "Published" not in text
 
 
+def test_the_use_of_experts_is_told_of_rates_that_were_not_chosen():
+    rates = {"rates": {SOFT: [0.01, 0.02]}}
+    made = [(0.01, 0.6, 0.2), (0.02, 0.4, 0.5)]
+    found = [
+        made_up(SOFT, rate=rate, validation=value, settings=rates, routing=[trace(0, load)])
+        for rate, value, load in made
+    ]
+    lines = page(found, STUDY, "", None, False).splitlines()
+    assert "| Soft-MoA | 78 | 0.01 | 50.0 | — | 1 |" in lines
+    assert "| Soft-MoA, rate=0.01 | 0 | 1.40 | 5.50 | 7 | 25 | 1 |" in lines
+    assert "| Soft-MoA, rate=0.02 | 0 | 3.50 | 5.50 | 7 | 25 | 1 |" in lines
+
+
 def test_the_published_table_is_named_as_theirs():
     found = [made_up(SOFT, settings={"data": "esc50"})]
     text = page(found, STUDY, "", None, False)

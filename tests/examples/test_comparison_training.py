@@ -240,6 +240,28 @@ def test_training_learns_and_is_traced(base_folder):
     assert few["training_clips"] == 4
 
 
+def test_what_is_computed_in_half_precision(base_folder, monkeypatch):
+    """All of a run but its weights: training, evaluation, traces and times."""
+    seen = {"float32": set(), "bfloat16": set()}
+    load = Classes.load
+
+    def watched(task):
+        model = load(task)
+        linear = next(each for each in model.base_model.modules() if isinstance(each, torch.nn.Linear))
+        linear.register_forward_hook(lambda module, args, output: now.add((module.training, output.dtype)))
+        return model
+
+    monkeypatch.setattr(Classes, "load", watched)
+    losses = {}
+    for precision, now in seen.items():
+        given = protocol(base_folder, epochs=1, precision=precision, trace=[0])
+        record = training.train(Run(SOFT, "1", 0.001, 0), given, clips())
+        losses[precision] = record["progress"]["loss"][0]
+        assert now == {(mode, getattr(torch, precision)) for mode in (True, False)}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_trains_as_the_cpu_does(base_folder):
     here, there = (
