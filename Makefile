@@ -39,12 +39,10 @@ notebooks: .venv/installed
 
 # The site, in site/. A link that leads nowhere, a page that no menu names and a docstring that cannot be read are errors.
 docs: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Distributions in dist/, checked; the wheel is installed in a new environment, and runs in an empty folder.
 dist: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dist]'
 	rm -rf dist .dist && mkdir -p .dist/empty
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
@@ -106,6 +104,11 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -116,5 +119,5 @@ clean:
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[audio,plot,export,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[audio,plot,export,docs,dist,dev]'
 	touch $@

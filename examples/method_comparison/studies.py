@@ -144,7 +144,7 @@ STUDIES: dict[str, Study] = {
         over(MAIN, "clips_per_class", (1, 2, 4)),
         **EIGHT_CLIPS | {"clips_per_class": None, "epochs": 8, "validate_every": 8},
         # What is chosen with eight clips.
-        rates={**dict.fromkeys(MAIN, [5e-3]), SINGLE: [1e-3]},
+        rates={**RATES, **dict.fromkeys(MAIN, [5e-3]), SINGLE: [1e-3]},
         reference=MAIN.index(SINGLE),
         axis="clips_per_class",
     ),
