@@ -12,22 +12,26 @@ OPTIONS = "<!-- options -->"
 OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 
+def picture(path: str) -> str:
+    """Where the site keeps a picture of the repository; several studies have a `results.png`."""
+    return "pictures/" + path.replace("/", "-")
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pictures outside of `docs/` that pages show."""
     from mkdocs.structure.files import File
 
     for page in ROOT.joinpath("docs").glob("*.md"):
         for mark, _, path, _ in OUTSIDE.findall(page.read_text()):
-            picture = f"pictures/{Path(path).name}"
-            if mark and files.get_file_from_path(picture) is None:
-                files.append(File.generated(config, picture, abs_src_path=str(ROOT / path)))
+            if mark and files.get_file_from_path(picture(path)) is None:
+                files.append(File.generated(config, picture(path), abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
-    """Let links that leave `docs/` lead to the repository, and put in the table of options.
+    """Let links that leave `docs/` lead to the repository, pictures to themselves, and put in the table of options.
 
-    A page is then right both here and where the repository is read.
+    A page is then right both here and where the repository is read, and a picture can be seen large on a phone.
     """
 
     def outside(match: re.Match[str]) -> str:
@@ -35,7 +39,7 @@ def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"A page links to {path}, which is not in the repository.")
         if mark:
-            return f"![{text}](pictures/{Path(path).name})"
+            return f"[![{text}]({picture(path)})]({picture(path)})"
         return f"[{text}]({config['repo_url']}/blob/main/{path}{anchor or ''})"
 
     return OUTSIDE.sub(outside, markdown.replace(OPTIONS, options_table() if OPTIONS in markdown else OPTIONS))

@@ -173,9 +173,10 @@ def test_links_out_of_the_pages_lead_to_the_repository(hooks):
     text = "[a](../examples/__init__.py) ![b](../examples/inspection/c.png) [d](e.md#f)"
     with pytest.raises(FileNotFoundError, match=r"links to examples/inspection/c\.png"):
         hooks.on_page_markdown(text, config)
-    text = text.replace("![b](../examples/inspection/c.png)", "![b](../README.md)")
+    text = text.replace("![b](../examples/inspection/c.png)", "![b](../README.md) ![c](../examples/__init__.py)")
     assert hooks.on_page_markdown(text, config) == (
-        "[a](https://example.org/here/blob/main/examples/__init__.py) ![b](pictures/README.md) [d](e.md#f)"
+        "[a](https://example.org/here/blob/main/examples/__init__.py) [![b](pictures/README.md)](pictures/README.md) "
+        "[![c](pictures/examples-__init__.py)](pictures/examples-__init__.py) [d](e.md#f)"
     )
 
 
