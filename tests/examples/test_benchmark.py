@@ -184,7 +184,8 @@ def test_ratios_are_of_the_same_round():
     assert ratio([2.0, 20.0, 1.0], [1.0, 10.0, 10.0]) == 2.0
 
 
-def test_a_quick_run(tmp_path, capsys):
+def test_a_quick_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MODELS, next(iter(MODELS)), (tiny_ast, (64, 128)))
     main(
         ["--quick", "--layers", "1", "--batch_size", "1", "--forward_batch_sizes", "1", "--rounds", "1"]
         + ["--layer_rounds", "1", "--output_dir", str(tmp_path)]
