@@ -34,7 +34,8 @@ def draw(numbers: list[tuple[Any, Estimate]], axis: Optional[str], metric: str, 
 
     traces = [row for row in traces if all(len(each["routing"]) > 1 for each in row.runs.values())]
     panels = 1 + (len(USE) if traces else 0)
-    figure = Figure(figsize=(6.5 + 4.5 * (panels - 1), max(3.5, 0.4 * len(numbers) + 1)), layout="constrained")
+    height = 4.5 if axis else max(3.5, 0.4 * len(numbers) + 1)
+    figure = Figure(figsize=(6.5 + 4.5 * (panels - 1), height), layout="constrained")
     first, *others = figure.subplots(1, panels, squeeze=False)[0]
     label = f"{'word error rate' if metric == 'wer' else metric}, % (mean with 95% interval)"
     if axis is None:
