@@ -93,7 +93,7 @@ peft-main:
 .PHONY: force
 force:
 
-# Everything that the benchmark measures, in about an hour on two cores; the main rows, in three minutes.
+# Everything that the benchmark measures, in more than an hour on two cores; the main rows, in three minutes.
 bench: .venv/installed
 	$(BIN)/python -m examples.benchmark
 
