@@ -230,7 +230,7 @@ STUDIES: dict[str, Study] = {
         ],
         **EIGHT_CLIPS,
         trace=TRACE,
-        # At which it does.
+        # At which routing saturates.
         rates=PAPERS_RATE,
     ),
     "efficiency": Study(
